@@ -1,0 +1,173 @@
+"""Image classification as a Lightning module, and its learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias, cast
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torchmetrics import Metric
+
+from dst.errors import ConfigurationError
+
+OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerFactory: TypeAlias = Callable[[Optimizer, int], LRScheduler]
+
+
+class LossAndAccuracy(Metric):
+    """Mean cross-entropy and accuracy over samples; one update costs a few small tensor operations."""
+
+    full_state_update = False
+    loss: Tensor
+    correct: Tensor
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("loss", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("correct", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch: its mean loss (scalar), logits (N, classes) and int labels (N,)."""
+        self.loss += loss.detach().float() * len(labels)
+        self.correct += (logits.detach().argmax(1) == labels).sum()
+        self.count += len(labels)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return ``loss`` and ``accuracy``, scalars."""
+        return {"loss": self.loss / self.count, "accuracy": self.correct / self.count}
+
+
+class Classifier(LightningModule):
+    """A model trained by cross-entropy.
+
+    Logs ``train/loss`` and ``train/accuracy`` once an epoch, as they were during it, and ``val/…`` and ``test/…``.
+
+    Args:
+        model: Maps images (N, C, H, W) to logits (N, classes).
+        optimizer: Makes the optimizer from the parameters.
+        scheduler: Makes the learning-rate schedule from the optimizer and the number of optimizer steps; it is
+            advanced at every step. None for a constant rate.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: OptimizerFactory, scheduler: SchedulerFactory | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.metrics = nn.ModuleDict({f"{split}_": LossAndAccuracy() for split in ("train", "val", "test")})
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the model's logits."""
+        return self.model(images)
+
+    def configure_optimizers(self) -> Any:
+        """Build the optimizer and, with its length known, the schedule."""
+        optimizer = self.optimizer(self.parameters())
+        if self.scheduler is None:
+            return optimizer
+        steps = self.trainer.estimated_stepping_batches
+        if not math.isfinite(steps) or steps < 1:
+            raise ConfigurationError(
+                "the learning-rate schedule needs the number of steps: set trainer.max_epochs or "
+                "trainer.max_steps, or scheduler=constant"
+            )
+        schedule = self.scheduler(optimizer, int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        """Return the batch's mean loss."""
+        return self._loss("train", batch)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        """Measure a batch."""
+        self._loss("val", batch)
+
+    def test_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
+        """Measure a batch."""
+        self._loss("test", batch)
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's means."""
+        self._log("train")
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the split's means."""
+        self._log("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the split's means."""
+        self._log("test")
+
+    def _loss(self, split: str, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        logits = self.model(images)
+        loss = functional.cross_entropy(logits, labels)
+        self._metric(split).update(loss, logits, labels)
+        return loss
+
+    def _metric(self, split: str) -> LossAndAccuracy:
+        return cast(LossAndAccuracy, self.metrics[f"{split}_"])  # ModuleDict has an attribute "train" of its own
+
+    def _log(self, split: str) -> None:
+        metric = self._metric(split)
+        values = metric.compute()
+        metric.reset()
+        self.log(f"{split}/loss", values["loss"])
+        self.log(f"{split}/accuracy", values["accuracy"], prog_bar=True)
+
+
+def cosine(optimizer: Optimizer, total_steps: int, *, warmup: float = 0.0, final: float = 0.0) -> LambdaLR:
+    """Half a cosine from the learning rate to ``final`` times it (Loshchilov & Hutter 2017, without restarts).
+
+    Args:
+        optimizer: The optimizer.
+        total_steps: Steps of the whole training, >= 1.
+        warmup: Share of the steps, in [0, 1), in which the rate first rises linearly.
+        final: Factor at the last step, in [0, 1].
+
+    Raises:
+        ConfigurationError: A value out of range.
+    """
+    if not 0 <= warmup < 1 or not 0 <= final <= 1:
+        raise ConfigurationError(f"cosine: warmup={warmup} must lie in [0, 1) and final={final} in [0, 1]")
+    rising = round(warmup * total_steps)
+
+    def factor(step: int) -> float:
+        if step < rising:
+            return (step + 1) / rising
+        progress = min(1.0, (step - rising) / max(1, total_steps - rising))
+        return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return LambdaLR(optimizer, factor)
+
+
+def step(
+    optimizer: Optimizer, total_steps: int, *, milestones: Sequence[float] = (0.5, 0.75), gamma: float = 0.1
+) -> LambdaLR:
+    """The learning rate is multiplied by ``gamma`` at every milestone.
+
+    Args:
+        optimizer: The optimizer.
+        total_steps: Steps of the whole training.
+        milestones: Shares of the steps, in [0, 1].
+        gamma: The factor, > 0.
+
+    Raises:
+        ConfigurationError: A value out of range.
+    """
+    if gamma <= 0 or not all(0 <= share <= 1 for share in milestones):
+        raise ConfigurationError(
+            f"step: milestones={list(milestones)} are shares of the steps, in [0, 1], and gamma={gamma} is positive"
+        )
+    steps = [round(share * total_steps) for share in milestones]
+    return LambdaLR(optimizer, lambda now: gamma ** sum(now >= milestone for milestone in steps))

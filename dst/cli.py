@@ -1,0 +1,242 @@
+"""The command line: ``dst train``, the same as ``train.py``, and ``dst methods``."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from omegaconf import MISSING, DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from dst.errors import ConfigurationError, StateError
+
+# Hydra, Lightning and rich are imported where they are used: `dst --help` and a mistyped setting answer at once.
+
+
+@dataclass
+class TrainConfig:
+    """Types of ``conf/train.yaml``'s settings, so that a wrong one is rejected when it is read."""
+
+    density: float = 0.1
+    seed: int = 0
+    backend: str = "masked"
+    include: Optional[list[str]] = None  # noqa: UP045 (OmegaConf reads these annotations)
+    exclude: Optional[list[str]] = None  # noqa: UP045
+    threads: Optional[int] = None  # noqa: UP045
+    resume: Optional[str] = None  # noqa: UP045
+    sparsity: Any = MISSING
+    model: Any = MISSING
+    data: Any = MISSING
+    optimizer: Any = MISSING
+    scheduler: Any = MISSING
+    trainer: Any = MISSING
+    logger: Any = MISSING
+
+
+def config_dir() -> Path:
+    """Return the folder of the configuration files: the installed package's, or the checkout's.
+
+    Raises:
+        ConfigurationError: There is neither.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "conf", package.parent / "conf"):
+        if (folder / "train.yaml").is_file():
+            return folder
+    raise ConfigurationError(f"no configuration in {package / 'conf'} or {package.parent / 'conf'}: install dst again")
+
+
+def register_schema() -> None:
+    """Make `TrainConfig` known to Hydra, as ``schema``; needed before ``train.yaml`` is composed."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=TrainConfig)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the ``dst`` command and return its exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if arguments[0] == "--version":
+        import dst
+
+        print(f"dst {dst.__version__}")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS and "LOCAL_RANK" in os.environ:
+        # Lightning starts the other processes of a distributed run with the overrides alone.
+        command, rest = "train", arguments
+    if command not in COMMANDS:
+        guess = difflib.get_close_matches(command, COMMANDS, 1)
+        hint = f"did you mean {guess[0]}?" if guess else "dst --help lists the commands"
+        print(f"error: dst has no command {command!r}; {hint}", file=sys.stderr)
+        return 2
+    return COMMANDS[command][0](rest)
+
+
+def train(argv: Sequence[str]) -> int:
+    """Train as ``conf/train.yaml`` and the overrides say, and return the exit status.
+
+    A mistake in the settings ends in one line on standard error and status 2, and leaves no folder behind;
+    ``DST_TRACEBACK=1`` or ``HYDRA_FULL_ERROR=1`` shows where it was found.
+
+    Args:
+        argv: Overrides and flags as Hydra takes them.
+    """
+    import hydra
+    from hydra.errors import HydraException
+
+    wanted = os.environ.get("DST_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR", "0"))
+    # Hydra would print exceptions itself and exit; set for all processes that this one starts.
+    os.environ.update(HYDRA_FULL_ERROR="1", DST_TRACEBACK=wanted)
+    sys.argv = [sys.argv[0], *argv]
+    register_schema()
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(job)()
+    except (ConfigurationError, StateError, HydraException, OmegaConfBaseException) as error:
+        from dst.sweep import discard
+
+        discard()
+        if wanted == "1":
+            traceback.print_exc()
+        print(f"error: {explain(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def job(cfg: DictConfig) -> float:
+    """Train one run, within Hydra; return its test accuracy, for sweepers that optimise it."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra_cfg = HydraConfig.get()
+    folder = Path(hydra_cfg.runtime.output_dir)
+    if hydra_cfg.mode == RunMode.MULTIRUN:
+        if hydra_cfg.runtime.choices["hydra/launcher"] != "basic":
+            cfg.trainer.enable_progress_bar = False  # runs side by side would draw over each other
+        return _sweep_job(cfg, folder)
+
+    from dst.run import run
+    from dst.summary import show
+
+    try:
+        summary = run(cfg, folder)
+    except (KeyboardInterrupt, SystemExit):
+        if (folder / "checkpoints" / "last.ckpt").exists():
+            print(f"interrupted; go on with: resume=last hydra.run.dir={folder}", file=sys.stderr)
+        raise
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        show(summary.renderable(folder))
+    return _accuracy(summary.test.accuracy)
+
+
+def _sweep_job(cfg: DictConfig, folder: Path) -> float:
+    """Train one run of a sweep; a failure is recorded in the run's folder, and the sweep goes on."""
+    from dst.run import run
+    from dst.summary import percent
+    from dst.sweep import ERROR_FILE
+
+    try:
+        summary = run(cfg, folder, sweep=True)
+    except Exception as error:
+        expected = isinstance(error, (ConfigurationError, StateError, OmegaConfBaseException)) or _is_hydra(error)
+        message = explain(error) if expected else f"{type(error).__name__}: {error}"
+        (folder / ERROR_FILE).write_text(f"{message}\n\n{traceback.format_exc()}", encoding="utf-8")
+        if not expected or os.environ.get("DST_TRACEBACK") == "1":
+            traceback.print_exc()
+        print(f"error: run {folder.name}: {message}", file=sys.stderr)
+        return float("nan")
+    (folder / ERROR_FILE).unlink(missing_ok=True)
+    print(f"run {folder.name}: test accuracy {percent(summary.test.accuracy)} in {summary.seconds:.1f} s")
+    return _accuracy(summary.test.accuracy)
+
+
+def explain(error: BaseException) -> str:
+    """Say in one message what a user has to change.
+
+    Args:
+        error: What configuration or validation raised.
+
+    Returns:
+        The message of the innermost cause that is about the settings.
+    """
+    from hydra.errors import ConfigCompositionException, InstantiationException, MissingConfigException
+
+    for cause in _causes(error):
+        if isinstance(cause, (ConfigurationError, StateError)):
+            return str(cause)
+    text = _first_paragraph(str(error))
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        guess = difflib.get_close_matches(name, error.options, 1)
+        hint = f"did you mean {guess[0]}? " if guess else ""
+        return f"there is no {group}={name}; {hint}Choose from {', '.join(error.options)}"
+    if isinstance(error, InstantiationException) and error.__cause__ is not None:
+        return f"{text} {error.__cause__}"
+    if isinstance(error, ConfigCompositionException) and error.__cause__ is not None:
+        return f"{text}: {_first_paragraph(str(error.__cause__))}"
+    return text
+
+
+def _first_paragraph(text: str) -> str:
+    lines = [line.strip() for line in text.strip().splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(("full_key:", "object_type=")))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _is_hydra(error: BaseException) -> bool:
+    from hydra.errors import HydraException
+
+    return isinstance(error, HydraException)
+
+
+def _accuracy(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def methods(argv: Sequence[str]) -> int:
+    """Print the methods with what they are and their settings."""
+    import inspect
+
+    from rich.table import Table
+
+    from dst import methods as module
+    from dst.summary import show
+
+    if argv:
+        print(f"error: dst methods takes no arguments, got {' '.join(argv)}", file=sys.stderr)
+        return 2
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 3, 1, 0))
+    for header in ("sparsity=", "what it is", "settings"):
+        table.add_column(header)
+    for name in module.__all__:
+        function = getattr(module, name)
+        knobs = [p for p in inspect.signature(function).parameters if p not in ("density", "backend")]
+        summary = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
+        table.add_row(name.rstrip("_"), summary, ", ".join(knobs))
+    show(table)
+    return 0
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (train, "train a network: dst train sparsity=rigl density=0.1 (dst train --help)"),
+    "methods": (methods, "list the methods and their settings"),
+}
+
+
+def _help() -> str:
+    lines = [f"  {name:<10}{text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["Dynamic sparse training.", "", "usage: dst COMMAND ...", "", *lines])

@@ -1,0 +1,199 @@
+"""What the data modules share: splitting, normalising, batching."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning import LightningDataModule, Trainer
+from torch import Tensor
+
+from dst.data.augment import crop_and_flip
+from dst.data.loader import Batch, TensorLoader, stratified_split
+from dst.errors import ConfigurationError, DataError
+
+Split = Literal["train", "test"]
+
+
+class ImageDataModule(LightningDataModule, ABC):
+    """An image-classification data set in memory.
+
+    Batches are float32 images ``(B, C, H, W)``, normalised by the training set's mean and deviation, and
+    int64 labels ``(B,)``. Training batches are shared among the processes (see
+    :class:`~dst.data.loader.TensorLoader`). In evaluation every process reads the whole split: metrics are
+    exact with and without synchronisation, and no sample is padded or left out.
+
+    Args:
+        root: folder of the data sets.
+        batch_size: training samples per step and process.
+        eval_batch_size: samples per batch in validation and test.
+        validation: share of the training split held out, class by class, chosen by ``seed``; 0 for none.
+        download: fetch missing files.
+        augment: augment training images; None for yes if the data set has an augmentation.
+        seed: of the held-out samples, of the order and of augmentation.
+        drop_last: leave out training samples that do not fill a batch, in every epoch others.
+
+    Raises:
+        ConfigurationError: if a value is out of range.
+    """
+
+    folder: ClassVar[str]
+    input_shape: ClassVar[tuple[int, int, int]]
+    num_classes: ClassVar[int]
+    mean: ClassVar[tuple[float, ...]]
+    std: ClassVar[tuple[float, ...]]
+    white: ClassVar[int] = 255
+    augmentable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        root: str | Path = "data",
+        *,
+        batch_size: int = 128,
+        eval_batch_size: int = 1000,
+        validation: float = 0.1,
+        download: bool = True,
+        augment: bool | None = None,
+        seed: int = 0,
+        drop_last: bool = True,
+    ) -> None:
+        super().__init__()
+        if min(batch_size, eval_batch_size) < 1:
+            raise ConfigurationError(
+                f"batch_size ({batch_size}) and eval_batch_size ({eval_batch_size}) must be at least 1."
+            )
+        if not 0 <= validation < 1:
+            raise ConfigurationError(f"validation is a share of the training split, in [0, 1); got {validation}.")
+        if seed < 0:
+            raise ConfigurationError(f"The data seed must be at least 0; got {seed}.")
+        if augment and not self.augmentable:
+            raise ConfigurationError(f"{type(self).__name__} has no augmentation; set augment to false.")
+        self.root = Path(root)
+        self.batch_size, self.eval_batch_size, self.validation = batch_size, eval_batch_size, validation
+        self.download, self.seed, self.drop_last = download, seed, drop_last
+        self.augment = self.augmentable if augment is None else augment
+        self._data: dict[Split, tuple[Tensor, Tensor]] = {}
+
+    @abstractmethod
+    def locate(self, *, download: bool) -> Path | None:
+        """Return where the data set lies, fetched if missing and ``download``; None if it needs no files.
+
+        Raises:
+            DataError: if it is not there; names the addresses of the files and the folder to put them in.
+        """
+
+    @abstractmethod
+    def read(self, split: Split) -> tuple[Tensor, Tensor]:
+        """Return uint8 images ``(N, C, H, W)`` in ``0..white`` and int64 labels ``(N,)``.
+
+        Raises:
+            DataError: if the files are missing or damaged.
+        """
+
+    def prepare_data(self) -> None:
+        """Fetch missing files, if allowed; Lightning calls this in one process per machine."""
+        self.locate(download=self.download)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the training split (``"fit"``, ``"validate"``), the test split (``"test"``) or both (None)."""
+        if stage != "test":
+            self._split("train")
+            if stage == "fit" and self.trainer is not None and not len(self._parts()[1]):
+                # Lightning runs, and warns of, a validation without batches unless told that there is none.
+                self.trainer.limit_val_batches = 0
+        if stage not in ("fit", "validate"):
+            self._split("test")
+
+    def train_dataloader(self) -> TensorLoader:
+        """Return the shuffled training loader; in order if Lightning is told to overfit some batches."""
+        return FitLoader(
+            **self._tensors("train"),
+            trainer=self.trainer,
+            indices=self._parts()[0],
+            batch_size=self.batch_size,
+            shuffle=not getattr(self.trainer, "overfit_batches", 0),
+            drop_last=self.drop_last,
+            shard=True,
+            seed=self.seed,
+            augment=crop_and_flip if self.augment else None,
+        )
+
+    def val_dataloader(self) -> TensorLoader | list[TensorLoader]:
+        """Return the loader of the samples held out; an empty list if there are none."""
+        held_out = self._parts()[1]
+        if not len(held_out):
+            return []
+        return TensorLoader(**self._tensors("train"), indices=held_out, batch_size=self.eval_batch_size)
+
+    def test_dataloader(self) -> TensorLoader:
+        """Return the loader of the test split."""
+        return TensorLoader(**self._tensors("test"), batch_size=self.eval_batch_size)
+
+    def _parts(self) -> tuple[Tensor, Tensor]:
+        return stratified_split(self._split("train")[1], self.validation, self.seed)
+
+    def _tensors(self, split: Split) -> dict[str, Any]:
+        images, labels = self._split(split)
+        mean, std = torch.tensor(self.mean), torch.tensor(self.std)
+        return {"images": images, "labels": labels, "scale": 1 / (self.white * std), "shift": -mean / std}
+
+    def _split(self, split: Split) -> tuple[Tensor, Tensor]:
+        if split not in self._data:
+            images, labels = self.read(split)
+            classes = int(labels.max()) + 1 if len(labels) else 0
+            if images.shape != (len(labels), *self.input_shape) or not 0 < classes <= self.num_classes:
+                raise DataError(
+                    f"The {split} split of {self.folder} in {self.locate(download=False)} does not belong there: "
+                    f"images of shape {tuple(images.shape)}, {len(labels)} labels of {classes} classes; images of "
+                    f"shape {self.input_shape}, as many labels and {self.num_classes} classes were expected."
+                )
+            self._data[split] = images, labels
+        return self._data[split]
+
+
+class FitLoader(TensorLoader):
+    """A training loader that makes up for what Lightning's loops get wrong when they resume.
+
+    The loops count epochs and batches as ready, started, processed and completed. On entering an epoch as many are
+    completed as processed, and while it runs one more is ready and started: so it is, except after certain resumes
+    (Lightning 2.6). Restoring this changes nothing where it holds.
+    """
+
+    def __init__(self, *, trainer: Trainer | None, **options: Any) -> None:
+        self._loops: Any = trainer.fit_loop if trainer is not None else None
+        self._entered = False  # read by the loops, not by somebody who wants to look at a batch
+        super().__init__(**options)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Move to the beginning of ``epoch``, which Lightning says on entering an epoch."""
+        if self._loops is not None:
+            # With max_steps, a checkpoint from an epoch's end makes Lightning end that epoch a second time. It
+            # must not be counted twice, or the next one is left out.
+            for count in self._epochs():
+                count.processed = min(count.processed, count.completed)
+            epoch = self._loops.epoch_progress.current.processed
+            self._entered = True
+        super().set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._entered:
+            # After a checkpoint from the last batch of an epoch, Lightning does not count the next one as started.
+            # Resumed from within that one, it would then begin it anew.
+            for count in self._epochs():
+                if count.ready == count.processed:
+                    count.ready, count.started = count.ready + 1, count.started + 1
+        yield from super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position; a batch whose step has failed counts as unread."""
+        state = super().state_dict()
+        if self._loops is not None:
+            batches = self._loops.epoch_loop.batch_progress.current
+            state["batch"] = max(state["batch"] - (batches.ready - batches.processed), 0)
+        return state
+
+    def _epochs(self) -> tuple[Any, Any]:
+        return self._loops.epoch_progress.current, self._loops.epoch_progress.total

@@ -1,0 +1,203 @@
+"""Finding the weights that can be sparse.
+
+Connections live in the weights of Linear, convolution, attention and recurrent modules. Norms, biases and embeddings stay
+dense unless they are included by name or type; a tensor that several modules share counts once.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from dst.errors import ConfigurationError
+
+Selector = str | type[nn.Module]
+"""A shell-style pattern for parameter, layer or module names, or a module type."""
+
+_WEIGHT_MODULES = (
+    nn.Linear,
+    nn.Bilinear,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """A weight, or a part of one, that gets a budget of its own.
+
+    Attributes:
+        label: Unique name: the parameter's, with the part in brackets where it is one (``attn.in_proj_weight[q]``).
+        parameter: Name in ``model.named_parameters()``.
+        kind: The owning module's class name.
+        shape: Shape of the part.
+        rows: Half-open range of dimension 0 that the part covers, or ``None`` for the whole parameter.
+        output_dim: The dimension that counts output channels (0, or 1 for transposed convolutions).
+    """
+
+    label: str
+    parameter: str
+    kind: str
+    shape: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+    output_dim: int = 0
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    def part(self, tensor: Tensor) -> Tensor:
+        """The layer's part of a tensor of the parameter's shape: a view."""
+        return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
+
+
+@dataclass(frozen=True)
+class DenseWeight:
+    """A weight that stays dense, and why.
+
+    Attributes:
+        name: Name in ``model.named_parameters()``.
+        kind: The owning module's class name.
+        shape: Its shape.
+        reason: Why it is not sparse.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    reason: str
+
+
+def find_layers(
+    model: nn.Module,
+    include: Iterable[Selector] | None = None,
+    exclude: Iterable[Selector] | None = None,
+) -> tuple[list[SparseLayer], list[DenseWeight]]:
+    """List what will be sparse and what will not.
+
+    Args:
+        model: Any module.
+        include: If given, only weights that one of these selects are sparse; it may also bring in weights that stay dense
+            by default (embeddings, parameters of custom modules with two or more dimensions).
+        exclude: Weights that one of these selects stay dense.
+
+    Returns:
+        The sparse layers and the dense weights (two or more dimensions only), both in the model's order.
+
+    Raises:
+        ConfigurationError: A selector that selects nothing, a lazy module that has not seen data, or a model without
+            any weight to make sparse.
+    """
+    include = None if include is None else _selectors(include, "include")
+    exclude = _selectors(exclude or (), "exclude")
+    owners = _owners(model)
+    used: set[Selector] = set()
+    layers: list[SparseLayer] = []
+    dense: list[DenseWeight] = []
+    for name, parameter in model.named_parameters():
+        if is_lazy(parameter):
+            raise ConfigurationError(f"{name} has no shape yet: run one batch through the lazy module first")
+        if parameter.ndim < 2:
+            continue
+        parts = _parts(name, parameter, owners[id(parameter)])
+        for layer in parts:
+            names = {layer.label, *(n for full, m, _ in owners[id(parameter)] for n in (full, m))}
+            modules = [module for _, _, module in owners[id(parameter)]]
+            included = _selected(include, names, modules, used) if include is not None else None
+            excluded = _selected(exclude, names, modules, used)
+            reason = _reason_to_stay_dense(parameter, owners[id(parameter)], included, excluded)
+            if reason is None:
+                layers.append(layer)
+            else:
+                dense.append(DenseWeight(layer.label, layer.kind, layer.shape, reason))
+    unused = [s for s in [*(include or ()), *exclude] if s not in used]
+    if unused:
+        known = ", ".join(name for name, p in model.named_parameters() if p.ndim >= 2)
+        shown = ", ".join(s if isinstance(s, str) else s.__name__ for s in unused)
+        raise ConfigurationError(f"include/exclude {shown} selects no weight; the weights are {known or 'none'}")
+    if not layers:
+        reasons = "; ".join(f"{d.name}: {d.reason}" for d in dense) or "it has no weight with two dimensions or more"
+        raise ConfigurationError(f"nothing in {type(model).__name__} can be sparse ({reasons}); see include=")
+    return layers, dense
+
+
+def _selectors(selectors: Iterable[Selector], name: str) -> list[Selector]:
+    if isinstance(selectors, (str, type)):
+        raise ConfigurationError(f"{name}={selectors!r} must be a list of names, patterns or module types")
+    return list(selectors)
+
+
+def _owners(model: nn.Module) -> dict[int, list[tuple[str, str, nn.Module]]]:
+    """Id of each parameter to (full name, module name, module) of every module that holds it."""
+    owners: dict[int, list[tuple[str, str, nn.Module]]] = {}
+    for module_name, module in model.named_modules():
+        for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            full = f"{module_name}.{attribute}" if module_name else attribute
+            owners.setdefault(id(parameter), []).append((full, module_name, module))
+    return owners
+
+
+def _parts(name: str, parameter: Tensor, owners: Sequence[tuple[str, str, nn.Module]]) -> list[SparseLayer]:
+    module = owners[0][2]
+    kind, shape = type(module).__name__, tuple(parameter.shape)
+    if isinstance(module, nn.MultiheadAttention) and name.endswith("in_proj_weight"):
+        size = shape[0] // 3
+        return [
+            SparseLayer(f"{name}[{part}]", name, kind, (size, *shape[1:]), (i * size, (i + 1) * size))
+            for i, part in enumerate("qkv")
+        ]
+    return [SparseLayer(name, name, kind, shape, output_dim=1 if isinstance(module, _TRANSPOSED) else 0)]
+
+
+def _selected(
+    selectors: Sequence[Selector], names: set[str], modules: Sequence[nn.Module], used: set[Selector]
+) -> bool:
+    hits = [
+        s
+        for s in selectors
+        if (
+            any(n == s or fnmatch.fnmatchcase(n, s) for n in names)
+            if isinstance(s, str)
+            else any(isinstance(m, s) for m in modules)
+        )
+    ]
+    used.update(hits)
+    return bool(hits)
+
+
+def _reason_to_stay_dense(
+    parameter: nn.Parameter,
+    owners: Sequence[tuple[str, str, nn.Module]],
+    included: bool | None,
+    excluded: bool,
+) -> str | None:
+    """Why the weight stays dense, or ``None`` if it is to be sparse."""
+    modules = [module for _, _, module in owners]
+    if excluded:
+        return "excluded"
+    if included is False:
+        return "not included"
+    if not parameter.requires_grad:
+        return "frozen (requires_grad=False)"
+    if included:
+        return None
+    if all(full.rpartition(".")[2].startswith("bias") for full, _, _ in owners):
+        return "bias"
+    if any(isinstance(m, _EMBEDDINGS) for m in modules):
+        return "embedding" if len(modules) == 1 else "tied to an embedding"
+    recurrent = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+    if any(isinstance(m, (*_WEIGHT_MODULES, *recurrent)) for m in modules):
+        return None
+    return f"{type(modules[0]).__name__} is not a known layer (use include= to make it sparse)"

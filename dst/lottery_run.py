@@ -1,0 +1,190 @@
+"""Drives lottery-ticket levels with Lightning: every level is a fresh fit from one snapshot."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from dst import init as inits
+from dst.errors import ConfigurationError
+from dst.layers import Selector, find_layers
+from dst.lightning import SparseTraining
+from dst.lottery import level_densities, prune
+from dst.mask_file import load_masks, save_masks
+from dst.method import Method
+from dst.types import Duration, resolve_steps
+
+MakeTrainer = Callable[[int, list[Callback], Path], lightning.Trainer]
+"""Builds the trainer of a level from the level's number, callbacks that it must have, and the level's folder."""
+
+
+@dataclass(frozen=True)
+class LevelResult:
+    """A finished level.
+
+    Attributes:
+        level: Its number; 0 is dense.
+        density: Its target density.
+        steps: Optimizer steps taken, those before the rewind point not counted again.
+        step_counts: Steps by cost, as ``Sparsifier.step_counts``.
+        layers: As ``Sparsifier.layer_table()``.
+        metrics: The trainer's metrics at the end of the fit.
+    """
+
+    level: int
+    density: float
+    steps: int
+    step_counts: dict[str, int]
+    layers: list[dict[str, Any]]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class LotteryResult:
+    """All levels, and the trainer of the last, whose weights the module now has."""
+
+    levels: tuple[LevelResult, ...]
+    trainer: lightning.Trainer
+
+
+def run_lottery(
+    method: Method,
+    make_trainer: MakeTrainer,
+    module: lightning.LightningModule,
+    datamodule: Any,
+    *,
+    folder: str | os.PathLike[str],
+    seed: int = 0,
+    include: Iterable[Selector] | None = None,
+    exclude: Iterable[Selector] | None = None,
+) -> LotteryResult:
+    """Run iterative magnitude pruning with rewinding to its end, or go on where it was interrupted.
+
+    Level 0 trains dense and saves a snapshot at the rewind point: weights, optimizers, schedulers, step and loader state. Every
+    later level starts from the snapshot with the weights pruned after the level before. Finished levels are not repeated,
+    and a level that was interrupted goes on from its last checkpoint.
+
+    Args:
+        method: ``dst.methods.lottery_ticket_rewind(...)``.
+        make_trainer: Builds each level's trainer; it must pass the callbacks on.
+        module: The module, freshly initialised; it has the last level's weights in the end.
+        datamodule: Anything that ``Trainer.fit`` takes as ``datamodule``.
+        folder: Where levels live: ``level_00``, ``level_01``, …
+        seed: Seeds ties in pruning.
+        include: Restrict what is sparse.
+        exclude: Keep dense what these select.
+
+    Returns:
+        All levels' results.
+
+    Raises:
+        ConfigurationError: A method without lottery levels, or a rewind point at or after the end of training.
+    """
+    if method.lottery is None:
+        raise ConfigurationError(f"{method.name} has no lottery levels; use dst.methods.lottery_ticket_rewind")
+    include, exclude = (None if s is None else list(s) for s in (include, exclude))
+    folder = Path(folder)
+    snapshot = folder / "snapshot.ckpt"
+    layers, _ = find_layers(module, include, exclude)
+    densities = level_densities(method.density, method.lottery.prune_fraction)
+    results: list[LevelResult] = []
+    trainer: lightning.Trainer | None = None
+    for level, density in enumerate(densities):
+        place = folder / f"level_{level:02d}"
+        record, masks_file, final = place / "level.json", place / "masks.pt", place / "final.ckpt"
+        if record.exists():
+            results.append(LevelResult(**json.loads(record.read_text())))
+            continue
+        if level > 0:
+            previous = folder / f"level_{level - 1:02d}"
+            weights = _weights(previous / "final.ckpt", [x.parameter for x in layers])
+            old = (
+                load_masks(previous / "masks.pt")
+                if level > 1
+                else {n: torch.ones_like(w).bool() for n, w in weights.items()}
+            )
+            save_masks(prune(layers, weights, old, density, method.allocation, seed=seed), masks_file)
+        fixed = inits.FromFile(str(masks_file)) if level > 0 else inits.Random()
+        sparse = SparseTraining(
+            replace(method, lottery=None, density=density, init=fixed), include=include, exclude=exclude, seed=seed
+        )
+        saver = ModelCheckpoint(
+            dirpath=place, filename="{epoch}", save_last=True, save_top_k=0, enable_version_counter=False
+        )
+        callbacks: list[Callback] = [sparse, saver]
+        if level == 0:
+            callbacks.append(_Snapshot(snapshot, method.lottery.rewind_to))
+        trainer = make_trainer(level, callbacks, place)
+        last = place / "last.ckpt"
+        start = last if last.exists() else snapshot if level > 0 else None
+        trainer.fit(module, datamodule=datamodule, ckpt_path=start)
+        if trainer.interrupted:
+            raise KeyboardInterrupt
+        if not snapshot.exists():
+            raise ConfigurationError(
+                f"rewind_to={method.lottery.rewind_to} was not reached in {trainer.global_step} steps of the dense level"
+            )
+        assert sparse.sparsifier is not None
+        trainer.save_checkpoint(final)
+        result = LevelResult(
+            level,
+            density,
+            sparse.sparsifier.step,
+            sparse.sparsifier.step_counts,
+            sparse.sparsifier.layer_table(),
+            {name: float(value) for name, value in trainer.callback_metrics.items()},
+        )
+        _write_atomically(record, json.dumps(asdict(result), indent=2))
+        results.append(result)
+    if trainer is None:
+        # All levels were finished before: bring back what the last one left.
+        place = folder / f"level_{len(densities) - 1:02d}"
+        trainer = make_trainer(len(densities) - 1, [], place)
+        module.load_state_dict(torch.load(place / "final.ckpt", map_location="cpu", weights_only=True)["state_dict"])
+    return LotteryResult(tuple(results), trainer)
+
+
+class _Snapshot(Callback):
+    """Saves a checkpoint at one step, without the state of callbacks: levels start theirs anew."""
+
+    def __init__(self, path: Path, at: Duration) -> None:
+        self.path = path
+        self.at = at
+        self._step = 0
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._step = resolve_steps(self.at, int(trainer.estimated_stepping_batches), "rewind_to")
+        self._save_if_due(trainer)
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:
+        self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: lightning.Trainer) -> None:
+        if trainer.global_step != self._step or self.path.exists():
+            return
+        partial = self.path.with_suffix(".part")
+        trainer.save_checkpoint(partial)
+        if trainer.is_global_zero:
+            checkpoint = torch.load(partial, map_location="cpu", weights_only=True)
+            torch.save({**checkpoint, "callbacks": {}}, partial)
+            os.replace(partial, self.path)
+        trainer.strategy.barrier("lottery snapshot")
+
+
+def _weights(checkpoint: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    return {name: state[name] for name in names}
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    partial = path.with_suffix(".part")
+    partial.write_text(text)
+    os.replace(partial, path)

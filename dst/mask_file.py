@@ -1,0 +1,52 @@
+"""Masks in a file: plain tensors, read without executing anything that the file brings."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dst.errors import StateError
+
+
+def save_masks(masks: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
+    """Write masks atomically.
+
+    Args:
+        masks: Parameter name to bool tensor, as ``Sparsifier.masks`` gives them.
+        path: The file to write; an older one is replaced in one move.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    torch.save({name: mask.detach().bool().cpu() for name, mask in masks.items()}, partial)
+    os.replace(partial, path)
+
+
+def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read masks written by ``save_masks``.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Parameter name to bool tensor, on the CPU.
+
+    Raises:
+        StateError: No such file, or not one of masks; nothing in it is executed.
+    """
+    try:
+        masks = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise StateError(f"no mask file at {path}; dst.save_masks writes one") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise StateError(f"{path} is not a mask file, or is damaged: {str(error).splitlines()[0]}") from None
+    if not isinstance(masks, dict) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) and v.dtype == torch.bool for k, v in masks.items()
+    ):
+        raise StateError(f"{path} does not hold masks (a dict of parameter name to bool tensor)")
+    return masks

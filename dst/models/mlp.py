@@ -1,0 +1,63 @@
+"""Fully connected classifiers on flattened images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from math import prod
+
+from torch import Tensor, nn
+
+from dst.models.common import check_positive, check_task, he_init
+
+
+class _FullyConnected(nn.Module):
+    """Flatten, then linear layers of the given ``widths`` with ReLU, then a linear classifier."""
+
+    def __init__(self, input_shape: Sequence[int], num_classes: int, widths: Sequence[int]) -> None:
+        super().__init__()
+        shape, num_classes = check_task(input_shape, num_classes)
+        sizes = [prod(shape), *widths]
+        self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
+        self.classifier = nn.Linear(sizes[-1], num_classes)
+        he_init(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (N, C, H, W) to logits (N, num_classes)."""
+        features = images.flatten(1)
+        for layer in self.hidden:
+            features = layer(features).relu()
+        return self.classifier(features)
+
+
+class LeNet300100(_FullyConnected):
+    """LeNet-300-100: two hidden layers of 300 and 100 units (LeCun et al. 1998).
+
+    Args:
+        input_shape: Shape (C, H, W) of one image.
+        num_classes: Number of classes, at least 2.
+
+    Raises:
+        ConfigurationError: if an argument is out of range.
+    """
+
+    def __init__(self, input_shape: Sequence[int], num_classes: int) -> None:
+        super().__init__(input_shape, num_classes, (300, 100))
+
+
+class MLP(_FullyConnected):
+    """``depth`` hidden layers of ``width`` units, as SET was first tested on (Mocanu et al. 2018).
+
+    Args:
+        input_shape: Shape (C, H, W) of one image.
+        num_classes: Number of classes, at least 2.
+        width: Units of every hidden layer.
+        depth: Number of hidden layers; the classifier comes on top.
+
+    Raises:
+        ConfigurationError: if an argument is out of range.
+    """
+
+    def __init__(self, input_shape: Sequence[int], num_classes: int, width: int = 1000, depth: int = 3) -> None:
+        check_positive(width=width, depth=depth)
+        super().__init__(input_shape, num_classes, [width] * depth)

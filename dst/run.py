@@ -1,0 +1,416 @@
+"""One run: from a configuration to a trained sparse network and its summary."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import math
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from hydra.utils import instantiate, to_absolute_path
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from omegaconf import DictConfig
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from dst.classifier import Classifier
+from dst.errors import ConfigurationError
+from dst.layers import SparseLayer, find_layers
+from dst.lightning import SparseTraining
+from dst.lottery_run import run_lottery
+from dst.method import Method
+from dst.metrics.flops import inference_ratio, layer_macs, training_ratio
+from dst.summary import Density, Flops, Summary, Test, Topology, number
+
+LAST = "last"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a configuration describes, built and checked; nothing is written yet."""
+
+    method: Method
+    datamodule: Any
+    module: Classifier
+    layers: Sequence[SparseLayer]
+    macs: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What training leaves behind.
+
+    Attributes:
+        trainer: The trainer that can test the module.
+        steps: Optimizer steps taken.
+        layers: The final ``Sparsifier.layer_table()``.
+        training_ratio: See `dst.summary.Flops`.
+        topology: See `dst.summary.Topology`.
+    """
+
+    trainer: lightning.Trainer
+    steps: int
+    layers: list[dict[str, Any]]
+    training_ratio: float
+    topology: Topology
+
+
+def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False) -> Summary:
+    """Train and test what a configuration describes.
+
+    Everything is built and checked before anything is written. The folder then gets ``checkpoints/``, ``metrics.csv`` and,
+    at the end, ``summary.json``.
+
+    Args:
+        cfg: The composed ``conf/train.yaml``.
+        folder: The run's folder.
+        sweep: Whether the run is one of several in one command.
+
+    Returns:
+        What was written as ``summary.json``.
+
+    Raises:
+        ConfigurationError: A setting, or a combination of settings, that cannot be trained; data that is missing.
+        StateError: A checkpoint to resume from that belongs to another run.
+    """
+    folder = Path(folder)
+    _quieten()
+    parts = build(cfg)
+    _set_threads(cfg.threads, sum(parts.macs.values()) * cfg.data.get("batch_size", 1))
+    resume = _resume_point(cfg.resume, folder, parts.method)
+    make_trainer = _trainer_factory(cfg, folder)
+    launcher = make_trainer([], [], "").strategy.launcher  # also shows what is wrong with the trainer's settings
+    if sweep and isinstance(launcher, _SubprocessScriptLauncher):
+        raise ConfigurationError(
+            "this strategy starts the command once more for every device, which in a sweep would repeat the "
+            "sweep: use trainer.strategy=ddp_fork or ddp_spawn, trainer.devices=1, or separate commands"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    fit = _fit if parts.method.lottery is None else _fit_lottery
+    outcome = fit(parts, cfg, folder, resume, make_trainer)
+    (tested,) = outcome.trainer.test(parts.module, datamodule=parts.datamodule, verbose=False)
+    realised = sum(x["nonzero"] for x in outcome.layers) / sum(x["weights"] for x in outcome.layers)
+    summary = Summary(
+        sparsity=parts.method.name,
+        seed=cfg.seed,
+        steps=outcome.steps,
+        seconds=time.perf_counter() - began,
+        density=Density(parts.method.density, realised, outcome.layers),
+        test=Test(_finite(tested["test/accuracy"]), _finite(tested["test/loss"])),
+        flops=Flops(inference_ratio(parts.macs, _densities(parts, outcome.layers)), outcome.training_ratio),
+        topology=outcome.topology,
+    )
+    if outcome.trainer.is_global_zero:
+        summary.write(folder)
+    return summary
+
+
+def build(cfg: DictConfig) -> Parts:
+    """Build and check everything but the trainer; nothing is written but a download that the data asked for.
+
+    Args:
+        cfg: The composed configuration.
+
+    Raises:
+        ConfigurationError: As `run`.
+    """
+    if not 0 < cfg.density <= 1:
+        raise ConfigurationError(f"density={cfg.density} must lie in (0, 1]: the share of weights that are kept")
+    if not 0 <= cfg.seed < 2**32:
+        raise ConfigurationError(f"seed={cfg.seed} must lie in [0, 2**32)")
+    lightning.seed_everything(cfg.seed, workers=True, verbose=False)
+    method = _make(cfg.sparsity)
+    root = {"root": to_absolute_path(cfg.data.root)} if "root" in cfg.data else {}
+    datamodule = _make(cfg.data, **root)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of a machine find what this one fetched
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+    task = {"input_shape": datamodule.input_shape, "num_classes": datamodule.num_classes}
+    optimizer, scheduler = _make(cfg.optimizer), _make(cfg.scheduler)
+    module = Classifier(_make(cfg.model, **task), optimizer, scheduler)
+    with _blaming("optimizer, scheduler"):
+        trial = optimizer(module.parameters())
+        if scheduler is not None:
+            scheduler(trial, 100)
+    layers, _ = find_layers(module, cfg.include, cfg.exclude)
+    _check_budget(method, module, layers)
+    with _blaming("model"):
+        macs = layer_macs(module, task["input_shape"])
+    return Parts(method, datamodule, module, layers, macs)
+
+
+def _check_budget(method: Method, module: Classifier, layers: Sequence[SparseLayer]) -> None:
+    """Raise now what an allocation would raise when the mask is made, which may be late in training."""
+    if method.density < 1:
+        named = dict(module.named_parameters())
+        scores = [layer.part(named[layer.parameter].detach()).abs() for layer in layers]
+        method.allocation.counts(
+            [layer.label for layer in layers],
+            [layer.shape for layer in layers],
+            method.density,
+            scores if method.allocation.needs_scores else None,
+        )
+
+
+TrainerFactory = Callable[[list[Callback], list[Logger], str], lightning.Trainer]
+"""Builds a trainer from callbacks, loggers and the title of its progress bar."""
+
+
+def _trainer_factory(cfg: DictConfig, folder: Path) -> TrainerFactory:
+    def make(callbacks: list[Callback], loggers: list[Logger], title: str) -> lightning.Trainer:
+        if cfg.trainer.enable_progress_bar:
+            callbacks = [*callbacks, Progress(title)]
+        return _make(cfg.trainer, callbacks=callbacks, logger=loggers, default_root_dir=folder)
+
+    return make
+
+
+def _fit(parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_trainer: TrainerFactory) -> Outcome:
+    """One ordinary fit, with the checkpoint of the last epoch."""
+    sparse = SparseTraining(parts.method, include=cfg.include, exclude=cfg.exclude, seed=cfg.seed)
+    saver = ModelCheckpoint(
+        folder / "checkpoints", filename=LAST, enable_version_counter=False, save_on_train_epoch_end=True
+    )
+    trainer = make_trainer(
+        [sparse, saver], _loggers(cfg, folder, MetricsFile(folder, resume=resume)), parts.method.name
+    )
+    trainer.fit(parts.module, datamodule=parts.datamodule, ckpt_path=resume)
+    sparsifier = sparse.sparsifier
+    assert sparsifier is not None
+    table = sparsifier.layer_table()
+    return Outcome(
+        trainer,
+        sparsifier.step,
+        table,
+        training_ratio(parts.macs, _densities(parts, table), sparsifier.step_counts),
+        Topology(sparsifier.updates, sparsifier.exploration_rate),
+    )
+
+
+def _fit_lottery(
+    parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_trainer: TrainerFactory
+) -> Outcome:
+    """One fit a level, all levels' metrics in one file."""
+
+    def make_level(level: int, callbacks: list[Callback], place: Path) -> lightning.Trainer:
+        metrics = MetricsFile(folder, resume=place / f"{LAST}.ckpt", level=level)
+        return make_trainer(callbacks, _loggers(cfg, folder, metrics), f"level {level}")
+
+    result = run_lottery(
+        parts.method,
+        make_level,
+        parts.module,
+        parts.datamodule,
+        folder=folder / "checkpoints",
+        seed=cfg.seed,
+        include=cfg.include,
+        exclude=cfg.exclude,
+    )
+    costs = [
+        training_ratio(parts.macs, _densities(parts, level.layers), level.step_counts) * level.steps
+        for level in result.levels
+    ]
+    # Levels' masks lie within each other, so the first that is sparse holds all that were ever active.
+    first = result.levels[min(1, len(result.levels) - 1)].layers
+    explored = sum(layer["nonzero"] for layer in first) / sum(layer["weights"] for layer in first)
+    return Outcome(
+        result.trainer,
+        sum(level.steps for level in result.levels),
+        result.levels[-1].layers,
+        sum(costs) / result.levels[0].steps,
+        Topology(len(result.levels) - 1, explored),
+    )
+
+
+class Progress(ProgressBar):
+    """One bar over all optimizer steps of a fit, with density, updates and accuracy beside it.
+
+    Args:
+        title: What stands before it.
+    """
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self.title = title
+        self.bar: tqdm | None = None
+
+    def disable(self) -> None:
+        """Show nothing: Lightning calls this on all processes but the first."""
+        self.title = ""
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Open the bar, where a resumed training stands."""
+        total = trainer.estimated_stepping_batches
+        self.bar = tqdm(
+            desc=self.title,
+            total=int(total) if math.isfinite(total) else None,
+            initial=trainer.global_step,
+            unit="step",
+            dynamic_ncols=True,
+            # Every refresh is a line of its own in a log.
+            mininterval=0.1 if sys.stderr.isatty() else 5.0,
+            disable=not self.title,
+        )
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+        """Advance by the optimizer's steps."""
+        assert self.bar is not None
+        self.bar.update(trainer.global_step - self.bar.n)
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Show the newest numbers."""
+        assert self.bar is not None
+        shown = {name: number(value) for name, value in trainer.progress_bar_metrics.items()}
+        self.bar.set_postfix(shown, refresh=False)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Leave the finished bar on the screen."""
+        self._close()
+
+    def on_exception(self, *args: Any) -> None:
+        """Leave the bar as it stands, above the message."""
+        self._close()
+
+    def _close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+class MetricsFile(CSVLogger):
+    """``metrics.csv`` in the run's folder; rows from before a resume stay.
+
+    Args:
+        folder: The run's folder.
+        resume: Checkpoint that training goes on from, if it exists: rows after its step are dropped.
+        level: Number of the fit where a run has several; a column then, and other fits' rows stay.
+    """
+
+    def __init__(self, folder: Path, *, resume: Path | None = None, level: int | None = None) -> None:
+        self._extra = {} if level is None else {"level": level}
+        kept = _rows_before(folder / "metrics.csv", resume, level)
+        super().__init__(folder, name="", version="")
+        if kept:
+            self.experiment.metrics.extend(kept)
+            self.save()
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Add a row."""
+        super().log_metrics({**metrics, **self._extra}, step)
+
+
+def _rows_before(path: Path, resume: Path | None, level: int | None) -> list[dict[str, Any]]:
+    if not path.exists() or (level is None and resume is None):
+        return []
+    step = _load(resume)["global_step"] if resume is not None and resume.exists() else -1
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+    return [row for row in rows if (level is not None and int(row["level"]) != level) or int(row["step"]) <= step]
+
+
+def _loggers(cfg: DictConfig, folder: Path, metrics: MetricsFile) -> list[Logger]:
+    if cfg.logger.get("_target_") is None:
+        return [metrics]
+    return [metrics, _make(cfg.logger, save_dir=folder)]
+
+
+def _resume_point(resume: str | None, folder: Path, method: Method) -> Path | None:
+    """Return the checkpoint to go on from, checked to be one."""
+    checkpoints = folder / "checkpoints"
+    if resume is None:
+        if checkpoints.exists() and any(checkpoints.iterdir()):
+            raise ConfigurationError(
+                f"{folder} holds an earlier run: go on with it by resume={LAST}, or choose another hydra.run.dir"
+            )
+        return None
+    if method.lottery is not None:
+        if resume != LAST or not checkpoints.is_dir():
+            raise ConfigurationError(
+                f"{method.name} goes on level by level: use resume={LAST} with hydra.run.dir=<the run's folder>"
+            )
+        return None
+    path = checkpoints / f"{LAST}.ckpt" if resume == LAST else Path(to_absolute_path(resume))
+    if not path.is_file():
+        advice = "name the run's folder by hydra.run.dir=FOLDER" if resume == LAST else "check the path"
+        raise ConfigurationError(f"resume={resume}: there is no checkpoint {path}; {advice}")
+    _load(path)
+    return path
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint["global_step"]
+    except Exception as error:  # torch.load raises many kinds
+        raise ConfigurationError(f"{path} is not a checkpoint, or it is damaged: {error}") from error
+    return checkpoint
+
+
+def _densities(parts: Parts, table: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Map parameter name to density, from a table of layers, of which a parameter may hold several."""
+    parameter = {layer.label: layer.parameter for layer in parts.layers}
+    weights: dict[str, int] = {}
+    nonzero: dict[str, int] = {}
+    for row in table:
+        name = parameter[row["name"]]
+        weights[name] = weights.get(name, 0) + row["weights"]
+        nonzero[name] = nonzero.get(name, 0) + row["nonzero"]
+    return {name: nonzero[name] / weights[name] for name in weights if name in parts.macs}
+
+
+def _make(node: DictConfig, **arguments: Any) -> Any:
+    """Instantiate a configuration with arguments that are objects, which Hydra itself would copy."""
+    if node.get("_target_") is None:
+        return None
+    factory = instantiate(node, _partial_=True, _convert_="all")
+    with _blaming(str(node._get_full_key(None))):
+        return factory if node.get("_partial_") else factory(**arguments)
+
+
+@contextmanager
+def _blaming(key: str) -> Iterator[None]:
+    """Turn what a class raises for bad arguments into a ``ConfigurationError`` that names the setting."""
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except Exception as error:
+        raise ConfigurationError(f"{key}: {error}") from error
+
+
+def _set_threads(threads: int | None, macs: int) -> None:
+    """Set PyTorch's CPU threads; small batches of small networks take one, since more only wait for each other."""
+    if threads is not None and threads < 1:
+        raise ConfigurationError(f"threads={threads} must be at least 1, or null")
+    if threads is not None or macs < 2**26:
+        torch.set_num_threads(threads or 1)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _quieten() -> None:
+    """Silence what Lightning says about itself; warnings about training stay."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*logs directory .* exists and is not empty.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*is smaller than the logging interval.*",
+        ".*but have no `val_dataloader`.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+    ):
+        warnings.filterwarnings("ignore", message=message)

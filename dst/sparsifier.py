@@ -1,0 +1,603 @@
+"""``Sparsifier``: the one object that owns state — masks, step, seed, score buffers, union of masks."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from dst import init as inits
+from dst.backends.masked import Multipliers
+from dst.errors import ConfigurationError, StateError
+from dst.layers import Selector, SparseLayer, find_layers
+from dst.mask_file import load_masks
+from dst.method import Method, spec_differences
+from dst.optimizer_state import clear_state, mask_state
+from dst.topology import Rewiring, drop_and_grow, drop_count, fill_at_, select_top
+from dst.types import LayerView, folded_generator, resolve_steps
+
+logger = logging.getLogger(__name__)
+
+STATE_FORMAT = 1
+
+
+@dataclass
+class _Stepper:
+    """An optimizer that holds sparse parameters, and how far it is."""
+
+    optimizer: Optimizer
+    layers: list[int]
+    parameters: list[nn.Parameter]
+    step: int = 0
+    announced: str | None = None  # what the step that before_step() prepared costs; None where it was not called
+
+
+@dataclass(frozen=True)
+class Update:
+    """What the last topology update did.
+
+    Attributes:
+        step: The optimizer step it happened at.
+        fraction: The drop fraction that the schedule gave.
+        churn: Share of the active connections that are new: grown / active, in [0, 1].
+    """
+
+    step: int
+    fraction: float
+    churn: float
+
+
+@dataclass
+class _Counters:
+    updates: int = 0
+    skipped: int = 0
+    steps: dict[str, int] = field(default_factory=lambda: {"dense": 0, "sparse": 0, "dense_gradient": 0})
+
+
+class Sparsifier:
+    """Trains a model sparsely: owns its masks and moves them as the method says.
+
+    ```python
+    sparsifier = dst.Sparsifier(model, optimizer, dst.methods.rigl(density=0.1), total_steps=10_000)
+    loss.backward()
+    sparsifier.before_step()
+    optimizer.step()
+    ```
+
+    Inactive weights are exactly zero after construction (from the step that makes the mask, where the method trains dense
+    first) and after every optimizer step. Optimizer state at connections that come or go is cleared, for any optimizer.
+
+    Args:
+        model: The model; its parameters stay ordinary parameters.
+        optimizer: The optimizer, or several. Each counts its own steps, and moves its own parameters' connections.
+        method: What to do; see ``dst.methods``.
+        total_steps: Optimizer steps of the whole training, >= 1: durations given as fractions refer to it.
+        include: Restrict what is sparse, by name, pattern or module type; see ``dst.layers.find_layers``.
+        exclude: Keep dense what these select.
+        seed: Seeds every random choice; the same on all ranks.
+
+    Raises:
+        ConfigurationError: A model, optimizer or combination that cannot be trained; the message says what to change.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        method: Method,
+        *,
+        total_steps: int,
+        include: Iterable[Selector] | None = None,
+        exclude: Iterable[Selector] | None = None,
+        seed: int = 0,
+    ) -> None:
+        if method.lottery is not None:
+            raise ConfigurationError(
+                f"{method.name} consists of several fits, and a Sparsifier serves one: "
+                "use dst.lottery_run.run_lottery, or dst.lottery in a loop of your own"
+            )
+        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
+            raise ConfigurationError(f"total_steps={total_steps!r} must be a positive number of optimizer steps")
+        self.method = method
+        self.total_steps = total_steps
+        self.seed = seed
+        self.layers, self.dense_weights = find_layers(model, include, exclude)
+        named = dict(model.named_parameters())
+        self._parameters = {layer.parameter: named[layer.parameter] for layer in self.layers}
+        for name, parameter in self._parameters.items():
+            _check_parameter(name, parameter)
+        self._steppers = self._assign([optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))
+        self._masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in self._parameters.items()}
+        self._union: dict[str, Tensor] = {}
+        self._active = [layer.weights for layer in self.layers]
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+        self._multipliers = Multipliers()
+        self._counters = _Counters()
+        self._sparsified = method.density == 1
+        self._warned: set[str] = set()
+        self.last_update: Update | None = None
+        self._originals: dict[str, tuple[Tensor, int]] | None = {}
+        self._sparsify_step = resolve_steps(method.sparsify_at, total_steps, "sparsify_at")
+        if method.init.needs_gradient and len(self._steppers) > 1:
+            raise ConfigurationError(
+                f"{type(method.init).__name__} needs every layer's gradient at one step, and the layers belong to "
+                f"{len(self._steppers)} optimizers; use another init, or one optimizer"
+            )
+        if not self._sparsified and self._sparsify_step == 0 and not method.init.needs_gradient:
+            self._originals = {n: (p.detach().clone(), -1) for n, p in self._parameters.items()}
+            self._sparsify(0)
+            self._originals = {n: (v, self._parameters[n]._version) for n, (v, _) in self._originals.items()}
+        self._hooks = [s.optimizer.register_step_post_hook(self._after_step) for s in self._steppers]
+
+    # -- what users look at ---------------------------------------------------------------------------------------
+
+    @property
+    def masks(self) -> dict[str, Tensor]:
+        """Parameter name to bool tensor of its shape, True where active. Not to be changed in place."""
+        return dict(self._masks)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken (of the first optimizer, where there are several)."""
+        return self._steppers[0].step
+
+    @property
+    def updates(self) -> int:
+        """Topology updates made."""
+        return self._counters.updates
+
+    @property
+    def skipped(self) -> int:
+        """Updates that were due and left out because a gradient was not finite."""
+        return self._counters.skipped
+
+    @property
+    def step_counts(self) -> dict[str, int]:
+        """Optimizer steps by what they cost.
+
+        ``dense``, ``sparse``, or ``dense_gradient`` (sparse, but with the dense gradient computed on purpose).
+        """
+        return dict(self._counters.steps)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the mask has been made (False in the dense phase of methods that have one)."""
+        return self._sparsified
+
+    @property
+    def active(self) -> int:
+        """Active weights over all sparse layers."""
+        return sum(self._active)
+
+    @property
+    def density(self) -> float:
+        """Realised density over all sparse layers, in (0, 1]."""
+        return self.active / sum(layer.weights for layer in self.layers)
+
+    @property
+    def churn(self) -> float:
+        """Share of the active connections that the last update made new."""
+        return self.last_update.churn if self.last_update else 0.0
+
+    @property
+    def drop_fraction(self) -> float:
+        """The drop fraction of the last update."""
+        return self.last_update.fraction if self.last_update else 0.0
+
+    @property
+    def exploration_rate(self) -> float:
+        """ITOP rate: share of the sparse layers' weights that have ever been active since the first mask.
+
+        abs(union of masks) / weights (Liu et al. 2021, https://arxiv.org/abs/2102.02887). Layers that are wholly dense
+        are in neither term; it is 1 where all layers are.
+        """
+        explored = total = 0
+        for layer, active in zip(self.layers, self._active, strict=True):
+            if active < layer.weights:
+                union = self._union.get(layer.parameter)
+                explored += active if union is None else int(layer.part(union).sum())
+                total += layer.weights
+        return explored / total if total else 1.0
+
+    def layer_table(self) -> list[dict[str, Any]]:
+        """One dict per sparse layer: ``name``, ``shape``, ``weights``, ``nonzero`` (active weights), ``density``."""
+        return [
+            {
+                "name": layer.label,
+                "shape": list(layer.shape),
+                "weights": layer.weights,
+                "nonzero": active,
+                "density": active / layer.weights,
+            }
+            for layer, active in zip(self.layers, self._active, strict=True)
+        ]
+
+    # -- the training loop ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def before_step(self, optimizer: Optimizer | None = None) -> None:
+        """Call between ``backward()`` and ``optimizer.step()``, after unscaling and before clipping.
+
+        Observes the dense gradient, makes the first mask or updates the topology where one is due, and masks the
+        gradients. Where an update takes the place of the step, all gradients of that optimizer are set to ``None``.
+
+        Args:
+            optimizer: The one about to step, where there are several; by default all.
+
+        Raises:
+            ConfigurationError: An optimizer that holds no sparse parameter of this model, or a sparse gradient.
+        """
+        chosen = [s for s in self._steppers if optimizer is None or s.optimizer is optimizer]
+        for stepper in chosen:
+            stepper.announced = self._prepare(stepper)
+
+    def _prepare(self, stepper: _Stepper) -> str:
+        """Do what is due before a step and say what kind of step it is."""
+        for index in stepper.layers:
+            gradient = self._parameters[self.layers[index].parameter].grad
+            if gradient is not None and gradient.layout != torch.strided:
+                raise ConfigurationError(
+                    f"{self.layers[index].parameter} has a sparse gradient; build its module with sparse=False"
+                )
+        if not self._sparsified and stepper.step >= self._sparsify_step:
+            if self.method.init.needs_gradient:
+                if not self._gradients_are_usable(stepper, every_layer=True):
+                    return "dense"
+                self._sparsify(stepper.step)
+                self._skip_step(stepper)
+                return "dense"
+            self._sparsify(stepper.step)
+        if not self._sparsified:
+            return "dense"
+        observing = self._observe(stepper)
+        kind = "dense_gradient" if observing else "sparse" if self.method.density < 1 else "dense"
+        if self.method.clock.fires(stepper.step, self.total_steps) and self._update(stepper):
+            needs_gradient = any(score.needs_gradient for score in self.method.scores().values())
+            kind = "dense_gradient" if needs_gradient else kind
+            if self.method.replace_step:
+                self._skip_step(stepper)
+        self._multipliers.mask_gradients(stepper.parameters)
+        return kind
+
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Step post-hook: weights that are inactive are zero again, and the clock advances."""
+        stepper = next(s for s in self._steppers if s.optimizer is optimizer)
+        self._multipliers.mask_weights(stepper.parameters)
+        self._originals = None
+        if stepper.announced is None:
+            raise StateError(
+                "optimizer.step() ran without sparsifier.before_step(): call it between backward() and step(), "
+                "or finalize() the sparsifier when sparse training is over"
+            )
+        self._counters.steps[stepper.announced] += 1
+        stepper.announced = None
+        stepper.step += 1
+
+    def finalize(self) -> None:
+        """End sparse training: inactive weights are zero, and the optimizers' hooks are removed."""
+        self._multipliers.mask_weights(self._parameters.values())
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    @torch.no_grad()
+    def mask_optimizer_state(self) -> None:
+        """Clear per-weight optimizer state at inactive positions, as after loading an optimizer from a dense run."""
+        for stepper in self._steppers:
+            for name, parameter in self._parameters.items():
+                mask_state(stepper.optimizer, parameter, self._masks[name])
+
+    # -- the first mask -------------------------------------------------------------------------------------------
+
+    def _sparsify(self, step: int) -> None:
+        """Make the first mask, from the weights, gradients or file of this moment."""
+        if isinstance(self.method.init, inits.FromFile):
+            masks = self._masks_from_file(self.method.init.path)
+        else:
+            masks = self._masks_from_scores(step)
+        if self.method.rescale_init:
+            self._rescale(masks)
+        self._adopt(masks)
+        self.mask_optimizer_state()
+        self._sparsified = True
+        if self.method.is_dynamic:
+            self._union = {name: mask.clone() for name, mask in masks.items()}
+
+    def _masks_from_scores(self, step: int) -> dict[str, Tensor]:
+        views = [self._view(i, "init", step, gradient=self.method.init.needs_gradient) for i in range(len(self.layers))]
+        scores = [self.method.init.scores(view) for view in views]
+        counts = self.method.allocation.counts(
+            [layer.label for layer in self.layers],
+            [layer.shape for layer in self.layers],
+            self.method.density,
+            scores if self.method.allocation.needs_scores else None,
+        )
+        masks = {name: torch.ones_like(mask) for name, mask in self._masks.items()}
+        for layer, score, count in zip(self.layers, scores, counts, strict=True):
+            generator = folded_generator(self.seed, "init ties", step, layer.label)
+            layer.part(masks[layer.parameter]).copy_(
+                select_top(score, count, torch.ones_like(score, dtype=torch.bool), generator)
+            )
+        return masks
+
+    def _masks_from_file(self, path: str) -> dict[str, Tensor]:
+        masks = load_masks(path)
+        self._check_masks(masks, f"mask file {path}")
+        total = sum(layer.weights for layer in self.layers)
+        kept = sum(int(layer.part(masks[layer.parameter]).sum()) for layer in self.layers)
+        if abs(kept - self.method.density * total) > len(self.layers):
+            raise ConfigurationError(
+                f"the masks in {path} have density {kept / total:.6g}, the method {self.method.density:.6g}; "
+                f"pass density={kept / total:.6g}"
+            )
+        return {name: masks[name].to(p.device) for name, p in self._parameters.items()}
+
+    def _rescale(self, masks: Mapping[str, Tensor]) -> None:
+        """Scale each output's weights by sqrt(fan-in / active fan-in)."""
+        for layer in self.layers:
+            mask = layer.part(masks[layer.parameter])
+            inputs = [d for d in range(mask.ndim) if d != layer.output_dim]
+            active = mask.sum(dim=inputs, keepdim=True)
+            fan_in = layer.weights // layer.shape[layer.output_dim]
+            weight = layer.part(self._parameters[layer.parameter].detach())
+            weight.mul_((fan_in / active.clamp(min=1)).sqrt().to(weight.dtype))
+
+    # -- topology updates -----------------------------------------------------------------------------------------
+
+    def _update(self, stepper: _Stepper) -> bool:
+        """Rewire the optimizer's layers; False if the update had to be left out."""
+        if not self._gradients_are_usable(stepper):
+            self._counters.skipped += 1
+            return False
+        step, stop = stepper.step, self.method.clock.stop_step(self.total_steps)
+        fraction = self.method.fraction(step, stop)
+        # All layers' rewirings are decided before any is applied.
+        rewirings = [(i, r) for i in stepper.layers if (r := self._rewire(i, step, fraction)) is not None]
+        for name in {self.layers[i].parameter for i, _ in rewirings}:
+            self._masks[name] = self._masks[name].clone()  # masks that were handed out stay as they were
+        for index, rewiring in rewirings:
+            self._apply(stepper, self.layers[index], rewiring)
+        grown = sum(rewiring.grown.numel() for _, rewiring in rewirings)
+        self._counters.updates += 1
+        self.last_update = Update(step, fraction, grown / max(1, sum(self._active[i] for i in stepper.layers)))
+        return True
+
+    def _rewire(self, index: int, step: int, fraction: float) -> Rewiring | None:
+        """One layer's rewiring, or ``None`` where nothing can or need change."""
+        layer, method = self.layers[index], self.method
+        count = drop_count(self._active[index], fraction)
+        if count == 0 or self._active[index] == layer.weights:
+            return None
+        scores = {}
+        for role, score in method.scores().items():
+            view = self._view(index, role, step, gradient=score.needs_gradient)
+            missing = view.buffer if score.observes else view.gradient
+            if score.needs_gradient and missing is None:
+                self._warn_once(f"{layer.parameter} had no gradient at a topology update and keeps its connections")
+                return None
+            scores[role] = score(view)
+        return drop_and_grow(
+            layer.part(self._masks[layer.parameter]),
+            scores["drop"],
+            scores["grow"],
+            count,
+            regrow_dropped=method.regrow_dropped,
+            generator=folded_generator(self.seed, "ties", step, layer.label),
+        )
+
+    def _apply(self, stepper: _Stepper, layer: SparseLayer, rewiring: Rewiring) -> None:
+        """Take over a layer's new topology: weights and optimizer state are zero where it changed."""
+        parameter = self._parameters[layer.parameter]
+        rewiring.apply_(layer.part(self._masks[layer.parameter]))
+        fill_at_(layer.part(self._union[layer.parameter]), rewiring.grown, 1)
+        fill_at_(layer.part(parameter.detach()), rewiring.dropped, 0)
+        clear_state(stepper.optimizer, parameter, layer, torch.cat([rewiring.grown, rewiring.dropped]))
+        self._multipliers.rewire(parameter, layer, rewiring)
+
+    def _adopt(self, masks: Mapping[str, Tensor]) -> None:
+        """Take over whole masks: weights are zero where they are inactive."""
+        for name, mask in masks.items():
+            self._masks[name] = mask
+            self._multipliers.set(self._parameters[name], mask)
+        self._multipliers.mask_weights(self._parameters.values())
+        self._active = [int(layer.part(self._masks[layer.parameter]).sum()) for layer in self.layers]
+
+    def _skip_step(self, stepper: _Stepper) -> None:
+        for group in stepper.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def _observe(self, stepper: _Stepper) -> bool:
+        """Show this step's dense gradients to the scores that watch them."""
+        observers = {role: s for role, s in self.method.scores().items() if s.observes}
+        if not observers or stepper.step >= self.method.clock.stop_step(self.total_steps):
+            return False
+        if self._gradients_are_usable(stepper):
+            for index in stepper.layers:
+                layer = self.layers[index]
+                gradient = self._parameters[layer.parameter].grad
+                if gradient is not None:
+                    for role, score in observers.items():
+                        key = (role, layer.label)
+                        self._buffers[key] = score.observe(self._buffers.get(key), layer.part(gradient))
+        return True
+
+    def _gradients_are_usable(self, stepper: _Stepper, every_layer: bool = False) -> bool:
+        """Whether all gradients are finite, and present where ``every_layer``."""
+        gradients = [p.grad for p in stepper.parameters]
+        if every_layer and (missing := [p for p in stepper.parameters if p.grad is None]):
+            raise ConfigurationError(
+                f"{self._name(missing[0])} has no gradient, and {type(self.method.init).__name__} needs one; "
+                "exclude it, or let it take part in the loss"
+            )
+        present = [g for g in gradients if g is not None]
+        finite = all(_is_finite(g) for g in present)
+        if not finite:
+            self._warn_once("gradients are not finite where the topology needs them; the update is left out")
+        return finite
+
+    def _view(self, index: int, role: str, step: int, gradient: bool) -> LayerView:
+        layer = self.layers[index]
+        parameter = self._parameters[layer.parameter]
+        dense = parameter.grad if gradient else None
+        return LayerView(
+            weight=layer.part(parameter.detach()),
+            mask=layer.part(self._masks[layer.parameter]),
+            gradient=None if dense is None else layer.part(dense),
+            buffer=self._buffers.get((role, layer.label)),
+            generator=folded_generator(self.seed, role, step, layer.label),
+        )
+
+    # -- saving and loading ---------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resume needs, as plain values and tensors (loadable with ``weights_only=True``)."""
+        return {
+            "format": STATE_FORMAT,
+            "method": self.method.spec(),
+            "seed": self.seed,
+            "total_steps": self.total_steps,
+            "steps": [stepper.step for stepper in self._steppers],
+            "sparsified": self._sparsified,
+            "updates": self._counters.updates,
+            "skipped": self._counters.skipped,
+            "step_counts": dict(self._counters.steps),
+            "last_update": None
+            if self.last_update is None
+            else [self.last_update.step, self.last_update.fraction, self.last_update.churn],
+            "layers": self.layer_table(),
+            "masks": {name: mask.clone() for name, mask in self._masks.items()},
+            "union": {name: mask.clone() for name, mask in self._union.items()},
+            "buffers": {role + "/" + label: b.clone() for (role, label), b in self._buffers.items()},
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state; the model's weights may have been loaded before or after construction.
+
+        Masks come from the state, never from which weights are non-zero: a connection grown at zero is active.
+
+        Args:
+            state: What ``state_dict`` returned.
+
+        Raises:
+            StateError: The state is of another method, density, model or format; nothing is changed then.
+        """
+        self._check_state(state)
+        for name, (original, version) in (self._originals or {}).items():
+            # Loaded before construction, weights were cut by a first mask that is now replaced: undo that cut.
+            if self._parameters[name]._version == version:
+                self._parameters[name].detach().copy_(original)
+        self._originals = None
+        self._sparsified = bool(state["sparsified"])
+        masks = {n: state["masks"][n].to(p.device).clone() for n, p in self._parameters.items()}
+        self._union = {n: u.to(self._parameters[n].device).clone() for n, u in state["union"].items()}
+        self._buffers = {}
+        for key, buffer in state["buffers"].items():
+            role, _, label = key.partition("/")
+            layer = next(layer for layer in self.layers if layer.label == label)
+            self._buffers[role, label] = buffer.to(self._parameters[layer.parameter].device).clone()
+        self._adopt(masks)
+        for stepper, step in zip(self._steppers, state["steps"], strict=True):
+            stepper.step = int(step)
+            stepper.announced = None
+        self._counters = _Counters(int(state["updates"]), int(state["skipped"]), dict(state["step_counts"]))
+        last = state["last_update"]
+        self.last_update = None if last is None else Update(int(last[0]), float(last[1]), float(last[2]))
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        expected = self.state_dict().keys()
+        if not isinstance(state, Mapping) or not expected <= state.keys():
+            raise StateError("this is not the state of a dst Sparsifier, or it is damaged")
+        if state["format"] != STATE_FORMAT:
+            raise StateError(f"the state has format {state['format']}; this version of dst reads {STATE_FORMAT}")
+        if differences := spec_differences(state["method"], self.method.spec()):
+            raise StateError(f"the checkpoint is of another method ({'; '.join(differences)})")
+        if state["seed"] != self.seed:
+            raise StateError(f"the checkpoint has seed {state['seed']}, this run {self.seed}: use the same")
+        if len(state["steps"]) != len(self._steppers):
+            raise StateError(f"the checkpoint has {len(state['steps'])} optimizers, this run {len(self._steppers)}")
+        self._check_masks(state["masks"], "the checkpoint")
+        if state["total_steps"] != self.total_steps:
+            logger.warning(
+                "the checkpoint's schedules were laid out for %d steps and go on for %d",
+                state["total_steps"],
+                self.total_steps,
+            )
+
+    def _check_masks(self, masks: Mapping[str, Tensor], source: str) -> None:
+        if set(masks) != set(self._parameters):
+            missing, extra = (
+                sorted(set(self._parameters) - set(masks)),
+                sorted(set(masks) - set(self._parameters)),
+            )
+            raise StateError(
+                f"{source} does not fit the model: "
+                + "; ".join(t for t in (missing and f"lacks {missing}", extra and f"has unknown {extra}") if t)
+            )
+        for name, parameter in self._parameters.items():
+            if masks[name].shape != parameter.shape or masks[name].dtype != torch.bool:
+                raise StateError(
+                    f"{source} has {name} as {tuple(masks[name].shape)} {masks[name].dtype}, "
+                    f"the model as {tuple(parameter.shape)}"
+                )
+
+    # -- small helpers --------------------------------------------------------------------------------------------
+
+    def _assign(self, optimizers: Sequence[Optimizer]) -> list[_Stepper]:
+        """Give each layer to the optimizer that holds its parameter."""
+        held: dict[int, int] = {}
+        for i, optimizer in enumerate(optimizers):
+            if isinstance(optimizer, LBFGS):
+                raise ConfigurationError(
+                    "LBFGS evaluates the loss several times within one step, between which no mask can be kept; "
+                    "use a first-order optimizer such as SGD or AdamW"
+                )
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    held.setdefault(id(parameter), i)
+        homeless = [name for name, p in self._parameters.items() if id(p) not in held]
+        if homeless:
+            raise ConfigurationError(
+                f"{', '.join(homeless)} are in no optimizer: add them, or leave them dense with exclude="
+            )
+        steppers = []
+        for i, optimizer in enumerate(optimizers):
+            mine = [k for k, layer in enumerate(self.layers) if held[id(self._parameters[layer.parameter])] == i]
+            names = dict.fromkeys(self.layers[k].parameter for k in mine)
+            if mine:
+                steppers.append(_Stepper(optimizer, mine, [self._parameters[name] for name in names]))
+        return steppers
+
+    def _name(self, parameter: Tensor) -> str:
+        return next(name for name, p in self._parameters.items() if p is parameter)
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            logger.warning(message)
+
+    def __repr__(self) -> str:
+        return (
+            f"Sparsifier({self.method.name}, density={self.density:.4g} of {len(self.layers)} layers, "
+            f"step={self.step}, updates={self.updates})"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether every entry is finite; the sum settles it in one pass unless it overflows."""
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def _check_parameter(name: str, parameter: Tensor) -> None:
+    if parameter.device.type == "meta":
+        raise ConfigurationError(
+            f"{name} is on the meta device: give it storage first (model.to_empty, or load weights)"
+        )
+    if not parameter.is_floating_point():
+        raise ConfigurationError(f"{name} has dtype {parameter.dtype}; only floating-point weights can be sparse")

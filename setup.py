@@ -1,0 +1,38 @@
+"""Puts the configuration files into the built package, beside the code that reads them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+CONF = Path(__file__).parent / "conf"
+
+
+class BuildWithConf(build_py):
+    """Copies ``conf/`` to ``dst/conf``; an editable install reads the checkout's own."""
+
+    def run(self) -> None:
+        """Build the package and copy the configuration."""
+        super().run()
+        if not self.editable_mode:
+            for source, target in self._files().items():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+
+    def get_source_files(self) -> list[str]:
+        """List what belongs into a source distribution, relative to this file."""
+        return super().get_source_files() + [str(path.relative_to(CONF.parent)) for path in self._files()]
+
+    def get_outputs(self, include_bytecode: bool = True) -> list[str]:
+        """List the files that a build writes."""
+        return super().get_outputs(include_bytecode) + [str(path) for path in self._files().values()]
+
+    def _files(self) -> dict[Path, Path]:
+        target = Path(self.build_lib) / "dst" / "conf"
+        return {path: target / path.relative_to(CONF) for path in sorted(CONF.rglob("*.yaml"))}
+
+
+setup(cmdclass={"build_py": BuildWithConf})
