@@ -58,6 +58,11 @@ class SparseLayer:
         """Number of weights."""
         return math.prod(self.shape)
 
+    @property
+    def offset(self) -> int:
+        """Row-major position in the parameter at which the layer begins."""
+        return 0 if self.rows is None else self.rows[0] * math.prod(self.shape[1:])
+
     def part(self, tensor: Tensor) -> Tensor:
         """The layer's part of a tensor of the parameter's shape: a view."""
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.optim import Optimizer
 
-from dst.layers import SparseLayer
+from dst.sharding import local
 from dst.topology import fill_at_
 
 
@@ -26,22 +26,21 @@ def per_weight_state(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[
             yield key, value
 
 
-def clear_state(optimizer: Optimizer, parameter: Tensor, layer: SparseLayer, positions: Tensor) -> None:
-    """Set per-weight state to zero at ``positions`` of a layer.
+def clear_state(optimizer: Optimizer, parameter: Tensor, positions: Tensor) -> None:
+    """Set per-weight state to zero at ``positions``.
 
     Momentum left at a dropped connection would move it away from zero again, or push it off at once when it is regrown.
 
     Args:
         optimizer: Any optimizer.
         parameter: One of its parameters.
-        layer: The layer that is the parameter, or a part of it.
-        positions: Row-major positions in the layer (int64).
+        positions: Row-major positions in the parameter, or in this process's part of it (int64).
     """
     for _, value in per_weight_state(optimizer, parameter):
-        fill_at_(layer.part(value), positions, 0)
+        fill_at_(local(value), positions, 0)
 
 
 def mask_state(optimizer: Optimizer, parameter: Tensor, mask: Tensor) -> None:
-    """Set per-weight state to zero where ``mask`` (bool, of the parameter's shape) is False."""
+    """Set per-weight state to zero where ``mask`` (bool, of the local part's shape) is False."""
     for _, value in per_weight_state(optimizer, parameter):
-        value.masked_fill_(~mask, 0)
+        local(value).masked_fill_(~mask, 0)

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import LBFGS, Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from dst import init as inits
 from dst.backends.masked import Multipliers
@@ -18,12 +20,28 @@ from dst.layers import Selector, SparseLayer, find_layers
 from dst.mask_file import load_masks
 from dst.method import Method, spec_differences
 from dst.optimizer_state import clear_state, mask_state
+from dst.sharding import (
+    all_agree,
+    check_equal_masks,
+    is_sharded,
+    local,
+    local_positions,
+    part_of,
+    spread,
+    whole,
+)
 from dst.topology import Rewiring, drop_and_grow, drop_count, fill_at_, select_top
 from dst.types import LayerView, folded_generator, resolve_steps
 
 logger = logging.getLogger(__name__)
 
 STATE_FORMAT = 1
+
+_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
+_NO_DEEPSPEED = (
+    "DeepSpeed partitions gradients and steps its own flat copies of the weights, so no mask can be kept on them; "
+    "use DDP or FSDP2"
+)
 
 
 @dataclass
@@ -80,6 +98,8 @@ class Sparsifier:
         include: Restrict what is sparse, by name, pattern or module type; see ``dst.layers.find_layers``.
         exclude: Keep dense what these select.
         seed: Seeds every random choice; the same on all ranks.
+        process_group: The processes that train this model together, by default all. Their masks are compared at every
+            update; ones that differ stop the training.
 
     Raises:
         ConfigurationError: A model, optimizer or combination that cannot be trained; the message says what to change.
@@ -95,7 +115,9 @@ class Sparsifier:
         include: Iterable[Selector] | None = None,
         exclude: Iterable[Selector] | None = None,
         seed: int = 0,
+        process_group: ProcessGroup | None = None,
     ) -> None:
+        model = unwrap(model)
         if method.lottery is not None:
             raise ConfigurationError(
                 f"{method.name} consists of several fits, and a Sparsifier serves one: "
@@ -111,8 +133,10 @@ class Sparsifier:
         self._parameters = {layer.parameter: named[layer.parameter] for layer in self.layers}
         for name, parameter in self._parameters.items():
             _check_parameter(name, parameter)
+        self._names = {parameter: name for name, parameter in self._parameters.items()}
         self._steppers = self._assign([optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))
-        self._masks = {n: torch.ones_like(p, dtype=torch.bool) for n, p in self._parameters.items()}
+        self._group = process_group
+        self._masks = {n: torch.ones_like(local(p), dtype=torch.bool) for n, p in self._parameters.items()}
         self._union: dict[str, Tensor] = {}
         self._active = [layer.weights for layer in self.layers]
         self._buffers: dict[tuple[str, str], Tensor] = {}
@@ -122,6 +146,7 @@ class Sparsifier:
         self._warned: set[str] = set()
         self.last_update: Update | None = None
         self._originals: dict[str, tuple[Tensor, int]] | None = {}
+        self._averages: list[dict[str, Tensor]] = []
         self._sparsify_step = resolve_steps(method.sparsify_at, total_steps, "sparsify_at")
         if method.init.needs_gradient and len(self._steppers) > 1:
             raise ConfigurationError(
@@ -129,7 +154,7 @@ class Sparsifier:
                 f"{len(self._steppers)} optimizers; use another init, or one optimizer"
             )
         if not self._sparsified and self._sparsify_step == 0 and not method.init.needs_gradient:
-            self._originals = {n: (p.detach().clone(), -1) for n, p in self._parameters.items()}
+            self._originals = {n: (local(p.detach()).clone(), -1) for n, p in self._parameters.items()}
             self._sparsify(0)
             self._originals = {n: (v, self._parameters[n]._version) for n, (v, _) in self._originals.items()}
         self._hooks = [s.optimizer.register_step_post_hook(self._after_step) for s in self._steppers]
@@ -138,8 +163,11 @@ class Sparsifier:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Parameter name to bool tensor of its shape, True where active. Not to be changed in place."""
-        return dict(self._masks)
+        """Parameter name to bool tensor of its shape, True where active. Not to be changed in place.
+
+        Masks of DTensor parameters are DTensors of the same layout.
+        """
+        return {name: spread(mask, self._parameters[name]) for name, mask in self._masks.items()}
 
     @property
     def step(self) -> int:
@@ -200,7 +228,10 @@ class Sparsifier:
         for layer, active in zip(self.layers, self._active, strict=True):
             if active < layer.weights:
                 union = self._union.get(layer.parameter)
-                explored += active if union is None else int(layer.part(union).sum())
+                if union is None:
+                    explored += active
+                else:
+                    explored += int(layer.part(whole(spread(union, self._parameters[layer.parameter]))).sum())
                 total += layer.weights
         return explored / total if total else 1.0
 
@@ -216,6 +247,27 @@ class Sparsifier:
             }
             for layer, active in zip(self.layers, self._active, strict=True)
         ]
+
+    def mask_of(self, parameter: nn.Parameter) -> Tensor | None:
+        """The mask of a parameter (its local part's, for a DTensor), or ``None`` for one that is not sparse."""
+        name = self._names.get(parameter)
+        return None if name is None else self._masks[name]
+
+    def needs_dense_gradient(self, parameter: nn.Parameter) -> bool:
+        """Whether the step to come reads the gradient of this parameter's inactive weights.
+
+        True in dense phases, at updates that read the gradient or are followed by a step, and always for scores that watch
+        every step.
+        """
+        stepper = next(s for s in self._steppers if any(p is parameter for p in s.parameters))
+        if not self._sparsified:
+            return True
+        scores = self.method.scores().values()
+        if any(score.observes for score in scores):
+            return stepper.step < self.method.clock.stop_step(self.total_steps)
+        # An update that does not take the place of the step is followed by one that moves the grown connections.
+        reads = not self.method.replace_step or any(score.needs_gradient for score in scores)
+        return reads and self.method.clock.fires(stepper.step, self.total_steps)
 
     # -- the training loop ----------------------------------------------------------------------------------------
 
@@ -304,9 +356,10 @@ class Sparsifier:
             self._rescale(masks)
         self._adopt(masks)
         self.mask_optimizer_state()
+        self._check_agreement(masks, step)
         self._sparsified = True
         if self.method.is_dynamic:
-            self._union = {name: mask.clone() for name, mask in masks.items()}
+            self._union = {name: mask.clone() for name, mask in self._masks.items()}
 
     def _masks_from_scores(self, step: int) -> dict[str, Tensor]:
         views = [self._view(i, "init", step, gradient=self.method.init.needs_gradient) for i in range(len(self.layers))]
@@ -317,7 +370,7 @@ class Sparsifier:
             self.method.density,
             scores if self.method.allocation.needs_scores else None,
         )
-        masks = {name: torch.ones_like(mask) for name, mask in self._masks.items()}
+        masks = {n: torch.ones(p.shape, dtype=torch.bool, device=p.device) for n, p in self._parameters.items()}
         for layer, score, count in zip(self.layers, scores, counts, strict=True):
             generator = folded_generator(self.seed, "init ties", step, layer.label)
             layer.part(masks[layer.parameter]).copy_(
@@ -344,8 +397,10 @@ class Sparsifier:
             inputs = [d for d in range(mask.ndim) if d != layer.output_dim]
             active = mask.sum(dim=inputs, keepdim=True)
             fan_in = layer.weights // layer.shape[layer.output_dim]
-            weight = layer.part(self._parameters[layer.parameter].detach())
-            weight.mul_((fan_in / active.clamp(min=1)).sqrt().to(weight.dtype))
+            parameter = self._parameters[layer.parameter]
+            scale = torch.ones(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+            layer.part(scale).mul_((fan_in / active.clamp(min=1)).sqrt().to(scale.dtype))
+            local(parameter.detach()).mul_(part_of(scale, parameter))
 
     # -- topology updates -----------------------------------------------------------------------------------------
 
@@ -363,6 +418,7 @@ class Sparsifier:
         for index, rewiring in rewirings:
             self._apply(stepper, self.layers[index], rewiring)
         grown = sum(rewiring.grown.numel() for _, rewiring in rewirings)
+        self._check_agreement({self.layers[i].parameter for i, _ in rewirings}, step)
         self._counters.updates += 1
         self.last_update = Update(step, fraction, grown / max(1, sum(self._active[i] for i in stepper.layers)))
         return True
@@ -382,7 +438,7 @@ class Sparsifier:
                 return None
             scores[role] = score(view)
         return drop_and_grow(
-            layer.part(self._masks[layer.parameter]),
+            self._whole_mask(layer),
             scores["drop"],
             scores["grow"],
             count,
@@ -392,20 +448,60 @@ class Sparsifier:
 
     def _apply(self, stepper: _Stepper, layer: SparseLayer, rewiring: Rewiring) -> None:
         """Take over a layer's new topology: weights and optimizer state are zero where it changed."""
-        parameter = self._parameters[layer.parameter]
-        rewiring.apply_(layer.part(self._masks[layer.parameter]))
-        fill_at_(layer.part(self._union[layer.parameter]), rewiring.grown, 1)
-        fill_at_(layer.part(parameter.detach()), rewiring.dropped, 0)
-        clear_state(stepper.optimizer, parameter, layer, torch.cat([rewiring.grown, rewiring.dropped]))
-        self._multipliers.rewire(parameter, layer, rewiring)
+        name, parameter = layer.parameter, self._parameters[layer.parameter]
+        here = Rewiring(
+            local_positions(rewiring.grown + layer.offset, parameter),
+            local_positions(rewiring.dropped + layer.offset, parameter),
+        )
+        here.apply_(self._masks[name])
+        fill_at_(self._union[name], here.grown, 1)
+        fill_at_(local(parameter.detach()), here.dropped, 0)
+        clear_state(stepper.optimizer, parameter, torch.cat([here.grown, here.dropped]))
+        for average in self._averages:
+            fill_at_(local(average[name].detach()), here.dropped, 0)
+        self._multipliers.rewire(parameter, here)
 
     def _adopt(self, masks: Mapping[str, Tensor]) -> None:
         """Take over whole masks: weights are zero where they are inactive."""
+        self._active = [int(layer.part(masks[layer.parameter]).sum()) for layer in self.layers]
         for name, mask in masks.items():
-            self._masks[name] = mask
-            self._multipliers.set(self._parameters[name], mask)
+            parameter = self._parameters[name]
+            self._masks[name] = part_of(mask, parameter).clone()
+            self._multipliers.set(parameter, self._masks[name])
         self._multipliers.mask_weights(self._parameters.values())
-        self._active = [int(layer.part(self._masks[layer.parameter]).sum()) for layer in self.layers]
+        self._mask_averages()
+
+    @torch.no_grad()
+    def track_average(self, model: nn.Module) -> None:
+        """Keep an averaged copy of the model (EMA, SWA) on the same connections.
+
+        An average over topologies has a weight wherever a connection once was. From here on connections that are dropped
+        are zero in the copy too, so that it is as sparse as the model whenever it is used or saved.
+
+        Args:
+            model: A copy of the model with the same parameter names; ``torch.optim.swa_utils.AveragedModel`` is looked
+                through.
+
+        Raises:
+            ConfigurationError: The copy lacks a sparse parameter.
+        """
+        named = dict(unwrap(model).named_parameters())
+        if missing := sorted(set(self._parameters) - set(named)):
+            raise ConfigurationError(f"the averaged model has no {', '.join(missing)}; it must be a copy of the model")
+        average: dict[str, Tensor] = {name: named[name] for name in self._parameters}
+        if not any(known[n] is p for known in self._averages for n, p in list(average.items())[:1]):
+            self._averages.append(average)
+        self._mask_averages()
+
+    def _mask_averages(self) -> None:
+        for average in self._averages:
+            for name, mask in self._masks.items():
+                local(average[name].detach()).masked_fill_(~mask.to(average[name].device), 0)
+
+    def _check_agreement(self, names: Iterable[str], step: int) -> None:
+        """Compare the replicated masks of all processes."""
+        replicated = [(n, self._masks[n]) for n in sorted(names) if not is_sharded(self._parameters[n])]
+        check_equal_masks(replicated, step, self._group)
 
     def _skip_step(self, stepper: _Stepper) -> None:
         for group in stepper.optimizer.param_groups:
@@ -424,7 +520,7 @@ class Sparsifier:
                 if gradient is not None:
                     for role, score in observers.items():
                         key = (role, layer.label)
-                        self._buffers[key] = score.observe(self._buffers.get(key), layer.part(gradient))
+                        self._buffers[key] = score.observe(self._buffers.get(key), layer.part(whole(gradient)))
         return True
 
     def _gradients_are_usable(self, stepper: _Stepper, every_layer: bool = False) -> bool:
@@ -432,11 +528,11 @@ class Sparsifier:
         gradients = [p.grad for p in stepper.parameters]
         if every_layer and (missing := [p for p in stepper.parameters if p.grad is None]):
             raise ConfigurationError(
-                f"{self._name(missing[0])} has no gradient, and {type(self.method.init).__name__} needs one; "
+                f"{self._names[missing[0]]} has no gradient, and {type(self.method.init).__name__} needs one; "
                 "exclude it, or let it take part in the loss"
             )
         present = [g for g in gradients if g is not None]
-        finite = all(_is_finite(g) for g in present)
+        finite = all_agree(all(_is_finite(local(g)) for g in present), self._group)
         if not finite:
             self._warn_once("gradients are not finite where the topology needs them; the update is left out")
         return finite
@@ -446,12 +542,15 @@ class Sparsifier:
         parameter = self._parameters[layer.parameter]
         dense = parameter.grad if gradient else None
         return LayerView(
-            weight=layer.part(parameter.detach()),
-            mask=layer.part(self._masks[layer.parameter]),
-            gradient=None if dense is None else layer.part(dense),
+            weight=layer.part(whole(parameter.detach())),
+            mask=self._whole_mask(layer),
+            gradient=None if dense is None else layer.part(whole(dense)),
             buffer=self._buffers.get((role, layer.label)),
             generator=folded_generator(self.seed, role, step, layer.label),
         )
+
+    def _whole_mask(self, layer: SparseLayer) -> Tensor:
+        return layer.part(whole(spread(self._masks[layer.parameter], self._parameters[layer.parameter])))
 
     # -- saving and loading ---------------------------------------------------------------------------------------
 
@@ -471,10 +570,13 @@ class Sparsifier:
             if self.last_update is None
             else [self.last_update.step, self.last_update.fraction, self.last_update.churn],
             "layers": self.layer_table(),
-            "masks": {name: mask.clone() for name, mask in self._masks.items()},
-            "union": {name: mask.clone() for name, mask in self._union.items()},
+            "masks": self._whole_copies(self._masks),
+            "union": self._whole_copies(self._union),
             "buffers": {role + "/" + label: b.clone() for (role, label), b in self._buffers.items()},
         }
+
+    def _whole_copies(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: whole(spread(mask, self._parameters[name])).clone() for name, mask in masks.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -492,17 +594,20 @@ class Sparsifier:
         for name, (original, version) in (self._originals or {}).items():
             # Loaded before construction, weights were cut by a first mask that is now replaced: undo that cut.
             if self._parameters[name]._version == version:
-                self._parameters[name].detach().copy_(original)
+                local(self._parameters[name].detach()).copy_(original)
         self._originals = None
         self._sparsified = bool(state["sparsified"])
         masks = {n: state["masks"][n].to(p.device).clone() for n, p in self._parameters.items()}
-        self._union = {n: u.to(self._parameters[n].device).clone() for n, u in state["union"].items()}
+        self._union = {
+            n: part_of(u, self._parameters[n]).to(masks[n].device).clone() for n, u in state["union"].items()
+        }
         self._buffers = {}
         for key, buffer in state["buffers"].items():
             role, _, label = key.partition("/")
             layer = next(layer for layer in self.layers if layer.label == label)
             self._buffers[role, label] = buffer.to(self._parameters[layer.parameter].device).clone()
         self._adopt(masks)
+        self._check_agreement(masks, int(state["steps"][0]))
         for stepper, step in zip(self._steppers, state["steps"], strict=True):
             stepper.step = int(step)
             stepper.announced = None
@@ -553,6 +658,8 @@ class Sparsifier:
         """Give each layer to the optimizer that holds its parameter."""
         held: dict[int, int] = {}
         for i, optimizer in enumerate(optimizers):
+            if type(optimizer).__module__.startswith("deepspeed"):
+                raise ConfigurationError(_NO_DEEPSPEED)
             if isinstance(optimizer, LBFGS):
                 raise ConfigurationError(
                     "LBFGS evaluates the loss several times within one step, between which no mask can be kept; "
@@ -574,9 +681,6 @@ class Sparsifier:
                 steppers.append(_Stepper(optimizer, mine, [self._parameters[name] for name in names]))
         return steppers
 
-    def _name(self, parameter: Tensor) -> str:
-        return next(name for name, p in self._parameters.items() if p is parameter)
-
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
@@ -587,6 +691,30 @@ class Sparsifier:
             f"Sparsifier({self.method.name}, density={self.density:.4g} of {len(self.layers)} layers, "
             f"step={self.step}, updates={self.updates})"
         )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside wrappers that only run it differently: compiled, DataParallel, DDP, averaged.
+
+    Raises:
+        ConfigurationError: A wrapper that flattens or owns the parameters (FSDP1, DeepSpeed).
+    """
+    for module in model.modules():
+        kind = type(module)
+        if kind.__name__ == "FullyShardedDataParallel":
+            raise ConfigurationError(
+                "FullyShardedDataParallel flattens weights, whose layers cannot be told apart afterwards; "
+                "use FSDP2 (torch.distributed.fsdp.fully_shard), or Lightning's ModelParallelStrategy"
+            )
+        if kind.__module__.startswith("deepspeed"):
+            raise ConfigurationError(_NO_DEEPSPEED)
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        elif isinstance(model, _WRAPPERS):
+            model = model.module
+        else:
+            return model
 
 
 def _is_finite(tensor: Tensor) -> bool:

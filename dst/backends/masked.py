@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from dst.layers import SparseLayer
+from dst.sharding import local
 from dst.topology import Rewiring
 
 
@@ -22,29 +22,29 @@ class Multipliers:
         self._tensors: dict[nn.Parameter, Tensor] = {}
 
     def set(self, parameter: nn.Parameter, mask: Tensor) -> None:
-        """Take over a new mask (bool, of the parameter's shape) for a parameter."""
+        """Take over a new mask (bool, of the shape of the parameter's local part) for a parameter."""
         if bool(mask.all()):
             self._tensors.pop(parameter, None)
         else:
             # empty_like keeps the parameter's strides, without which the fused multiplication falls back to a loop.
-            self._tensors[parameter] = torch.empty_like(parameter, requires_grad=False).copy_(mask)
+            self._tensors[parameter] = torch.empty_like(local(parameter.detach())).copy_(mask)
 
-    def rewire(self, parameter: nn.Parameter, layer: SparseLayer, rewiring: Rewiring) -> None:
-        """Follow a topology update of a layer that is the parameter, or a part of it."""
+    def rewire(self, parameter: nn.Parameter, rewiring: Rewiring) -> None:
+        """Follow a topology update; positions are those of the local part."""
         if parameter in self._tensors:
-            rewiring.apply_(layer.part(self._tensors[parameter]))
+            rewiring.apply_(self._tensors[parameter])
 
     @torch.no_grad()
     def mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:
         """Set the inactive weights of ``parameters`` to zero, in place."""
         chosen = [p for p in parameters if p in self._tensors]
-        self._multiply(list(chosen), chosen)
+        self._multiply([local(p.detach()) for p in chosen], chosen)
 
     @torch.no_grad()
     def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Set the gradients of inactive weights to zero, in place; parameters without one are passed over."""
         chosen = [p for p in parameters if p in self._tensors and p.grad is not None]
-        self._multiply([p.grad for p in chosen if p.grad is not None], chosen)
+        self._multiply([local(p.grad) for p in chosen if p.grad is not None], chosen)
 
     def _multiply(self, targets: list[Tensor], parameters: list[nn.Parameter]) -> None:
         if not targets:
@@ -52,5 +52,5 @@ class Multipliers:
         for parameter in parameters:
             multiplier = self._tensors[parameter]
             if multiplier.device != parameter.device or multiplier.dtype != parameter.dtype:
-                self._tensors[parameter] = torch.empty_like(parameter, requires_grad=False).copy_(multiplier)
+                self._tensors[parameter] = torch.empty_like(local(parameter.detach())).copy_(multiplier)
         torch._foreach_mul_(targets, [self._tensors[p] for p in parameters])

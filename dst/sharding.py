@@ -1,0 +1,139 @@
+"""Parameters that are spread over processes, and processes that must agree.
+
+Under FSDP2 (``fully_shard``) parameters, gradients and optimizer state are DTensors, of which each process holds a part. A
+topology is decided on whole tensors, gathered for the moment of the decision, by every process alike; masks are then kept
+and applied on the local parts. For ordinary tensors all of this is the identity.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dst.errors import StateError
+
+try:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+except ImportError:  # a build of torch without distributed support
+    DTensor = None  # type: ignore[assignment,misc]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether the tensor is a DTensor, of which this process may hold a part only."""
+    return DTensor is not None and isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole tensor; for a DTensor a collective that all processes must enter."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part, sharing memory with the tensor."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def part_of(full: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor, laid out as ``like`` is."""
+    if not is_sharded(like):
+        return full
+    shape, offset = _box(like)
+    return full[tuple(slice(o, o + s) for o, s in zip(offset, shape, strict=True))]
+
+
+def spread(part: Tensor, like: Tensor) -> Tensor:
+    """The inverse of ``part_of``, without communication: a DTensor with the layout of ``like``, or the part itself."""
+    if not is_sharded(like):
+        return part
+    return DTensor.from_local(
+        part,
+        like.device_mesh,  # type: ignore[attr-defined]
+        like.placements,  # type: ignore[attr-defined]
+        run_check=False,
+        shape=like.shape,
+        stride=like.stride(),
+    )
+
+
+def local_positions(positions: Tensor, like: Tensor) -> Tensor:
+    """Those row-major positions (int64) of a whole tensor that this process holds, as positions in its part."""
+    if not is_sharded(like):
+        return positions
+    shape, offset = _box(like)
+    coordinates = torch.unravel_index(positions, like.shape)
+    inside = torch.ones_like(positions, dtype=torch.bool)
+    result = torch.zeros_like(positions)
+    for coordinate, size, start in zip(coordinates, shape, offset, strict=True):
+        inside &= (coordinate >= start) & (coordinate < start + size)
+        result = result * size + (coordinate - start)
+    return result[inside]
+
+
+def _box(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and offset of the part that this process holds."""
+    shape, offset = compute_local_shape_and_global_offset(
+        tensor.shape,
+        tensor.device_mesh,  # type: ignore[attr-defined]
+        tensor.placements,  # type: ignore[attr-defined]
+    )
+    return tuple(shape), tuple(offset)
+
+
+def world_size(group: dist.ProcessGroup | None = None) -> int:
+    """Processes that train together: 1 where torch.distributed is not in use."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def all_agree(value: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """Whether ``value`` is true on every process."""
+    if world_size(group) == 1:
+        return value
+    flag = torch.tensor(int(value), device=_device(group))
+    dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
+    return bool(flag.item())
+
+
+def check_equal_masks(masks: Iterable[tuple[str, Tensor]], step: int, group: dist.ProcessGroup | None = None) -> None:
+    """Stop if the processes' masks differ: they would train different networks from here on.
+
+    Args:
+        masks: Names and bool tensors, whole.
+        step: The step, for the message.
+        group: The processes.
+
+    Raises:
+        StateError: On every process, where a mask differs on any.
+    """
+    if world_size(group) == 1:
+        return
+    digests = {name: _digest(mask) for name, mask in masks}
+    mine = torch.tensor(list(digests.values()), dtype=torch.int64, device=_device(group))
+    everyone = [torch.empty_like(mine) for _ in range(world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    table = torch.stack(everyone)
+    different = (table != table[0]).any(dim=0)
+    if bool(different.any()):
+        names = [name for name, d in zip(digests, different.tolist(), strict=True) if d]
+        ranks = [r for r in range(table.shape[0]) if bool((table[r] != table[0]).any())]
+        raise StateError(
+            f"masks of {', '.join(names)} differ between rank 0 and ranks {ranks} after step {step}: gradients or weights "
+            "are not the same on all ranks. Wrap the model in DistributedDataParallel (or use Lightning's ddp strategy), "
+            "seed all ranks alike, and call before_step() after the gradients are reduced"
+        )
+
+
+def _digest(mask: Tensor) -> int:
+    data = mask.detach().cpu().contiguous().numpy().tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+
+
+def _device(group: dist.ProcessGroup | None) -> torch.device:
+    """Where tensors of a collective must live."""
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
