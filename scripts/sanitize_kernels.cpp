@@ -108,16 +108,20 @@ void check(int64_t rows, int64_t columns, int64_t batch, double density) {
     for (int64_t i = 0; i < size; ++i) tile[i] = T(int(generator() % 7) - 3);
     std::vector<int64_t> order(size);
     for (int64_t i = 0; i < size; ++i) order[i] = i;
-    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return std::fabs(tile[a]) > std::fabs(tile[b]); });
+    std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+        const T x = std::fabs(tile[a]), y = std::fabs(tile[b]);
+        return x > y || (x == y && tie_order(a, 5) < tie_order(b, 5));
+    });
     order.resize(k);
     std::sort(order.begin(), order.end());
     const int64_t capacity = k + 64;
     auto kept = block<T>(capacity + 1);
     auto indices = block<int64_t>(capacity + 1);
-    int64_t count = 0;
+    int64_t count = 0, rank = 0;
     T threshold = -1;
-    dst_grow_update(is_double, tile.get(), size, 0, nullptr, 0, k, capacity, kept.get(), indices.get(), &count, &threshold);
-    dst_grow_finish(is_double, k, kept.get(), indices.get(), &count);
+    dst_grow_update(is_double, tile.get(), size, 0, nullptr, 0, k, capacity, 5, kept.get(), indices.get(), &count,
+                    &threshold, &rank);
+    dst_grow_finish(is_double, k, 5, kept.get(), indices.get(), &count);
     expect(count == k && std::equal(order.begin(), order.end(), indices.get()), "growth", rows, columns, batch);
 }
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dst.kernels.pattern import Pattern, split_flat
+from dst.topology import tie_order
 
 
 def _csr(pointers: Tensor, indices: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -91,21 +92,16 @@ class TorchKernels:
         gv = torch.sparse.sampled_addmm(weight, x, gt.t(), beta=0.0).values()
         return gx, gv, gb, gt
 
-    def kth_smallest(self, scores: Tensor, k: int) -> Tensor:
-        """Return the k-th smallest (from 1) of the scores, as a 0-d tensor."""
-        # kthvalue selects; topk would sort what it selects, at several times the cost.
-        return scores.kthvalue(k).values
-
-    def top_k(self, k: int, dtype: torch.dtype) -> TorchTopK:
-        """Return an empty running top-k for tiles of ``dtype``."""
-        return TorchTopK(k, dtype)
+    def top_k(self, k: int, dtype: torch.dtype, key: int) -> TorchTopK:
+        """Return an empty running top-k for tiles of ``dtype``, its ties broken by ``key``."""
+        return TorchTopK(k, dtype, key)
 
 
 class TorchTopK:
-    """The k largest absolute values of a matrix seen tile by tile; ties go to the smaller flat index."""
+    """The k largest absolute values of a matrix seen tile by tile; ties are broken by ``tie_order``."""
 
-    def __init__(self, k: int, dtype: torch.dtype):
-        self._k = k
+    def __init__(self, k: int, dtype: torch.dtype, key: int):
+        self._k, self._key = k, key
         self._values = torch.empty(0, dtype=dtype)
         self._indices = torch.empty(0, dtype=torch.int64)
         self._threshold = -1.0
@@ -115,7 +111,7 @@ class TorchTopK:
         flat = tile.view(-1)
         flat[exclude - base] = torch.nan
         flat = flat.abs_()
-        better = (flat > self._threshold).nonzero().squeeze(1)
+        better = (flat >= self._threshold).nonzero().squeeze(1)
         self._values = torch.cat([self._values, flat[better]])
         self._indices = torch.cat([self._indices, better.add_(base)])
         if self._values.numel() >= 2 * self._k:
@@ -130,7 +126,8 @@ class TorchTopK:
             least = self._values.kthvalue(surplus + 1).values
             keep = self._values > least
             ties = (self._values == least).nonzero().squeeze(1)
-            keep[ties[: self._k - int(keep.sum())]] = True
+            order = tie_order(self._indices[ties], self._key)
+            keep[ties[order <= order.kthvalue(self._k - int(keep.sum())).values]] = True
             self._values, self._indices = self._values[keep], self._indices[keep]
             self._threshold = float(least)
 

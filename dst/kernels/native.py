@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dst.kernels.pattern import Pattern, split_flat
 
-ABI = 4
+ABI = 5
 ISA = ("portable", "avx2", "avx512")
 _SIGNATURES = {
     "dst_forward": [
@@ -37,10 +37,9 @@ _SIGNATURES = {
     "dst_transpose_pattern": [c_int, c_int64, c_int64, *[c_void_p] * 5],
     "dst_match_patterns": [c_int, c_int64, *[c_void_p] * 7],
     "dst_forward_plan": [c_void_p, c_void_p, c_void_p, c_int],
-    "dst_select": [c_int, c_int64, c_int64, c_void_p, c_void_p],
     "dst_merge": [c_int64, c_void_p, c_int64, c_void_p, c_void_p],
-    "dst_grow_update": [c_int, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 3, *[c_void_p] * 4],
-    "dst_grow_finish": [c_int, c_int64, c_void_p, c_void_p, c_void_p],
+    "dst_grow_update": [c_int, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 4, *[c_void_p] * 5],
+    "dst_grow_finish": [c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
 }
 
 
@@ -200,17 +199,9 @@ class Kernels:
         """Prepare forward passes of single examples; the tensors must outlive the plan's use."""
         return Plan(self._library, pattern, row_values, bias, relu)
 
-    def kth_smallest(self, scores: Tensor, k: int) -> Tensor:
-        """Return the k-th smallest (from 1) of contiguous scores, as a 0-d tensor."""
-        out = torch.empty((), dtype=scores.dtype)
-        self._library.dst_select(
-            scores.dtype is torch.float64, scores.numel(), k, scores.data_ptr(), out.data_ptr()
-        )  # fmt: skip
-        return out
-
-    def top_k(self, k: int, dtype: torch.dtype) -> NativeTopK:
-        """Return an empty running top-k for tiles of ``dtype``."""
-        return NativeTopK(self._library, k, dtype)
+    def top_k(self, k: int, dtype: torch.dtype, key: int) -> NativeTopK:
+        """Return an empty running top-k for tiles of ``dtype``, its ties broken by ``key``."""
+        return NativeTopK(self._library, k, dtype, key)
 
 
 class _PlanFields(ctypes.Structure):
@@ -246,14 +237,14 @@ class Plan:
 
 
 class NativeTopK:
-    """The k largest absolute values of a matrix seen tile by tile; ties go to the smaller flat index."""
+    """The k largest absolute values of a matrix seen tile by tile; ties are broken by ``tie_order``."""
 
-    def __init__(self, library: ctypes.CDLL, k: int, dtype: torch.dtype):
-        self._library, self._k, self._double = library, k, dtype is torch.float64
+    def __init__(self, library: ctypes.CDLL, k: int, dtype: torch.dtype, key: int):
+        self._library, self._k, self._double, self._key = library, k, dtype is torch.float64, key
         self._capacity = 2 * k + 4096
         self._values = torch.empty(self._capacity + 1, dtype=dtype)
         self._indices = torch.empty(self._capacity + 1, dtype=torch.int64)
-        self._count = c_int64(0)
+        self._count, self._rank = c_int64(0), c_int64(0)
         self._threshold: c_double | c_float = c_double(-1.0) if self._double else c_float(-1.0)
 
     def update(self, tile: Tensor, base: int, exclude: Tensor) -> None:
@@ -266,12 +257,14 @@ class NativeTopK:
         """
         self._library.dst_grow_update(
             self._double, tile.data_ptr(), tile.numel(), base, exclude.data_ptr(), exclude.numel(), self._k,
-            self._capacity, self._values.data_ptr(), self._indices.data_ptr(), ctypes.addressof(self._count),
-            ctypes.addressof(self._threshold),
+            self._capacity, self._key, self._values.data_ptr(), self._indices.data_ptr(),
+            ctypes.addressof(self._count), ctypes.addressof(self._threshold), ctypes.addressof(self._rank),
         )  # fmt: skip
 
     def finish(self) -> Tensor:
         """Return the chosen flat indices, sorted, int64 ``[<= k]``."""
         count = ctypes.addressof(self._count)
-        self._library.dst_grow_finish(self._double, self._k, self._values.data_ptr(), self._indices.data_ptr(), count)
+        self._library.dst_grow_finish(
+            self._double, self._k, self._key, self._values.data_ptr(), self._indices.data_ptr(), count
+        )  # fmt: skip
         return self._indices[: self._count.value].clone()

@@ -256,30 +256,41 @@ T select(int64_t n, int64_t k, const T* values) {
     return inside[k - 1];
 }
 
-// Keep the k best of *count > k pairs, by larger value and then by smaller index; pairs arrive and stay in index order.
-// Returns the smallest value kept.
+// The rank of a position among equal values, the smallest first: SplitMix64's finalizer, as `dst.topology.tie_order`.
+inline int64_t tie_order(int64_t position, int64_t key) {
+    uint64_t z = uint64_t(position) * 0x9E3779B97F4A7C15u + uint64_t(key);
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return int64_t(z ^ (z >> 31));
+}
+
+// Keep the k best of *count > k pairs, by larger value and then by smaller tie order; pairs arrive and stay in index
+// order. `least` and `rank` become the value and the tie order of the last one kept.
 template <class T>
-T prune(int64_t k, int64_t* count, T* values, int64_t* indices) {
-    const T least = select(*count, *count - k + 1, values);
+void prune(int64_t k, int64_t* count, T* values, int64_t* indices, int64_t key, T* least, int64_t* rank) {
+    *least = select(*count, *count - k + 1, values);
     int64_t equal = k;
-    for (int64_t i = 0; i < *count; ++i) equal -= values[i] > least;
+    std::vector<int64_t> ties;
+    for (int64_t i = 0; i < *count; ++i) {
+        equal -= values[i] > *least;
+        if (values[i] == *least) ties.push_back(tie_order(indices[i], key));
+    }
+    std::nth_element(ties.begin(), ties.begin() + (equal - 1), ties.end());
+    *rank = ties[equal - 1];
     int64_t kept = 0;
     for (int64_t i = 0; i < *count; ++i) {
         const T value = values[i];
-        const bool tie = value == least;
-        const bool keep = value > least || (tie && equal > 0);
-        equal -= tie;
+        const bool keep = value > *least || (value == *least && tie_order(indices[i], key) <= *rank);
         values[kept] = value;
         indices[kept] = indices[i];
         kept += keep;
     }
     *count = kept;
-    return least;
 }
 
 template <class T>
 void grow_update(T* tile, int64_t n, int64_t base, const int64_t* exclude, int64_t excluded, int64_t k, int64_t capacity,
-                 T* values, int64_t* indices, int64_t* count, T* threshold) {
+                 int64_t key, T* values, int64_t* indices, int64_t* count, T* threshold, int64_t* rank) {
     // A NaN compares false with everything, so an excluded position can never enter, not even among tied zeros.
     for (int64_t i = 0; i < excluded; ++i) tile[exclude[i] - base] = std::numeric_limits<T>::quiet_NaN();
     if (k <= 0) return;
@@ -290,16 +301,15 @@ void grow_update(T* tile, int64_t n, int64_t base, const int64_t* exclude, int64
         const int64_t m = std::min(block, n - i);
         if (m == block) {
             int any = 0;
-            for (int64_t q = 0; q < block; ++q) any |= std::fabs(tile[i + q]) > least;
+            for (int64_t q = 0; q < block; ++q) any |= std::fabs(tile[i + q]) >= least;
             if (!any) continue;
         }
-        if (held + m > capacity) least = prune(k, &held, values, indices);
+        if (held + m > capacity) prune(k, &held, values, indices, key, &least, rank);
         for (int64_t q = 0; q < m; ++q) {
             const T value = std::fabs(tile[i + q]);
             values[held] = value;
             indices[held] = base + i + q;
-            // Strict: an equal value met later has a larger index and loses the tie.
-            held += value > least;
+            held += value > least || (value == least && tie_order(base + i + q, key) < *rank);
         }
     }
     *count = held;
@@ -311,7 +321,7 @@ void grow_update(T* tile, int64_t n, int64_t base, const int64_t* exclude, int64
 extern "C" {
 
 // Version of this interface; the loader refuses a library built from another one.
-int dst_abi() { return 4; }
+int dst_abi() { return 5; }
 
 // Instruction set in use: 0 portable, 1 AVX2, 2 AVX-512. `dst_set_isa` lowers it (for tests); it never raises it above
 // what the machine has.
@@ -398,31 +408,29 @@ void dst_merge(int64_t n, const int64_t* a, int64_t m, const int64_t* b, int64_t
     std::merge(a, a + n, b, b + m, out);
 }
 
-// The k-th smallest of n values, k from 1 to n.
-void dst_select(int is_double, int64_t n, int64_t k, const void* values, void* out) {
-    if (is_double) *(double*)out = select<double>(n, k, (const double*)values);
-    else *(float*)out = select<float>(n, k, (const float*)values);
-}
-
-// Feed one tile of a gradient (n elements, the first having flat index `base`) to a running top-k by absolute value.
-// `values`/`indices` hold `capacity` >= k + 64 pairs and one more place; *count and *threshold start at 0 and -1. The tile is overwritten at
-// the excluded positions.
+// Feed one tile of a gradient (n elements, the first having flat index `base`) to a running top-k by absolute value, ties
+// broken by `key`. `values`/`indices` hold `capacity` >= k + 64 pairs and one more place; *count, *threshold and *rank
+// start at 0, -1 and 0. The tile is overwritten at the excluded positions.
 void dst_grow_update(int is_double, void* tile, int64_t n, int64_t base, const int64_t* exclude, int64_t excluded,
-                     int64_t k, int64_t capacity, void* values, int64_t* indices, int64_t* count, void* threshold) {
+                     int64_t k, int64_t capacity, int64_t key, void* values, int64_t* indices, int64_t* count,
+                     void* threshold, int64_t* rank) {
     if (is_double)
-        grow_update<double>((double*)tile, n, base, exclude, excluded, k, capacity, (double*)values, indices, count,
-                            (double*)threshold);
+        grow_update<double>((double*)tile, n, base, exclude, excluded, k, capacity, key, (double*)values, indices, count,
+                            (double*)threshold, rank);
     else
-        grow_update<float>((float*)tile, n, base, exclude, excluded, k, capacity, (float*)values, indices, count,
-                           (float*)threshold);
+        grow_update<float>((float*)tile, n, base, exclude, excluded, k, capacity, key, (float*)values, indices, count,
+                           (float*)threshold, rank);
 }
 
 // Reduce the running top-k to its k best.
-void dst_grow_finish(int is_double, int64_t k, void* values, int64_t* indices, int64_t* count) {
+void dst_grow_finish(int is_double, int64_t k, int64_t key, void* values, int64_t* indices, int64_t* count) {
     if (k <= 0) *count = 0;
     if (*count <= k) return;
-    if (is_double) prune<double>(k, count, (double*)values, indices);
-    else prune<float>(k, count, (float*)values, indices);
+    int64_t rank;
+    double double_least;
+    float float_least;
+    if (is_double) prune<double>(k, count, (double*)values, indices, key, &double_least, &rank);
+    else prune<float>(k, count, (float*)values, indices, key, &float_least, &rank);
 }
 
 }  // extern "C"

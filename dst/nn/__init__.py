@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from dst.nn.sparse_linear import FeatureMajorLinear, SparseLinear, random_indices, remap
+from dst.nn.sparse_linear import FeatureMajorLinear, SparseLinear, remap
 
-__all__ = ["FeatureMajorLinear", "SparseLinear", "random_indices", "remap"]
+__all__ = ["FeatureMajorLinear", "SparseLinear", "remap"]

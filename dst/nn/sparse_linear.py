@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.hooks import RemovableHandle
 
 from dst.errors import ConfigurationError
 from dst.kernels import Engine, Kernels, Pattern, engine
 from dst.kernels.native import Plan
+from dst.topology import random_indices, without
 
 _COMPUTED = (torch.float32, torch.float64)
 _TILE_ROWS = 256
@@ -67,6 +69,9 @@ class SparseLinear(nn.Module):
         dtype: float32, float64, or a 16-bit type (computed in float32); that of ``values`` or torch's default if None.
         generator: source of the random values.
 
+    Attributes:
+        pattern_seed: the seed that the first pattern was drawn with, where `dst.prepare` drew it at random.
+
     Shape:
         - Input: ``(*, in_features)``.
         - Output: ``(*, out_features)``.
@@ -101,6 +106,9 @@ class SparseLinear(nn.Module):
         self._row_key: tuple[int, int] | None = None
         self._plan: Plan | None = None
         self._stash: list[tuple[Tensor, Tensor]] | None = None
+        self._stashed = 0
+        self._stash_hook: RemovableHandle | None = None
+        self.pattern_seed: int | None = None
         self.values = nn.Parameter(torch.empty(self.nnz, dtype=dtype))
         if bias:
             self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype))
@@ -322,25 +330,55 @@ class SparseLinear(nn.Module):
     def collect_dense_gradient(self, collect: bool = True) -> None:
         """Keep (or stop keeping and forget) the inputs and output gradients of coming backward passes.
 
-        They stand for the dense gradient of the weight, summed over all backward passes since the call. Call it
-        with True before the first micro-batch of a step that ends in growth by gradient, with False after it.
+        They stand for the dense gradient of the weight, summed over all backward passes since the call, or since the
+        gradient of `values` was last set to None. Call it with True before the first micro-batch of a step that ends in
+        growth by gradient, with False after it.
         """
-        self._stash = [] if collect else None
+        self._stash, self._stashed = [] if collect else None, 0
+        if collect and self._stash_hook is None:
+            self._stash_hook = self.values.register_hook(self._end_of_backward)
+        elif not collect and self._stash_hook is not None:
+            self._stash_hook.remove()
+            self._stash_hook = None
+
+    @property
+    def collected(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """Feature-major inputs and output gradients of the backward passes collected so far."""
+        return self._stash or ()
+
+    def _end_of_backward(self, gradient: Tensor) -> None:
+        # Called once per backward pass, before `values.grad` takes it up: where that holds nothing, what was collected
+        # earlier belongs to a gradient that was discarded.
+        if self._stash is not None:
+            if self.values.grad is None:
+                del self._stash[: self._stashed]
+            self._stashed = len(self._stash)
+
+    def collected_gradient(self) -> Tensor:
+        """Return the gradient collected, at the non-zeros of the present pattern: ``[nnz]``, in the order of `values`.
+
+        After `rewire` that includes connections which did not exist in the backward pass.
+        """
+        total = torch.zeros_like(self.values.detach())
+        for x, g in self.collected:
+            values = self.values.detach().to(x.dtype).contiguous()
+            total += self._engine.backward(self._pattern, values, x, g.t(), None, input=False, bias=False)[1]
+        return total
 
     def gradient_tiles(self, rows: int = _TILE_ROWS) -> Any:
         """Yield ``(first row, tile)`` of the dense gradient collected, tile ``[<= rows, in_features]`` by tile.
 
-        The micro-batches are summed in each tile. Every tile is the same memory.
+        The micro-batches are summed in each tile. Every tile is the same memory. Without a backward pass it is zero.
 
         Raises:
-            ConfigurationError: nothing was collected.
+            ConfigurationError: nothing is being collected.
         """
-        if not self._stash:
+        if self._stash is None:
             raise ConfigurationError(
                 "no gradient was collected: call collect_dense_gradient(True) before the forward and backward pass"
             )
-        dtype = self._stash[0][0].dtype
-        buffer = torch.empty(min(rows, self.out_features), self.in_features, dtype=dtype)
+        dtype = self.values.dtype if self.values.dtype in _COMPUTED else torch.float32
+        buffer = torch.zeros(min(rows, self.out_features), self.in_features, dtype=dtype)
         for first in range(0, self.out_features, rows):
             last = min(first + rows, self.out_features)
             tile = buffer[: last - first]
@@ -353,23 +391,29 @@ class SparseLinear(nn.Module):
         return torch.cat([tile.clone() for _, tile in self.gradient_tiles()])
 
     def grow_candidates(
-        self, k: int, *, exclude: Tensor | None = None, reduce: Callable[[Tensor], None] | None = None
+        self,
+        k: int,
+        *,
+        exclude: Tensor | None = None,
+        reduce: Callable[[Tensor], None] | None = None,
+        key: int = 0,
     ) -> Tensor:
         """Return the k positions with the largest absolute gradient, without ever holding the dense gradient.
 
-        The gradient is summed over the micro-batches before its absolute value is taken. Ties, those at zero too,
-        go to the smaller row-major flat index.
+        The gradient is summed over the micro-batches before its absolute value is taken. Ties, those at zero too, are
+        broken by `dst.topology.tie_order`.
 
         Args:
             k: how many positions.
             exclude: sorted row-major flat indices that may not be chosen: those kept. All non-zeros if None.
             reduce: called on every tile, in the same order everywhere, to average it over processes in place.
+            key: of ``tie_order``.
 
         Returns:
             Sorted row-major flat indices, int64 ``[k]``.
 
         Raises:
-            ConfigurationError: fewer than k positions may be chosen, or nothing was collected.
+            ConfigurationError: fewer than k positions may be chosen, or nothing is being collected.
         """
         exclude = self._pattern.flat() if exclude is None else exclude.contiguous()
         edges = torch.arange(0, self.out_features + _TILE_ROWS, _TILE_ROWS).clamp_(max=self.out_features)
@@ -382,55 +426,20 @@ class SparseLinear(nn.Module):
             for i, (first, tile) in enumerate(self.gradient_tiles()):
                 if reduce is not None:
                     reduce(tile)
-                best = best or self._engine.top_k(k, tile.dtype)
+                best = best or self._engine.top_k(k, tile.dtype, key)
                 best.update(tile, first * self.in_features, exclude[cuts[i] : cuts[i + 1]])
         chosen = torch.empty(0, dtype=torch.int64) if best is None else best.finish()
         if chosen.numel() != k:
             raise ConfigurationError(f"cannot grow {k} connections: the gradient is NaN at all but {chosen.numel()}")
         return chosen
 
-    def drop_candidates(self, k: int, scores: Tensor | None = None) -> Tensor:
-        """Return the k positions with the smallest scores; among equal scores the larger row-major flat index goes.
+    def row_major(self, entries: Tensor) -> Tensor:
+        """Bring entries, ``[nnz]`` in the order of `values`, into that of their flat indices."""
+        return entries.detach()[self._pattern.permutation]
 
-        Args:
-            k: how many positions, 0 to nnz.
-            scores: ``[nnz]`` in the order of `values`; their absolute values if None.
-
-        Returns:
-            Positions in `values`, sorted, int64 ``[k]``.
-
-        Raises:
-            ConfigurationError: k is more than there are, or scores of another length.
-        """
-        scores = self.values.detach().abs() if scores is None else scores.detach()
-        if scores.shape != (self.nnz,) or not 0 <= k <= self.nnz:
-            raise ConfigurationError(f"cannot drop {k} of {self.nnz} connections by {scores.numel()} scores")
-        if k == 0:
-            return torch.empty(0, dtype=torch.int64)
-        if scores.dtype not in _COMPUTED:
-            scores = scores.float()
-        limit = self._engine.kth_smallest(scores.contiguous(), k)
-        drop = scores <= limit
-        chosen = drop.nonzero().squeeze(1)
-        surplus = chosen.numel() - k
-        if surplus:
-            ties = chosen[scores[chosen] == limit]
-            pattern = self._pattern
-            column = torch.searchsorted(pattern.column_pointers, ties.to(torch.int32), right=True) - 1
-            flat = pattern.row_indices.to(torch.int64)[ties] * self.in_features + column
-            drop[ties[flat.argsort()[:surplus]]] = False
-            chosen = drop.nonzero().squeeze(1)
-        return chosen
-
-    def kept_indices(self, drop: Tensor) -> Tensor:
-        """Return the sorted row-major flat indices of the non-zeros but those at the positions ``drop``."""
-        keep = torch.ones(self.nnz, dtype=torch.bool)
-        keep[drop] = False
-        return self._pattern.flat()[keep[self._pattern.permutation.to(torch.int64)]]
-
-    def rewire(self, kept: Tensor, grown: Tensor) -> Tensor:
-        """Set the pattern to two disjoint sorted sets of flat indices; see `set_pattern`."""
-        return self.set_pattern(self._engine.merge(kept, grown))
+    def rewire(self, grown: Tensor, dropped: Tensor) -> Tensor:
+        """Add and remove connections, both as sorted flat indices; see `set_pattern`."""
+        return self.set_pattern(self._engine.merge(without(self._pattern.flat(), dropped), grown))
 
     def set_pattern(self, indices: Tensor) -> Tensor:
         """Change where the non-zeros are. Survivors keep their values, new ones are zero, the gradient is cleared.
@@ -514,13 +523,13 @@ class SparseLinear(nn.Module):
         memo[id(self)] = new
         # The pattern is immutable and the engine is the process's: both are shared. The copy by rows is made anew.
         shared = {"_pattern", "_engine"}
-        fresh = {"_row_values": None, "_row_key": None, "_plan": None, "_stash": None}
+        fresh = {"_row_values": None, "_row_key": None, "_plan": None, "_stash": None, "_stash_hook": None}
         for key, value in self.__dict__.items():
             new.__dict__[key] = fresh[key] if key in fresh else value if key in shared else copy.deepcopy(value, memo)
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = dict.fromkeys(("_engine", "_row_values", "_row_key", "_plan", "_stash"))
+        derived = dict.fromkeys(("_engine", "_row_values", "_row_key", "_plan", "_stash", "_stash_hook"))
         # Flat indices travel: pickle knows no 16-bit unsigned tensors, and another machine may have another engine.
         return {**self.__dict__, **derived, "_pattern": self._pattern.flat()}
 
@@ -567,37 +576,3 @@ def remap(entries: Tensor, source: Tensor) -> Tensor:
     if entries.numel() == 0:
         return entries.new_zeros(source.numel())
     return torch.where(source >= 0, entries[source.clamp(min=0)], torch.zeros((), dtype=entries.dtype))
-
-
-def random_indices(size: int, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw ``count`` of ``size`` indices, every set equally likely, with memory in proportion to ``count``.
-
-    Args:
-        size: number of positions.
-        count: number to draw, 0 to ``size``.
-        generator: source of randomness.
-
-    Returns:
-        Sorted distinct indices, int64 ``[count]``.
-
-    Raises:
-        ConfigurationError: ``count`` out of range.
-    """
-    if not 0 <= count <= size:
-        raise ConfigurationError(f"cannot choose {count} of {size} positions")
-    if 2 * count > size:
-        left = torch.ones(size, dtype=torch.bool)
-        left[random_indices(size, size - count, generator)] = False
-        return left.nonzero().squeeze(1)
-    found = torch.empty(0, dtype=torch.int64)
-    while found.numel() < count:
-        missing = count - found.numel()
-        # Enough to finish at the first attempt almost always; repeats are what the margin is for.
-        draw = int(missing / (1 - (found.numel() + missing / 2) / size) * 1.02) + 16
-        found = torch.cat([found, torch.randint(size, (draw,), generator=generator)]).unique()
-    surplus = found.numel() - count
-    if surplus:
-        keep = torch.ones(found.numel(), dtype=torch.bool)
-        keep[torch.randperm(found.numel(), generator=generator)[:surplus]] = False
-        found = found[keep]
-    return found

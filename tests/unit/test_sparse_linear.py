@@ -14,7 +14,8 @@ from dst import kernels
 from dst.errors import ConfigurationError
 from dst.kernels import TorchKernels
 from dst.nn import sparse_linear
-from dst.nn.sparse_linear import FeatureMajorLinear, SparseLinear, random_indices, remap
+from dst.nn.sparse_linear import FeatureMajorLinear, SparseLinear, remap
+from dst.topology import random_indices, tie_order
 
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)
@@ -226,17 +227,10 @@ def test_training_sees_writes_through_data():
     torch.testing.assert_close(layer(x), layer.to_linear()(x))
 
 
-def test_drop_candidates_with_ties():
-    layer = SparseLinear(4, 3, torch.tensor([0, 1, 5, 6, 8, 11]), torch.tensor([1.0, -1.0, 0.5, 1.0, -1.0, 2.0]))
-    flat = layer.pattern.flat_by_position()
-    # Smallest first; among the four of magnitude 1 the larger flat indices go.
-    for k, gone in ((0, []), (1, [5]), (2, [5, 8]), (3, [5, 6, 8]), (5, [0, 1, 5, 6, 8]), (6, [0, 1, 5, 6, 8, 11])):
-        drop = layer.drop_candidates(k)
-        assert sorted(flat[drop].tolist()) == gone
-        assert layer.kept_indices(drop).tolist() == sorted({0, 1, 5, 6, 8, 11} - set(gone))
-    assert flat[layer.drop_candidates(1, scores=-flat.double())].tolist() == [11]
-    with pytest.raises(ConfigurationError, match="cannot drop 7 of 6"):
-        layer.drop_candidates(7)
+def test_row_major_follows_flat_indices():
+    layer = SparseLinear(4, 3, torch.tensor([0, 1, 5, 6, 8, 11]), torch.tensor([1.0, -1.0, 0.5, 3.0, -2.0, 2.0]))
+    assert layer.values.tolist() != [1.0, -1.0, 0.5, 3.0, -2.0, 2.0]
+    assert layer.row_major(layer.values).tolist() == [1.0, -1.0, 0.5, 3.0, -2.0, 2.0]
 
 
 @pytest.mark.parametrize("micro_batches", [1, 3])
@@ -255,12 +249,18 @@ def test_growth_equals_the_dense_gradient(micro_batches):
     assert torch.equal(flipped, score.topk(321).indices.sort().values)
 
 
-def test_growth_ties_at_zero_go_to_the_smaller_index():
+def test_growth_ties_at_zero_are_broken_by_the_key():
     layer = SparseLinear(3, 4, torch.tensor([1, 4]))
     layer.collect_dense_gradient()
     (layer(torch.zeros(2, 3)).sum() * 0).backward()
-    assert layer.grow_candidates(4).tolist() == [0, 2, 3, 5]
-    assert layer.grow_candidates(3, exclude=torch.tensor([1])).tolist() == [0, 2, 3]
+    choices = set()
+    for key in range(20):
+        free = torch.tensor([0, 2, 3, 5, 6, 7, 8, 9, 10, 11])
+        wanted = free[tie_order(free, key).argsort()[:4]].sort().values.tolist()
+        assert layer.grow_candidates(4, key=key).tolist() == wanted
+        choices.add(tuple(wanted))
+    assert len(choices) > 10
+    assert layer.grow_candidates(11, exclude=torch.tensor([1])).tolist() == [0, *range(2, 12)]
     with pytest.raises(ConfigurationError, match="only 10 positions"):
         layer.grow_candidates(11)
 
@@ -273,8 +273,38 @@ def test_gradient_is_kept_only_when_asked():
     layer.collect_dense_gradient()
     layer(torch.randn(2, 6)).sum().backward()
     assert layer.grow_candidates(1).numel() == 1
+    assert len(layer.collected) == 1
     layer.collect_dense_gradient(False)
     assert layer._stash is None
+    assert layer.collected == ()
+
+
+def test_a_discarded_gradient_is_not_collected():
+    """Two uses in one backward pass count, two micro-batches count, what zero_grad threw away does not."""
+    dense, sparse, _ = pair(7, 6)
+    sparse.collect_dense_gradient()
+    for keep in (False, True):
+        dense.zero_grad()
+        sparse.zero_grad()
+        for _ in range(2):
+            x, y = torch.randn(2, 3, 7, dtype=torch.float64)
+            for layer in (dense, sparse):
+                (layer(x) + layer(y)).square().sum().backward()
+        assert keep or len(sparse.collected) == 4
+    assert len(sparse.collected) == 4
+    torch.testing.assert_close(sparse.dense_gradient(), dense.weight.grad)
+
+
+def test_collected_gradient_at_connections_that_were_grown_since():
+    dense, sparse, mask = pair(7, 6)
+    sparse.collect_dense_gradient()
+    x = torch.randn(3, 7, dtype=torch.float64)
+    for layer in (dense, sparse):
+        for micro_batch in (x, x + 1):
+            layer(micro_batch).square().sum().backward()
+    other = ~mask
+    sparse.set_pattern(other.reshape(-1).nonzero().squeeze(1))
+    torch.testing.assert_close(sparse.to_dense(sparse.collected_gradient()), dense.weight.grad * other)
 
 
 def test_set_pattern_carries_values_and_state():
@@ -299,12 +329,12 @@ def test_set_pattern_carries_values_and_state():
     optimizer.step()
 
 
-def test_regrown_connection_keeps_its_value():
+def test_rewiring_adds_and_removes():
     layer = SparseLinear(3, 2, torch.tensor([0, 2, 4]), torch.tensor([1.0, 2.0, 3.0]))
-    drop = layer.drop_candidates(1)
-    source = layer.rewire(layer.kept_indices(drop), torch.tensor([0]))
-    assert layer.dense_weight().tolist() == [[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]
-    assert (source >= 0).all()
+    assert layer.rewire(torch.tensor([1]), torch.tensor([4])).tolist() == [0, -1, 2]
+    assert layer.dense_weight().tolist() == [[1.0, 0.0, 2.0], [0.0, 0.0, 0.0]]
+    layer.rewire(torch.tensor([]).long(), torch.tensor([0, 1]))
+    assert layer.dense_weight().tolist() == [[0.0, 0.0, 2.0], [0.0, 0.0, 0.0]]
     layer.set_pattern(torch.empty(0, dtype=torch.int64))
     assert layer.set_pattern(torch.tensor([3])).tolist() == [-1]
     assert layer.values.tolist() == [0.0]
