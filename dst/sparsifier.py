@@ -14,24 +14,17 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from dst import init as inits
-from dst.backends.masked import Multipliers
+from dst.backends import Draft, Storage, open_storages
+from dst.backends.csr import obstacles
+from dst.backends.saved import count, is_mask
 from dst.errors import ConfigurationError, StateError
+from dst.first_mask import first_positions
 from dst.layers import Selector, SparseLayer, find_layers
 from dst.mask_file import load_masks
 from dst.method import Method, spec_differences
-from dst.optimizer_state import clear_state, mask_state
-from dst.sharding import (
-    all_agree,
-    check_equal_masks,
-    is_sharded,
-    local,
-    local_positions,
-    part_of,
-    spread,
-    whole,
-)
-from dst.topology import Rewiring, drop_and_grow, drop_count, fill_at_, select_top
-from dst.types import LayerView, folded_generator, resolve_steps
+from dst.sharding import all_agree, check_equal_masks, local, whole
+from dst.topology import Rewiring, drop_count
+from dst.types import folded_generator, resolve_steps
 
 logger = logging.getLogger(__name__)
 
@@ -129,24 +122,20 @@ class Sparsifier:
         self.total_steps = total_steps
         self.seed = seed
         self.layers, self.dense_weights = find_layers(model, include, exclude)
-        named = dict(model.named_parameters())
-        self._parameters = {layer.parameter: named[layer.parameter] for layer in self.layers}
-        for name, parameter in self._parameters.items():
-            _check_parameter(name, parameter)
+        self._storages = open_storages(model, self.layers, method, process_group)
+        self._obstacles = obstacles(model, self.layers) if method.backend == "csr" else {}
+        # By the name of the dense parameter: who stores it, and what the optimizer holds of it.
+        self._home: dict[str, Storage] = {name: s for s in self._storages for name in s.parameters}
+        self._parameters = {x.parameter: self._home[x.parameter].parameters[x.parameter] for x in self.layers}
         self._names = {parameter: name for name, parameter in self._parameters.items()}
         self._steppers = self._assign([optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))
         self._group = process_group
-        self._masks = {n: torch.ones_like(local(p), dtype=torch.bool) for n, p in self._parameters.items()}
-        self._union: dict[str, Tensor] = {}
-        self._active = [layer.weights for layer in self.layers]
         self._buffers: dict[tuple[str, str], Tensor] = {}
-        self._multipliers = Multipliers()
         self._counters = _Counters()
         self._sparsified = method.density == 1
         self._warned: set[str] = set()
         self.last_update: Update | None = None
         self._originals: dict[str, tuple[Tensor, int]] | None = {}
-        self._averages: list[dict[str, Tensor]] = []
         self._sparsify_step = resolve_steps(method.sparsify_at, total_steps, "sparsify_at")
         if method.init.needs_gradient and len(self._steppers) > 1:
             raise ConfigurationError(
@@ -154,20 +143,24 @@ class Sparsifier:
                 f"{len(self._steppers)} optimizers; use another init, or one optimizer"
             )
         if not self._sparsified and self._sparsify_step == 0 and not method.init.needs_gradient:
-            self._originals = {n: (local(p.detach()).clone(), -1) for n, p in self._parameters.items()}
+            cut = {n: p for n, p in self._parameters.items() if method.rescale_init or not self._home[n].is_placed}
+            self._originals = {n: (local(p.detach()).clone(), -1) for n, p in cut.items()}
             self._sparsify(0)
             self._originals = {n: (v, self._parameters[n]._version) for n, (v, _) in self._originals.items()}
+        self._expect_gradients()
         self._hooks = [s.optimizer.register_step_post_hook(self._after_step) for s in self._steppers]
 
     # -- what users look at ---------------------------------------------------------------------------------------
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Parameter name to bool tensor of its shape, True where active. Not to be changed in place.
+        """Name of the dense parameter to bool tensor of its shape, True where active. Not to be changed in place.
 
-        Masks of DTensor parameters are DTensors of the same layout.
+        Masks of DTensor parameters are DTensors of the same layout. Where only non-zeros are stored, masks are built at
+        every call.
         """
-        return {name: spread(mask, self._parameters[name]) for name, mask in self._masks.items()}
+        found = {name: mask for storage in self._storages for name, mask in storage.masks().items()}
+        return {name: found[name] for name in self._parameters}
 
     @property
     def step(self) -> int:
@@ -200,7 +193,10 @@ class Sparsifier:
     @property
     def active(self) -> int:
         """Active weights over all sparse layers."""
-        return sum(self._active)
+        return sum(map(self._active, self.layers))
+
+    def _active(self, layer: SparseLayer) -> int:
+        return self._home[layer.parameter].active[layer.label]
 
     @property
     def density(self) -> float:
@@ -224,16 +220,9 @@ class Sparsifier:
         abs(union of masks) / weights (Liu et al. 2021, https://arxiv.org/abs/2102.02887). Layers that are wholly dense
         are in neither term; it is 1 where all layers are.
         """
-        explored = total = 0
-        for layer, active in zip(self.layers, self._active, strict=True):
-            if active < layer.weights:
-                union = self._union.get(layer.parameter)
-                if union is None:
-                    explored += active
-                else:
-                    explored += int(layer.part(whole(spread(union, self._parameters[layer.parameter]))).sum())
-                total += layer.weights
-        return explored / total if total else 1.0
+        partial = [layer for layer in self.layers if self._active(layer) < layer.weights]
+        explored = sum(self._home[layer.parameter].explored(layer) for layer in partial)
+        return explored / sum(layer.weights for layer in partial) if partial else 1.0
 
     def layer_table(self) -> list[dict[str, Any]]:
         """One dict per sparse layer: ``name``, ``shape``, ``weights``, ``nonzero`` (active weights), ``density``."""
@@ -245,13 +234,13 @@ class Sparsifier:
                 "nonzero": active,
                 "density": active / layer.weights,
             }
-            for layer, active in zip(self.layers, self._active, strict=True)
+            for layer, active in ((layer, self._active(layer)) for layer in self.layers)
         ]
 
     def mask_of(self, parameter: nn.Parameter) -> Tensor | None:
-        """The mask of a parameter (its local part's, for a DTensor), or ``None`` for one that is not sparse."""
+        """The mask of a parameter that holds inactive weights (its local part's, for a DTensor), ``None`` for others."""
         name = self._names.get(parameter)
-        return None if name is None else self._masks[name]
+        return None if name is None else self._home[name].mask_of(name)
 
     def needs_dense_gradient(self, parameter: nn.Parameter) -> bool:
         """Whether the step to come reads the gradient of this parameter's inactive weights.
@@ -259,7 +248,9 @@ class Sparsifier:
         True in dense phases, at updates that read the gradient or are followed by a step, and always for scores that watch
         every step.
         """
-        stepper = next(s for s in self._steppers if any(p is parameter for p in s.parameters))
+        return self._reads_inactive(next(s for s in self._steppers if any(p is parameter for p in s.parameters)))
+
+    def _reads_inactive(self, stepper: _Stepper) -> bool:
         if not self._sparsified:
             return True
         scores = self.method.scores().values()
@@ -268,6 +259,13 @@ class Sparsifier:
         # An update that does not take the place of the step is followed by one that moves the grown connections.
         reads = not self.method.replace_step or any(score.needs_gradient for score in scores)
         return reads and self.method.clock.fires(stepper.step, self.total_steps)
+
+    def _expect_gradients(self, steppers: Iterable[_Stepper] | None = None) -> None:
+        """Tell the storages what the coming step of the optimizers (by default all) needs to see."""
+        for stepper in self._steppers if steppers is None else steppers:
+            expected = self.method.density < 1 and self._reads_inactive(stepper)
+            for storage in self._storages:
+                storage.expect_dense_gradient(stepper.parameters, expected)
 
     # -- the training loop ----------------------------------------------------------------------------------------
 
@@ -287,6 +285,8 @@ class Sparsifier:
         chosen = [s for s in self._steppers if optimizer is None or s.optimizer is optimizer]
         for stepper in chosen:
             stepper.announced = self._prepare(stepper)
+            # What was kept for this step is used; should it not be taken, the next attempt begins anew.
+            self._expect_gradients([stepper])
 
     def _prepare(self, stepper: _Stepper) -> str:
         """Do what is due before a step and say what kind of step it is."""
@@ -313,13 +313,15 @@ class Sparsifier:
             kind = "dense_gradient" if needs_gradient else kind
             if self.method.replace_step:
                 self._skip_step(stepper)
-        self._multipliers.mask_gradients(stepper.parameters)
+        for storage in self._storages:
+            storage.mask_gradients(stepper.parameters)
         return kind
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step post-hook: weights that are inactive are zero again, and the clock advances."""
         stepper = next(s for s in self._steppers if s.optimizer is optimizer)
-        self._multipliers.mask_weights(stepper.parameters)
+        for storage in self._storages:
+            storage.mask_weights()
         self._originals = None
         if stepper.announced is None:
             raise StateError(
@@ -329,10 +331,13 @@ class Sparsifier:
         self._counters.steps[stepper.announced] += 1
         stepper.announced = None
         stepper.step += 1
+        self._expect_gradients([stepper])
 
     def finalize(self) -> None:
         """End sparse training: inactive weights are zero, and the optimizers' hooks are removed."""
-        self._multipliers.mask_weights(self._parameters.values())
+        for storage in self._storages:
+            storage.mask_weights()
+            storage.expect_dense_gradient(list(self._parameters.values()), False)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -341,66 +346,78 @@ class Sparsifier:
     def mask_optimizer_state(self) -> None:
         """Clear per-weight optimizer state at inactive positions, as after loading an optimizer from a dense run."""
         for stepper in self._steppers:
-            for name, parameter in self._parameters.items():
-                mask_state(stepper.optimizer, parameter, self._masks[name])
+            for storage in self._storages:
+                storage.mask_optimizer_state(stepper.optimizer)
 
     # -- the first mask -------------------------------------------------------------------------------------------
 
     def _sparsify(self, step: int) -> None:
         """Make the first mask, from the weights, gradients or file of this moment."""
-        if isinstance(self.method.init, inits.FromFile):
-            masks = self._masks_from_file(self.method.init.path)
-        else:
-            masks = self._masks_from_scores(step)
+        first = (
+            self._first_from_file(self.method.init.path)
+            if isinstance(self.method.init, inits.FromFile)
+            else self._first_by_score(step)
+        )
+        for storage in self._storages:
+            storage.adopt(first)
         if self.method.rescale_init:
-            self._rescale(masks)
-        self._adopt(masks)
+            for layer in self.layers:
+                self._home[layer.parameter].rescale(layer)
         self.mask_optimizer_state()
-        self._check_agreement(masks, step)
+        self._check_agreement(step)
         self._sparsified = True
         if self.method.is_dynamic:
-            self._union = {name: mask.clone() for name, mask in self._masks.items()}
+            for storage in self._storages:
+                storage.explore()
 
-    def _masks_from_scores(self, step: int) -> dict[str, Tensor]:
-        views = [self._view(i, "init", step, gradient=self.method.init.needs_gradient) for i in range(len(self.layers))]
-        scores = [self.method.init.scores(view) for view in views]
-        counts = self.method.allocation.counts(
-            [layer.label for layer in self.layers],
-            [layer.shape for layer in self.layers],
-            self.method.density,
-            scores if self.method.allocation.needs_scores else None,
-        )
-        masks = {n: torch.ones(p.shape, dtype=torch.bool, device=p.device) for n, p in self._parameters.items()}
-        for layer, score, count in zip(self.layers, scores, counts, strict=True):
-            generator = folded_generator(self.seed, "init ties", step, layer.label)
-            layer.part(masks[layer.parameter]).copy_(
-                select_top(score, count, torch.ones_like(score, dtype=torch.bool), generator)
+    def _first_by_score(self, step: int) -> dict[str, Tensor]:
+        """Layer label to first positions, of layers that are not placed already."""
+        placed = [layer.label for layer in self.layers if self._home[layer.parameter].is_placed]
+        found = {}
+        for layer, wanted, positions in first_positions(
+            self.method,
+            self.layers,
+            lambda layer, generator: self._home[layer.parameter].view(
+                layer, generator, gradient=self.method.init.needs_gradient
+            ),
+            seed=self.seed,
+            step=step,
+            placed=placed,
+        ):
+            if positions is not None:
+                self._check_storage(layer, wanted)
+                found[layer.label] = positions
+            elif not self.method.allocation.needs_scores and wanted != self._active(layer):
+                raise ConfigurationError(
+                    f"{layer.parameter} was prepared with {self._active(layer)} connections, and the method gives it "
+                    f"{wanted}: pass the same method, include and exclude to dst.prepare"
+                )
+        return found
+
+    def _check_storage(self, layer: SparseLayer, count: int) -> None:
+        """Refuse to train masked what should have been prepared."""
+        if count < layer.weights and self._obstacles.get(layer.label, "") is None:
+            raise ConfigurationError(
+                f'{layer.parameter} has ordinary weights, and the method has backend="{self.method.backend}": call '
+                "model = dst.prepare(model, method) before the optimizer is built, with the same include and exclude"
             )
-        return masks
 
-    def _masks_from_file(self, path: str) -> dict[str, Tensor]:
+    def _first_from_file(self, path: str) -> dict[str, Tensor]:
         masks = load_masks(path)
         self._check_masks(masks, f"mask file {path}")
         total = sum(layer.weights for layer in self.layers)
-        kept = sum(int(layer.part(masks[layer.parameter]).sum()) for layer in self.layers)
+        parts = {layer.label: layer.part(masks[layer.parameter]).reshape(-1) for layer in self.layers}
+        kept = sum(int(part.sum()) for part in parts.values())
         if abs(kept - self.method.density * total) > len(self.layers):
             raise ConfigurationError(
                 f"the masks in {path} have density {kept / total:.6g}, the method {self.method.density:.6g}; "
                 f"pass density={kept / total:.6g}"
             )
-        return {name: masks[name].to(p.device) for name, p in self._parameters.items()}
-
-    def _rescale(self, masks: Mapping[str, Tensor]) -> None:
-        """Scale each output's weights by sqrt(fan-in / active fan-in)."""
+        found = {label: part.nonzero().squeeze(1) for label, part in parts.items()}
         for layer in self.layers:
-            mask = layer.part(masks[layer.parameter])
-            inputs = [d for d in range(mask.ndim) if d != layer.output_dim]
-            active = mask.sum(dim=inputs, keepdim=True)
-            fan_in = layer.weights // layer.shape[layer.output_dim]
-            parameter = self._parameters[layer.parameter]
-            scale = torch.ones(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-            layer.part(scale).mul_((fan_in / active.clamp(min=1)).sqrt().to(scale.dtype))
-            local(parameter.detach()).mul_(part_of(scale, parameter))
+            if not self._home[layer.parameter].is_placed:
+                self._check_storage(layer, found[layer.label].numel())
+        return found
 
     # -- topology updates -----------------------------------------------------------------------------------------
 
@@ -413,63 +430,34 @@ class Sparsifier:
         fraction = self.method.fraction(step, stop)
         # All layers' rewirings are decided before any is applied.
         rewirings = [(i, r) for i in stepper.layers if (r := self._rewire(i, step, fraction)) is not None]
-        for name in {self.layers[i].parameter for i, _ in rewirings}:
-            self._masks[name] = self._masks[name].clone()  # masks that were handed out stay as they were
         for index, rewiring in rewirings:
-            self._apply(stepper, self.layers[index], rewiring)
+            layer, keep = self.layers[index], not self.method.replace_step
+            self._home[layer.parameter].apply(layer, rewiring, stepper.optimizer, keep_gradient=keep)
         grown = sum(rewiring.grown.numel() for _, rewiring in rewirings)
-        self._check_agreement({self.layers[i].parameter for i, _ in rewirings}, step)
+        self._check_agreement(step)
         self._counters.updates += 1
-        self.last_update = Update(step, fraction, grown / max(1, sum(self._active[i] for i in stepper.layers)))
+        active = sum(self._active(self.layers[i]) for i in stepper.layers)
+        self.last_update = Update(step, fraction, grown / max(1, active))
         return True
 
     def _rewire(self, index: int, step: int, fraction: float) -> Rewiring | None:
         """One layer's rewiring, or ``None`` where nothing can or need change."""
         layer, method = self.layers[index], self.method
-        count = drop_count(self._active[index], fraction)
-        if count == 0 or self._active[index] == layer.weights:
+        active = self._active(layer)
+        count = drop_count(active, fraction)
+        if count == 0 or active == layer.weights:
             return None
-        scores = {}
-        for role, score in method.scores().items():
-            view = self._view(index, role, step, gradient=score.needs_gradient)
-            missing = view.buffer if score.observes else view.gradient
-            if score.needs_gradient and missing is None:
-                self._warn_once(f"{layer.parameter} had no gradient at a topology update and keeps its connections")
-                return None
-            scores[role] = score(view)
-        return drop_and_grow(
-            self._whole_mask(layer),
-            scores["drop"],
-            scores["grow"],
+        draft = Draft(
             count,
-            regrow_dropped=method.regrow_dropped,
-            generator=folded_generator(self.seed, "ties", step, layer.label),
+            method.scores(),
+            {role: b for (role, label), b in self._buffers.items() if label == layer.label},
+            lambda role: folded_generator(self.seed, role, step, layer.label),
+            method.regrow_dropped,
         )
-
-    def _apply(self, stepper: _Stepper, layer: SparseLayer, rewiring: Rewiring) -> None:
-        """Take over a layer's new topology: weights and optimizer state are zero where it changed."""
-        name, parameter = layer.parameter, self._parameters[layer.parameter]
-        here = Rewiring(
-            local_positions(rewiring.grown + layer.offset, parameter),
-            local_positions(rewiring.dropped + layer.offset, parameter),
-        )
-        here.apply_(self._masks[name])
-        fill_at_(self._union[name], here.grown, 1)
-        fill_at_(local(parameter.detach()), here.dropped, 0)
-        clear_state(stepper.optimizer, parameter, torch.cat([here.grown, here.dropped]))
-        for average in self._averages:
-            fill_at_(local(average[name].detach()), here.dropped, 0)
-        self._multipliers.rewire(parameter, here)
-
-    def _adopt(self, masks: Mapping[str, Tensor]) -> None:
-        """Take over whole masks: weights are zero where they are inactive."""
-        self._active = [int(layer.part(masks[layer.parameter]).sum()) for layer in self.layers]
-        for name, mask in masks.items():
-            parameter = self._parameters[name]
-            self._masks[name] = part_of(mask, parameter).clone()
-            self._multipliers.set(parameter, self._masks[name])
-        self._multipliers.mask_weights(self._parameters.values())
-        self._mask_averages()
+        rewiring = self._home[layer.parameter].decide(layer, draft)
+        if rewiring is None:
+            self._warn_once(f"{layer.parameter} had no gradient at a topology update and keeps its connections")
+        return rewiring
 
     @torch.no_grad()
     def track_average(self, model: nn.Module) -> None:
@@ -485,23 +473,13 @@ class Sparsifier:
         Raises:
             ConfigurationError: The copy lacks a sparse parameter.
         """
-        named = dict(unwrap(model).named_parameters())
-        if missing := sorted(set(self._parameters) - set(named)):
-            raise ConfigurationError(f"the averaged model has no {', '.join(missing)}; it must be a copy of the model")
-        average: dict[str, Tensor] = {name: named[name] for name in self._parameters}
-        if not any(known[n] is p for known in self._averages for n, p in list(average.items())[:1]):
-            self._averages.append(average)
-        self._mask_averages()
+        for storage in self._storages:
+            storage.track_average(unwrap(model))
 
-    def _mask_averages(self) -> None:
-        for average in self._averages:
-            for name, mask in self._masks.items():
-                local(average[name].detach()).masked_fill_(~mask.to(average[name].device), 0)
-
-    def _check_agreement(self, names: Iterable[str], step: int) -> None:
+    def _check_agreement(self, step: int) -> None:
         """Compare the replicated masks of all processes."""
-        replicated = [(n, self._masks[n]) for n in sorted(names) if not is_sharded(self._parameters[n])]
-        check_equal_masks(replicated, step, self._group)
+        signatures = [signature for storage in self._storages for signature in storage.signatures()]
+        check_equal_masks(signatures, step, self._group)
 
     def _skip_step(self, stepper: _Stepper) -> None:
         for group in stepper.optimizer.param_groups:
@@ -525,32 +503,16 @@ class Sparsifier:
 
     def _gradients_are_usable(self, stepper: _Stepper, every_layer: bool = False) -> bool:
         """Whether all gradients are finite, and present where ``every_layer``."""
-        gradients = [p.grad for p in stepper.parameters]
         if every_layer and (missing := [p for p in stepper.parameters if p.grad is None]):
             raise ConfigurationError(
                 f"{self._names[missing[0]]} has no gradient, and {type(self.method.init).__name__} needs one; "
                 "exclude it, or let it take part in the loss"
             )
-        present = [g for g in gradients if g is not None]
-        finite = all_agree(all(_is_finite(local(g)) for g in present), self._group)
+        finite = all(storage.gradients_are_finite(stepper.parameters) for storage in self._storages)
+        finite = all_agree(finite, self._group)
         if not finite:
             self._warn_once("gradients are not finite where the topology needs them; the update is left out")
         return finite
-
-    def _view(self, index: int, role: str, step: int, gradient: bool) -> LayerView:
-        layer = self.layers[index]
-        parameter = self._parameters[layer.parameter]
-        dense = parameter.grad if gradient else None
-        return LayerView(
-            weight=layer.part(whole(parameter.detach())),
-            mask=self._whole_mask(layer),
-            gradient=None if dense is None else layer.part(whole(dense)),
-            buffer=self._buffers.get((role, layer.label)),
-            generator=folded_generator(self.seed, role, step, layer.label),
-        )
-
-    def _whole_mask(self, layer: SparseLayer) -> Tensor:
-        return layer.part(whole(spread(self._masks[layer.parameter], self._parameters[layer.parameter])))
 
     # -- saving and loading ---------------------------------------------------------------------------------------
 
@@ -570,13 +532,10 @@ class Sparsifier:
             if self.last_update is None
             else [self.last_update.step, self.last_update.fraction, self.last_update.churn],
             "layers": self.layer_table(),
-            "masks": self._whole_copies(self._masks),
-            "union": self._whole_copies(self._union),
+            "masks": {n: mask for storage in self._storages for n, mask in storage.masks_state().items()},
+            "union": {n: union for storage in self._storages for n, union in storage.union_state().items()},
             "buffers": {role + "/" + label: b.clone() for (role, label), b in self._buffers.items()},
         }
-
-    def _whole_copies(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: whole(spread(mask, self._parameters[name])).clone() for name, mask in masks.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -597,23 +556,21 @@ class Sparsifier:
                 local(self._parameters[name].detach()).copy_(original)
         self._originals = None
         self._sparsified = bool(state["sparsified"])
-        masks = {n: state["masks"][n].to(p.device).clone() for n, p in self._parameters.items()}
-        self._union = {
-            n: part_of(u, self._parameters[n]).to(masks[n].device).clone() for n, u in state["union"].items()
-        }
+        for storage in self._storages:
+            storage.load(state["masks"], state["union"])
         self._buffers = {}
         for key, buffer in state["buffers"].items():
             role, _, label = key.partition("/")
             layer = next(layer for layer in self.layers if layer.label == label)
             self._buffers[role, label] = buffer.to(self._parameters[layer.parameter].device).clone()
-        self._adopt(masks)
-        self._check_agreement(masks, int(state["steps"][0]))
+        self._check_agreement(int(state["steps"][0]))
         for stepper, step in zip(self._steppers, state["steps"], strict=True):
             stepper.step = int(step)
             stepper.announced = None
         self._counters = _Counters(int(state["updates"]), int(state["skipped"]), dict(state["step_counts"]))
         last = state["last_update"]
         self.last_update = None if last is None else Update(int(last[0]), float(last[1]), float(last[2]))
+        self._expect_gradients()
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         expected = self.state_dict().keys()
@@ -621,7 +578,9 @@ class Sparsifier:
             raise StateError("this is not the state of a dst Sparsifier, or it is damaged")
         if state["format"] != STATE_FORMAT:
             raise StateError(f"the state has format {state['format']}; this version of dst reads {STATE_FORMAT}")
-        if differences := spec_differences(state["method"], self.method.spec()):
+        # Every backend reads what another has saved.
+        saved = {**state["method"], "backend": self.method.backend}
+        if differences := spec_differences(saved, self.method.spec()):
             raise StateError(f"the checkpoint is of another method ({'; '.join(differences)})")
         if state["seed"] != self.seed:
             raise StateError(f"the checkpoint has seed {state['seed']}, this run {self.seed}: use the same")
@@ -645,11 +604,14 @@ class Sparsifier:
                 f"{source} does not fit the model: "
                 + "; ".join(t for t in (missing and f"lacks {missing}", extra and f"has unknown {extra}") if t)
             )
-        for name, parameter in self._parameters.items():
-            if masks[name].shape != parameter.shape or masks[name].dtype != torch.bool:
+        for name in self._parameters:
+            mask, shape = masks[name], self._home[name].shape(name)
+            if not is_mask(mask, shape):
+                raise StateError(f"{source} has {name} as {tuple(mask.shape)} {mask.dtype}, the model as {shape}")
+            if self._home[name].is_placed and count(mask) != self._parameters[name].numel():
                 raise StateError(
-                    f"{source} has {name} as {tuple(masks[name].shape)} {masks[name].dtype}, "
-                    f"the model as {tuple(parameter.shape)}"
+                    f"{source} has {count(mask)} connections in {name}, the model was prepared with "
+                    f"{self._parameters[name].numel()}: prepare it with the method of the checkpoint"
                 )
 
     # -- small helpers --------------------------------------------------------------------------------------------
@@ -715,17 +677,3 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether every entry is finite; the sum settles it in one pass unless it overflows."""
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
-def _check_parameter(name: str, parameter: Tensor) -> None:
-    if parameter.device.type == "meta":
-        raise ConfigurationError(
-            f"{name} is on the meta device: give it storage first (model.to_empty, or load weights)"
-        )
-    if not parameter.is_floating_point():
-        raise ConfigurationError(f"{name} has dtype {parameter.dtype}; only floating-point weights can be sparse")
