@@ -122,7 +122,7 @@ class Sparsifier:
         self.total_steps = total_steps
         self.seed = seed
         self.layers, self.dense_weights = find_layers(model, include, exclude)
-        self._storages = open_storages(model, self.layers, method, process_group)
+        self._storages = open_storages(model, self.layers, method, seed=seed, group=process_group)
         self._obstacles = obstacles(model, self.layers) if method.backend == "csr" else {}
         # By the name of the dense parameter: who stores it, and what the optimizer holds of it.
         self._home: dict[str, Storage] = {name: s for s in self._storages for name in s.parameters}

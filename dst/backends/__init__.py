@@ -14,6 +14,7 @@ from dst.backends.storage import Draft, Storage
 from dst.errors import ConfigurationError
 from dst.layers import Selector, SparseLayer, sparse_modules
 from dst.method import Method
+from dst.types import as_sampler
 
 __all__ = ["Csr", "Draft", "Masked", "Storage", "open_storages", "prepare"]
 
@@ -57,7 +58,12 @@ def prepare(
 
 
 def open_storages(
-    model: nn.Module, layers: Sequence[SparseLayer], method: Method, group: ProcessGroup | None = None
+    model: nn.Module,
+    layers: Sequence[SparseLayer],
+    method: Method,
+    *,
+    seed: int = 0,
+    group: ProcessGroup | None = None,
 ) -> list[Storage]:
     """The storages of a model's sparse layers.
 
@@ -65,13 +71,15 @@ def open_storages(
         model: The model.
         layers: Its sparse layers.
         method: The method that trains it.
+        seed: The seed of random choices.
         group: The processes that train together.
 
     Returns:
         One storage per backend in use.
 
     Raises:
-        ConfigurationError: Sparse modules under a method of another backend, or parameters that cannot be trained.
+        ConfigurationError: Sparse modules under a method of another backend or drawn with another seed, or parameters that
+            cannot be trained.
     """
     modules, named = sparse_modules(model), dict(model.named_parameters())
     stored = [layer for layer in layers if layer.parameter in modules]
@@ -81,6 +89,12 @@ def open_storages(
             f'{stored[0].parameter} is a SparseLinear, and the method has backend="{method.backend}": use '
             'backend="csr", or dst.to_dense(model) to go on with masks'
         )
+    for layer in stored:
+        drawn = modules[layer.parameter].pattern_seed
+        if as_sampler(method.init) is not None and drawn not in (None, seed):
+            raise ConfigurationError(
+                f"{layer.parameter} was drawn by dst.prepare(seed={drawn}), and this is seed={seed}: give both the same"
+            )
     storages: list[Storage] = []
     if masked:
         storages.append(Masked({x.parameter: named[x.parameter] for x in masked}, masked))

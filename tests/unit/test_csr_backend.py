@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -316,14 +317,11 @@ def test_a_layer_without_gradient_keeps_its_connections(caplog):
 # -- memory ---------------------------------------------------------------------------------------------------------
 
 
-def dense_sized(run: Run, size: int) -> list[str]:
-    """Tensors of at least ``size`` entries that the model, the optimizer or the sparsifier hold."""
-    import gc
-
+def dense_sized(size: int) -> list[str]:
+    """All tensors of at least ``size`` entries."""
     gc.collect()
-    return [
-        f"{type(o).__name__} {tuple(o.shape)}" for o in gc.get_objects() if isinstance(o, Tensor) and o.numel() >= size
-    ]
+    tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
+    return [f"{type(t).__name__} {tuple(t.shape)}" for t in tensors if t.numel() >= size]
 
 
 def test_nothing_dense_is_held_between_updates():
@@ -332,6 +330,7 @@ def test_nothing_dense_is_held_between_updates():
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     sparsifier = dst.Sparsifier(model, optimizer, method, total_steps=9)
     weights = 307 * 311
+    assert dense_sized(weights // 2) == []
     for step in range(9):
         optimizer.zero_grad()
         model(torch.randn(8, 307)).square().sum().backward()
@@ -339,7 +338,7 @@ def test_nothing_dense_is_held_between_updates():
         sparsifier.before_step()
         optimizer.step()
         assert len(model[0].collected) == 0
-        assert dense_sized(sparsifier, weights // 2) == []
+        assert dense_sized(weights // 2) == []
     assert sparsifier.updates == 3
     saved = [sparsifier.state_dict(), optimizer.state_dict(), model.state_dict()]
     held: list[Tensor] = []
@@ -402,7 +401,7 @@ def test_states_of_another_budget_are_refused():
         run.sparsifier.load_state_dict(other.sparsifier.state_dict())
     state = run.sparsifier.state_dict()
     state["masks"]["first.weight"] = state["masks"]["first.weight"][:-1]
-    with pytest.raises(StateError, match=r"239 connections in first\.weight.*prepared with 240"):
+    with pytest.raises(StateError, match=r"196 connections in first\.weight.*prepared with 197"):
         run.sparsifier.load_state_dict(state)
     state["masks"]["first.weight"] = torch.tensor([3, 2])
     with pytest.raises(StateError, match=r"first\.weight"):
@@ -527,13 +526,14 @@ def test_a_model_that_does_not_fit_the_method_is_refused():
         build(Net(), rigl)
     with pytest.raises(ConfigurationError, match=r'first\.weight is a SparseLinear.*backend="csr"'):
         build(dst.prepare(Net(), rigl), methods.rigl(0.2))
-    with pytest.raises(ConfigurationError, match="prepared with 240 connections, and the method gives it 3"):
+    with pytest.raises(ConfigurationError, match="prepared with 197 connections, and the method gives it 306"):
         build(dst.prepare(Net(), rigl), methods.rigl(0.3, backend="csr"))
+    uniform = methods.rigl(0.2, allocation=Uniform(), backend="csr")
     with pytest.raises(ConfigurationError, match=r"head\.weight has ordinary weights"):
-        build(dst.prepare(Net(), rigl, exclude=["head*"]), rigl)
+        build(dst.prepare(Net(), uniform, exclude=["head*"]), uniform)
     with pytest.raises(ConfigurationError, match=r"first\.weight stores only its non-zeros.*excluded"):
         build(dst.prepare(Net(), rigl), rigl, exclude=["first*"])
-    with pytest.raises(ConfigurationError, match="seed=1.*seed=0"):
+    with pytest.raises(ConfigurationError, match=r"prepare\(seed=1\), and this is seed=0"):
         build(dst.prepare(Net(), rigl, seed=1), rigl)
     assert build(dst.prepare(Net(), rigl, include=[nn.Linear]), rigl, include=[nn.Linear]).active
 
@@ -554,3 +554,22 @@ def test_clock_and_masks_are_those_of_the_dense_names():
     assert isinstance(run.sparsifier.method.clock, Every)
     run.sparsifier.finalize()
     assert run.model.first._stash is None
+
+
+def test_the_plan_tells_where_weights_will_live():
+    method = methods.rigl(DENSITY, backend="csr")
+    rows = {row.name: row for row in dst.plan(Mixed(), methods.rigl(DENSITY, allocation=Uniform(), backend="csr")).rows}
+    assert {name: (row.storage, row.note) for name, row in rows.items()} == {
+        "hidden.weight": ("csr", ""),
+        "head.weight": ("csr", ""),
+        "tied_a.weight": ("masked", "tied weights"),
+        "conv.weight": ("masked", "Conv2d has no csr kernel"),
+        **{f"attention.in_proj_weight[{p}]": ("masked", "MultiheadAttention has no csr kernel") for p in "qkv"},
+        "attention.out_proj.weight": ("masked", "NonDynamicallyQuantizableLinear has no csr kernel"),
+    }
+    assert {row.storage for row in dst.plan(Mixed(), methods.rigl(0.1, allocation=Uniform())).rows} == {"masked"}
+    assert "storage" in str(dst.plan(Mixed(), method))
+    dense_head = dst.plan(Mixed(), methods.rigl(0.5, backend="csr")).rows[-1]
+    assert (dense_head.storage, dense_head.note) == ("dense", "stays dense")
+    prepared = dst.prepare(Net(), method)
+    assert {row.storage for row in dst.plan(prepared, method).rows} == {"csr"}
