@@ -1,7 +1,8 @@
 """Masked storage: ordinary parameters with zeros in place.
 
-The parameter keeps its name, shape and dense gradient; sparsity is a multiplication by 0 or 1 after every step. The
-multipliers are held in the weights' dtype: a fused multiplication by them costs a fifteenth of one by bool masks.
+The parameter keeps its name, shape and dense gradient; sparsity is a multiplication by 0 or 1 after every step. What is
+multiplied are the bits of the weights, read as integers: 0 times anything is then zero, where 0 times an infinite or
+undefined float is not. A fused multiplication costs a fifteenth of filling in by bool masks.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from dst.sharding import local
 from dst.topology import Rewiring
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class Multipliers:
-    """0/1 tensors in the parameters' dtype and layout, for the parameters that are not wholly active."""
+    """0/1 integers of the parameters' width and layout, for the parameters that are not wholly active."""
 
     def __init__(self) -> None:
         self._tensors: dict[nn.Parameter, Tensor] = {}
@@ -27,7 +30,7 @@ class Multipliers:
             self._tensors.pop(parameter, None)
         else:
             # empty_like keeps the parameter's strides, without which the fused multiplication falls back to a loop.
-            self._tensors[parameter] = torch.empty_like(local(parameter.detach())).copy_(mask)
+            self._tensors[parameter] = _bits(torch.empty_like(local(parameter.detach()))).copy_(mask)
 
     def rewire(self, parameter: nn.Parameter, rewiring: Rewiring) -> None:
         """Follow a topology update; positions are those of the local part."""
@@ -51,6 +54,11 @@ class Multipliers:
             return
         for parameter in parameters:
             multiplier = self._tensors[parameter]
-            if multiplier.device != parameter.device or multiplier.dtype != parameter.dtype:
-                self._tensors[parameter] = torch.empty_like(local(parameter.detach())).copy_(multiplier)
-        torch._foreach_mul_(targets, [self._tensors[p] for p in parameters])
+            if multiplier.device != parameter.device or multiplier.itemsize != parameter.itemsize:
+                self._tensors[parameter] = _bits(torch.empty_like(local(parameter.detach()))).copy_(multiplier)
+        torch._foreach_mul_([_bits(t) for t in targets], [self._tensors[p] for p in parameters])
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory, read as integers."""
+    return tensor.view(_INTEGERS[tensor.itemsize])
