@@ -19,7 +19,7 @@ from dst.errors import ConfigurationError, StateError
 from dst.layers import Selector, SparseLayer, find_layers
 from dst.mask_file import load_masks
 from dst.method import Method, spec_differences
-from dst.optimizer_state import clear_state, mask_state
+from dst.optimizer_state import clear_state, mask_state, per_weight_state
 from dst.sharding import (
     all_agree,
     check_equal_masks,
@@ -53,6 +53,8 @@ class _Stepper:
     parameters: list[nn.Parameter]
     step: int = 0
     announced: str | None = None  # what the step that before_step() prepared costs; None where it was not called
+    begun: bool = False
+    updated_at: int = -1  # the step of the last update: a step that was prepared and not taken is prepared once more
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ class Sparsifier:
         self._sparsified = method.density == 1
         self._warned: set[str] = set()
         self.last_update: Update | None = None
-        self._originals: dict[str, tuple[Tensor, int]] | None = {}
+        self._originals: list[tuple[Tensor, Tensor, int]] = []  # what the first mask cut, as it was
         self._averages: list[dict[str, Tensor]] = []
         self._sparsify_step = resolve_steps(method.sparsify_at, total_steps, "sparsify_at")
         if method.init.needs_gradient and len(self._steppers) > 1:
@@ -154,10 +156,11 @@ class Sparsifier:
                 f"{len(self._steppers)} optimizers; use another init, or one optimizer"
             )
         if not self._sparsified and self._sparsify_step == 0 and not method.init.needs_gradient:
-            self._originals = {n: (local(p.detach()).clone(), -1) for n, p in self._parameters.items()}
+            before = [(tensor, tensor.clone()) for tensor in self._per_weight_tensors()]
             self._sparsify(0)
-            self._originals = {n: (v, self._parameters[n]._version) for n, (v, _) in self._originals.items()}
+            self._originals = [(tensor, original, tensor._version) for tensor, original in before]
         self._hooks = [s.optimizer.register_step_post_hook(self._after_step) for s in self._steppers]
+        self._hooks += [s.optimizer.register_step_pre_hook(self._on_step) for s in self._steppers]
 
     # -- what users look at ---------------------------------------------------------------------------------------
 
@@ -281,8 +284,10 @@ class Sparsifier:
         Args:
             optimizer: The one about to step, where there are several; by default all.
 
+        An optimizer that holds no sparse weight is passed over.
+
         Raises:
-            ConfigurationError: An optimizer that holds no sparse parameter of this model, or a sparse gradient.
+            ConfigurationError: A sparse gradient.
         """
         chosen = [s for s in self._steppers if optimizer is None or s.optimizer is optimizer]
         for stepper in chosen:
@@ -308,7 +313,8 @@ class Sparsifier:
             return "dense"
         observing = self._observe(stepper)
         kind = "dense_gradient" if observing else "sparse" if self.method.density < 1 else "dense"
-        if self.method.clock.fires(stepper.step, self.total_steps) and self._update(stepper):
+        due = stepper.updated_at < stepper.step and self.method.clock.fires(stepper.step, self.total_steps)
+        if due and self._update(stepper):
             needs_gradient = any(score.needs_gradient for score in self.method.scores().values())
             kind = "dense_gradient" if needs_gradient else kind
             if self.method.replace_step:
@@ -316,11 +322,18 @@ class Sparsifier:
         self._multipliers.mask_gradients(stepper.parameters)
         return kind
 
+    def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Step pre-hook: note that a step has begun."""
+        next(s for s in self._steppers if s.optimizer is optimizer).begun = True
+
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step post-hook: weights that are inactive are zero again, and the clock advances."""
         stepper = next(s for s in self._steppers if s.optimizer is optimizer)
         self._multipliers.mask_weights(stepper.parameters)
-        self._originals = None
+        self._originals = []
+        if not stepper.begun:
+            return  # the step of a class within that of its subclass has told already
+        stepper.begun = False
         if stepper.announced is None:
             raise StateError(
                 "optimizer.step() ran without sparsifier.before_step(): call it between backward() and step(), "
@@ -420,6 +433,7 @@ class Sparsifier:
         grown = sum(rewiring.grown.numel() for _, rewiring in rewirings)
         self._check_agreement({self.layers[i].parameter for i, _ in rewirings}, step)
         self._counters.updates += 1
+        stepper.updated_at = step
         self.last_update = Update(step, fraction, grown / max(1, sum(self._active[i] for i in stepper.layers)))
         return True
 
@@ -458,7 +472,8 @@ class Sparsifier:
         fill_at_(local(parameter.detach()), here.dropped, 0)
         clear_state(stepper.optimizer, parameter, torch.cat([here.grown, here.dropped]))
         for average in self._averages:
-            fill_at_(local(average[name].detach()), here.dropped, 0)
+            copy = local(average[name].detach())
+            fill_at_(copy, here.dropped.to(copy.device), 0)
         self._multipliers.rewire(parameter, here)
 
     def _adopt(self, masks: Mapping[str, Tensor]) -> None:
@@ -524,14 +539,17 @@ class Sparsifier:
         return True
 
     def _gradients_are_usable(self, stepper: _Stepper, every_layer: bool = False) -> bool:
-        """Whether all gradients are finite, and present where ``every_layer``."""
-        gradients = [p.grad for p in stepper.parameters]
+        """Whether all of the optimizer's gradients are finite, and its layers' present where ``every_layer``.
+
+        Those of dense weights count too: a gradient scaler leaves the step out for any of them.
+        """
         if every_layer and (missing := [p for p in stepper.parameters if p.grad is None]):
             raise ConfigurationError(
                 f"{self._names[missing[0]]} has no gradient, and {type(self.method.init).__name__} needs one; "
                 "exclude it, or let it take part in the loss"
             )
-        present = [g for g in gradients if g is not None]
+        groups = stepper.optimizer.param_groups
+        present = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         finite = all_agree(all(_is_finite(local(g)) for g in present), self._group)
         if not finite:
             self._warn_once("gradients are not finite where the topology needs them; the update is left out")
@@ -562,6 +580,7 @@ class Sparsifier:
             "seed": self.seed,
             "total_steps": self.total_steps,
             "steps": [stepper.step for stepper in self._steppers],
+            "updated_at": [stepper.updated_at for stepper in self._steppers],
             "sparsified": self._sparsified,
             "updates": self._counters.updates,
             "skipped": self._counters.skipped,
@@ -591,11 +610,11 @@ class Sparsifier:
             StateError: The state is of another method, density, model or format; nothing is changed then.
         """
         self._check_state(state)
-        for name, (original, version) in (self._originals or {}).items():
-            # Loaded before construction, weights were cut by a first mask that is now replaced: undo that cut.
-            if self._parameters[name]._version == version:
-                local(self._parameters[name].detach()).copy_(original)
-        self._originals = None
+        for tensor, original, version in self._originals:
+            # Loaded before construction, weights and momentum were cut by a first mask that is now replaced: undo that.
+            if tensor._version == version:
+                tensor.copy_(original)
+        self._originals = []
         self._sparsified = bool(state["sparsified"])
         masks = {n: state["masks"][n].to(p.device).clone() for n, p in self._parameters.items()}
         self._union = {
@@ -608,9 +627,8 @@ class Sparsifier:
             self._buffers[role, label] = buffer.to(self._parameters[layer.parameter].device).clone()
         self._adopt(masks)
         self._check_agreement(masks, int(state["steps"][0]))
-        for stepper, step in zip(self._steppers, state["steps"], strict=True):
-            stepper.step = int(step)
-            stepper.announced = None
+        for stepper, step, updated_at in zip(self._steppers, state["steps"], state["updated_at"], strict=True):
+            stepper.step, stepper.updated_at, stepper.announced = int(step), int(updated_at), None
         self._counters = _Counters(int(state["updates"]), int(state["skipped"]), dict(state["step_counts"]))
         last = state["last_update"]
         self.last_update = None if last is None else Update(int(last[0]), float(last[1]), float(last[2]))
@@ -628,12 +646,27 @@ class Sparsifier:
         if len(state["steps"]) != len(self._steppers):
             raise StateError(f"the checkpoint has {len(state['steps'])} optimizers, this run {len(self._steppers)}")
         self._check_masks(state["masks"], "the checkpoint")
+        self._check_buffers(state)
         if state["total_steps"] != self.total_steps:
             logger.warning(
                 "the checkpoint's schedules were laid out for %d steps and go on for %d",
                 state["total_steps"],
                 self.total_steps,
             )
+
+    def _check_buffers(self, state: Mapping[str, Any]) -> None:
+        """What belongs to the masks: their union, once there are any that move, and the scores' buffers."""
+        if state["union"] or (state["sparsified"] and self.method.is_dynamic and self.method.density < 1):
+            self._check_masks(state["union"], "the checkpoint's union of masks")
+        shapes = {layer.label: layer.shape for layer in self.layers}
+        for key, buffer in state["buffers"].items():
+            role, _, label = key.partition("/")
+            if role not in self.method.scores() or shapes.get(label) != tuple(buffer.shape):
+                raise StateError(
+                    f"the checkpoint's score buffer {key} belongs to no layer of this model: it is damaged"
+                )
+        if len(state["updated_at"]) != len(state["steps"]):
+            raise StateError("the checkpoint's clocks do not belong together: it is damaged")
 
     def _check_masks(self, masks: Mapping[str, Tensor], source: str) -> None:
         if set(masks) != set(self._parameters):
@@ -681,6 +714,16 @@ class Sparsifier:
                 steppers.append(_Stepper(optimizer, mine, [self._parameters[name] for name in names]))
         return steppers
 
+    def _per_weight_tensors(self) -> list[Tensor]:
+        """The local parts of all sparse parameters and of the optimizer state that goes with their weights."""
+        states = [
+            local(value)
+            for stepper in self._steppers
+            for parameter in stepper.parameters
+            for _, value in per_weight_state(stepper.optimizer, parameter)
+        ]
+        return [local(parameter.detach()) for parameter in self._parameters.values()] + states
+
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
@@ -719,6 +762,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def _is_finite(tensor: Tensor) -> bool:
     """Whether every entry is finite; the sum settles it in one pass unless it overflows."""
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce().values()
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
