@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,12 +16,14 @@ from torch.optim.swa_utils import AveragedModel
 from dst import init as inits
 from dst.backends import Draft, Storage, open_storages
 from dst.backends.csr import obstacles
-from dst.backends.saved import count, is_mask
+from dst.backends.saved import count, is_mask, is_union
+from dst.backends.storage import is_finite
 from dst.errors import ConfigurationError, StateError
 from dst.first_mask import first_positions
 from dst.layers import Selector, SparseLayer, find_layers
 from dst.mask_file import load_masks
 from dst.method import Method, spec_differences
+from dst.optimizer_state import per_weight_state
 from dst.sharding import all_agree, check_equal_masks, local, whole
 from dst.topology import Rewiring, drop_count
 from dst.types import folded_generator, resolve_steps
@@ -46,6 +48,8 @@ class _Stepper:
     parameters: list[nn.Parameter]
     step: int = 0
     announced: str | None = None  # what the step that before_step() prepared costs; None where it was not called
+    begun: bool = False
+    updated_at: int = -1  # the step of the last update: a step that was prepared and not taken is prepared once more
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ class Sparsifier:
         self._sparsified = method.density == 1
         self._warned: set[str] = set()
         self.last_update: Update | None = None
-        self._originals: dict[str, tuple[Tensor, int]] | None = {}
+        self._originals: list[tuple[Tensor, Tensor, int]] = []  # what the first mask cut, as it was
         self._sparsify_step = resolve_steps(method.sparsify_at, total_steps, "sparsify_at")
         if method.init.needs_gradient and len(self._steppers) > 1:
             raise ConfigurationError(
@@ -143,12 +147,12 @@ class Sparsifier:
                 f"{len(self._steppers)} optimizers; use another init, or one optimizer"
             )
         if not self._sparsified and self._sparsify_step == 0 and not method.init.needs_gradient:
-            cut = {n: p for n, p in self._parameters.items() if method.rescale_init or not self._home[n].is_placed}
-            self._originals = {n: (local(p.detach()).clone(), -1) for n, p in cut.items()}
+            before = [(tensor, tensor.clone()) for tensor in self._cut_tensors()]
             self._sparsify(0)
-            self._originals = {n: (v, self._parameters[n]._version) for n, (v, _) in self._originals.items()}
+            self._originals = [(tensor, original, tensor._version) for tensor, original in before]
         self._expect_gradients()
         self._hooks = [s.optimizer.register_step_post_hook(self._after_step) for s in self._steppers]
+        self._hooks += [s.optimizer.register_step_pre_hook(self._on_step) for s in self._steppers]
 
     # -- what users look at ---------------------------------------------------------------------------------------
 
@@ -258,7 +262,11 @@ class Sparsifier:
             return stepper.step < self.method.clock.stop_step(self.total_steps)
         # An update that does not take the place of the step is followed by one that moves the grown connections.
         reads = not self.method.replace_step or any(score.needs_gradient for score in scores)
-        return reads and self.method.clock.fires(stepper.step, self.total_steps)
+        return reads and self._is_due(stepper)
+
+    def _is_due(self, stepper: _Stepper) -> bool:
+        """Whether the step to come updates the topology; once it has, it does not where it is tried again."""
+        return stepper.updated_at < stepper.step and self.method.clock.fires(stepper.step, self.total_steps)
 
     def _expect_gradients(self, steppers: Iterable[_Stepper] | None = None) -> None:
         """Tell the storages what the coming step of the optimizers (by default all) needs to see."""
@@ -279,8 +287,10 @@ class Sparsifier:
         Args:
             optimizer: The one about to step, where there are several; by default all.
 
+        An optimizer that holds no sparse weight is passed over.
+
         Raises:
-            ConfigurationError: An optimizer that holds no sparse parameter of this model, or a sparse gradient.
+            ConfigurationError: A sparse gradient.
         """
         chosen = [s for s in self._steppers if optimizer is None or s.optimizer is optimizer]
         for stepper in chosen:
@@ -308,7 +318,7 @@ class Sparsifier:
             return "dense"
         observing = self._observe(stepper)
         kind = "dense_gradient" if observing else "sparse" if self.method.density < 1 else "dense"
-        if self.method.clock.fires(stepper.step, self.total_steps) and self._update(stepper):
+        if self._is_due(stepper) and self._update(stepper):
             needs_gradient = any(score.needs_gradient for score in self.method.scores().values())
             kind = "dense_gradient" if needs_gradient else kind
             if self.method.replace_step:
@@ -317,12 +327,19 @@ class Sparsifier:
             storage.mask_gradients(stepper.parameters)
         return kind
 
+    def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        """Step pre-hook: note that a step has begun."""
+        next(s for s in self._steppers if s.optimizer is optimizer).begun = True
+
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step post-hook: weights that are inactive are zero again, and the clock advances."""
         stepper = next(s for s in self._steppers if s.optimizer is optimizer)
         for storage in self._storages:
-            storage.mask_weights()
-        self._originals = None
+            storage.mask_weights(stepper.parameters)
+        self._originals = []
+        if not stepper.begun:
+            return  # the step of a class within that of its subclass has told already
+        stepper.begun = False
         if stepper.announced is None:
             raise StateError(
                 "optimizer.step() ran without sparsifier.before_step(): call it between backward() and step(), "
@@ -335,9 +352,10 @@ class Sparsifier:
 
     def finalize(self) -> None:
         """End sparse training: inactive weights are zero, and the optimizers' hooks are removed."""
+        parameters = list(self._parameters.values())
         for storage in self._storages:
-            storage.mask_weights()
-            storage.expect_dense_gradient(list(self._parameters.values()), False)
+            storage.mask_weights(parameters)
+            storage.expect_dense_gradient(parameters, False)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -436,6 +454,7 @@ class Sparsifier:
         grown = sum(rewiring.grown.numel() for _, rewiring in rewirings)
         self._check_agreement(step)
         self._counters.updates += 1
+        stepper.updated_at = step
         active = sum(self._active(self.layers[i]) for i in stepper.layers)
         self.last_update = Update(step, fraction, grown / max(1, active))
         return True
@@ -502,13 +521,19 @@ class Sparsifier:
         return True
 
     def _gradients_are_usable(self, stepper: _Stepper, every_layer: bool = False) -> bool:
-        """Whether all gradients are finite, and present where ``every_layer``."""
+        """Whether all of the optimizer's gradients are finite, and its layers' present where ``every_layer``.
+
+        Those of dense weights count too: a gradient scaler leaves the step out for any of them.
+        """
         if every_layer and (missing := [p for p in stepper.parameters if p.grad is None]):
             raise ConfigurationError(
                 f"{self._names[missing[0]]} has no gradient, and {type(self.method.init).__name__} needs one; "
                 "exclude it, or let it take part in the loss"
             )
-        finite = all(storage.gradients_are_finite(stepper.parameters) for storage in self._storages)
+        groups = stepper.optimizer.param_groups
+        present = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        finite = all(is_finite(local(g)) for g in present)
+        finite = finite and all(storage.collected_is_finite(stepper.parameters) for storage in self._storages)
         finite = all_agree(finite, self._group)
         if not finite:
             self._warn_once("gradients are not finite where the topology needs them; the update is left out")
@@ -524,6 +549,7 @@ class Sparsifier:
             "seed": self.seed,
             "total_steps": self.total_steps,
             "steps": [stepper.step for stepper in self._steppers],
+            "updated_at": [stepper.updated_at for stepper in self._steppers],
             "sparsified": self._sparsified,
             "updates": self._counters.updates,
             "skipped": self._counters.skipped,
@@ -550,11 +576,11 @@ class Sparsifier:
             StateError: The state is of another method, density, model or format; nothing is changed then.
         """
         self._check_state(state)
-        for name, (original, version) in (self._originals or {}).items():
-            # Loaded before construction, weights were cut by a first mask that is now replaced: undo that cut.
-            if self._parameters[name]._version == version:
-                local(self._parameters[name].detach()).copy_(original)
-        self._originals = None
+        for tensor, original, version in self._originals:
+            # Loaded before construction, weights and momentum were cut by a first mask that is now replaced: undo that.
+            if tensor._version == version:
+                tensor.copy_(original)
+        self._originals = []
         self._sparsified = bool(state["sparsified"])
         for storage in self._storages:
             storage.load(state["masks"], state["union"])
@@ -564,9 +590,8 @@ class Sparsifier:
             layer = next(layer for layer in self.layers if layer.label == label)
             self._buffers[role, label] = buffer.to(self._parameters[layer.parameter].device).clone()
         self._check_agreement(int(state["steps"][0]))
-        for stepper, step in zip(self._steppers, state["steps"], strict=True):
-            stepper.step = int(step)
-            stepper.announced = None
+        for stepper, step, updated_at in zip(self._steppers, state["steps"], state["updated_at"], strict=True):
+            stepper.step, stepper.updated_at, stepper.announced = int(step), int(updated_at), None
         self._counters = _Counters(int(state["updates"]), int(state["skipped"]), dict(state["step_counts"]))
         last = state["last_update"]
         self.last_update = None if last is None else Update(int(last[0]), float(last[1]), float(last[2]))
@@ -587,6 +612,7 @@ class Sparsifier:
         if len(state["steps"]) != len(self._steppers):
             raise StateError(f"the checkpoint has {len(state['steps'])} optimizers, this run {len(self._steppers)}")
         self._check_masks(state["masks"], "the checkpoint")
+        self._check_buffers(state)
         if state["total_steps"] != self.total_steps:
             logger.warning(
                 "the checkpoint's schedules were laid out for %d steps and go on for %d",
@@ -594,7 +620,23 @@ class Sparsifier:
                 self.total_steps,
             )
 
-    def _check_masks(self, masks: Mapping[str, Tensor], source: str) -> None:
+    def _check_buffers(self, state: Mapping[str, Any]) -> None:
+        """What belongs to the masks: their union, once there are any that move, and the scores' buffers."""
+        if state["union"] or (state["sparsified"] and self.method.is_dynamic and self.method.density < 1):
+            self._check_masks(state["union"], "the checkpoint's union of masks", is_union)
+        shapes = {layer.label: layer.shape for layer in self.layers}
+        for key, buffer in state["buffers"].items():
+            role, _, label = key.partition("/")
+            if role not in self.method.scores() or shapes.get(label) != tuple(buffer.shape):
+                raise StateError(
+                    f"the checkpoint's score buffer {key} belongs to no layer of this model: it is damaged"
+                )
+        if len(state["updated_at"]) != len(state["steps"]):
+            raise StateError("the checkpoint's clocks do not belong together: it is damaged")
+
+    def _check_masks(
+        self, masks: Mapping[str, Tensor], source: str, fits: Callable[[Tensor, tuple[int, ...]], bool] = is_mask
+    ) -> None:
         if set(masks) != set(self._parameters):
             missing, extra = (
                 sorted(set(self._parameters) - set(masks)),
@@ -606,12 +648,13 @@ class Sparsifier:
             )
         for name in self._parameters:
             mask, shape = masks[name], self._home[name].shape(name)
-            if not is_mask(mask, shape):
+            if not fits(mask, shape):
                 raise StateError(f"{source} has {name} as {tuple(mask.shape)} {mask.dtype}, the model as {shape}")
-            if self._home[name].is_placed and count(mask) != self._parameters[name].numel():
+            held = self._parameters[name].numel()
+            if fits is is_mask and self._home[name].is_placed and count(mask) != held:
                 raise StateError(
-                    f"{source} has {count(mask)} connections in {name}, the model was prepared with "
-                    f"{self._parameters[name].numel()}: prepare it with the method of the checkpoint"
+                    f"{source} has {count(mask)} connections in {name}, the model was prepared with {held}: "
+                    "prepare it with the method of the checkpoint"
                 )
 
     # -- small helpers --------------------------------------------------------------------------------------------
@@ -642,6 +685,18 @@ class Sparsifier:
             if mine:
                 steppers.append(_Stepper(optimizer, mine, [self._parameters[name] for name in names]))
         return steppers
+
+    def _cut_tensors(self) -> list[Tensor]:
+        """What a first mask changes: local parts of parameters, and of the optimizer state that goes with their weights."""
+        names = [n for n in self._parameters if self.method.rescale_init or not self._home[n].is_placed]
+        states = [
+            local(value)
+            for stepper in self._steppers
+            for parameter in stepper.parameters
+            if self._names[parameter] in names
+            for _, value in per_weight_state(stepper.optimizer, parameter)
+        ]
+        return [local(self._parameters[name].detach()) for name in names] + states
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

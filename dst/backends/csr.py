@@ -10,9 +10,8 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from dst.backends.explored import Explored
-from dst.backends.masked import is_finite
 from dst.backends.saved import as_positions, narrow, union_as_bits
-from dst.backends.storage import Draft
+from dst.backends.storage import Draft, is_finite
 from dst.errors import ConfigurationError, StateError
 from dst.first_mask import first_positions
 from dst.init import FromFile
@@ -141,16 +140,14 @@ class Csr:
         chosen = set(parameters)
         return [module for module in self._modules.values() if module.values in chosen]
 
-    def gradients_are_finite(self, parameters: Collection[nn.Parameter]) -> bool:
+    def collected_is_finite(self, parameters: Collection[nn.Parameter]) -> bool:
         """See ``Storage``."""
-        modules = self._of(parameters)
-        held = [m.values.grad for m in modules if m.values.grad is not None]
-        return all(map(is_finite, held)) and all(is_finite(t) for m in modules for pair in m.collected for t in pair)
+        return all(is_finite(t) for module in self._of(parameters) for pair in module.collected for t in pair)
 
     def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """See ``Storage``: there is nothing inactive."""
 
-    def mask_weights(self) -> None:
+    def mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:
         """See ``Storage``: there is nothing inactive."""
 
     def mask_optimizer_state(self, optimizer: Optimizer) -> None:

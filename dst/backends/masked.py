@@ -1,7 +1,8 @@
 """Masked storage: ordinary parameters with zeros in place.
 
-The parameter keeps its name, shape and dense gradient; sparsity is a multiplication by 0 or 1 after every step. The
-multipliers are held in the weights' dtype: a fused multiplication by them costs a fifteenth of one by bool masks.
+The parameter keeps its name, shape and dense gradient; sparsity is a multiplication by 0 or 1 after every step. What is
+multiplied are the bits of the weights, read as integers: 0 times anything is then zero, where 0 times an infinite or
+undefined float is not. A fused multiplication costs a fifteenth of filling in by bool masks.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from dst.sharding import is_sharded, local, local_positions, part_of, spread, wh
 from dst.topology import Rewiring, best_free, fill_at_, rewire
 from dst.types import LayerView, as_sampler
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 
 class Multipliers:
-    """0/1 tensors in the parameters' dtype and layout, for the parameters that are not wholly active."""
+    """0/1 integers of the parameters' width and layout, for the parameters that are not wholly active."""
 
     def __init__(self) -> None:
         self._tensors: dict[nn.Parameter, Tensor] = {}
@@ -34,7 +37,7 @@ class Multipliers:
             self._tensors.pop(parameter, None)
         else:
             # empty_like keeps the parameter's strides, without which the fused multiplication falls back to a loop.
-            self._tensors[parameter] = torch.empty_like(local(parameter.detach())).copy_(mask)
+            self._tensors[parameter] = _bits(torch.empty_like(local(parameter.detach()))).copy_(mask)
 
     def rewire(self, parameter: nn.Parameter, rewiring: Rewiring) -> None:
         """Follow a topology update; positions are those of the local part."""
@@ -58,9 +61,14 @@ class Multipliers:
             return
         for parameter in parameters:
             multiplier = self._tensors[parameter]
-            if multiplier.device != parameter.device or multiplier.dtype != parameter.dtype:
-                self._tensors[parameter] = torch.empty_like(local(parameter.detach())).copy_(multiplier)
-        torch._foreach_mul_(targets, [self._tensors[p] for p in parameters])
+            if multiplier.device != parameter.device or multiplier.itemsize != parameter.itemsize:
+                self._tensors[parameter] = _bits(torch.empty_like(local(parameter.detach()))).copy_(multiplier)
+        torch._foreach_mul_([_bits(t) for t in targets], [self._tensors[p] for p in parameters])
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory, read as integers."""
+    return tensor.view(_INTEGERS[tensor.itemsize])
 
 
 class Masked:
@@ -132,7 +140,7 @@ class Masked:
         for name, mask in masks.items():
             self._masks[name] = part_of(mask, self.parameters[name]).clone()
             self._multipliers.set(self.parameters[name], self._masks[name])
-        self.mask_weights()
+        self.mask_weights(self.parameters.values())
         self._mask_averages()
 
     def rescale(self, layer: SparseLayer) -> None:
@@ -186,24 +194,24 @@ class Masked:
         fill_at_(local(parameter.detach()), here.dropped, 0)
         clear_state(optimizer, parameter, torch.cat([here.grown, here.dropped]))
         for average in self._averages:
-            fill_at_(local(average[name].detach()), here.dropped, 0)
+            copy = local(average[name].detach())
+            fill_at_(copy, here.dropped.to(copy.device), 0)
         self._multipliers.rewire(parameter, here)
 
     def expect_dense_gradient(self, parameters: Collection[nn.Parameter], expected: bool) -> None:
         """See ``Storage``; gradients are always dense."""
 
-    def gradients_are_finite(self, parameters: Collection[nn.Parameter]) -> bool:
-        """See ``Storage``."""
-        mine = set(self.parameters.values()) & set(parameters)
-        return all(is_finite(local(p.grad)) for p in mine if p.grad is not None)
+    def collected_is_finite(self, parameters: Collection[nn.Parameter]) -> bool:
+        """See ``Storage``: the gradients are the parameters'."""
+        return True
 
     def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """See ``Storage``."""
         self._multipliers.mask_gradients(parameters)
 
-    def mask_weights(self) -> None:
+    def mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:
         """See ``Storage``."""
-        self._multipliers.mask_weights(self.parameters.values())
+        self._multipliers.mask_weights(parameters)
 
     def mask_optimizer_state(self, optimizer: Optimizer) -> None:
         """See ``Storage``."""
@@ -259,11 +267,6 @@ class Masked:
         for name in self.parameters.keys() & union.keys():
             explored = union_as_mask(union[name], self.shape(name))
             self._union[name] = part_of(explored.to(here[name]), self.parameters[name]).clone()
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether every entry is finite; the sum settles it in one pass unless it overflows."""
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
 
 
 def _check_parameter(name: str, parameter: Tensor) -> None:

@@ -21,6 +21,13 @@ def is_mask(saved: Tensor, shape: tuple[int, ...]) -> bool:
     return ends_fit and bool((saved[1:] > saved[:-1]).all())
 
 
+def is_union(saved: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a saved union of masks for a weight of this shape."""
+    if saved.dtype == torch.bool:
+        return saved.shape == shape
+    return saved.dtype == torch.uint8 and saved.shape == Explored(math.prod(shape), shape[-1]).bits.shape
+
+
 def count(saved: Tensor) -> int:
     """Number of active weights of a saved mask."""
     return int(saved.sum()) if saved.dtype == torch.bool else saved.numel()

@@ -77,13 +77,13 @@ class Storage(Protocol):
     def expect_dense_gradient(self, parameters: Collection[nn.Parameter], expected: bool) -> None:
         """Announce whether the step to come reads gradients of inactive weights; called before its forward pass."""
 
-    def gradients_are_finite(self, parameters: Collection[nn.Parameter]) -> bool:
-        """Whether this process's gradients are finite, those of inactive weights included where they were expected."""
+    def collected_is_finite(self, parameters: Collection[nn.Parameter]) -> bool:
+        """Whether what stands for gradients of inactive weights, where parameters hold none, is finite."""
 
     def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Set gradients of inactive weights to zero."""
 
-    def mask_weights(self) -> None:
+    def mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:
         """Set inactive weights to zero."""
 
     def mask_optimizer_state(self, optimizer: Optimizer) -> None:
@@ -109,3 +109,10 @@ class Storage(Protocol):
 
     def load(self, masks: Mapping[str, Tensor], union: Mapping[str, Tensor]) -> None:
         """Go on from ``masks_state`` and ``union_state``, of this backend or another."""
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every entry is finite; the sum settles it in one pass unless it overflows."""
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce().values()
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

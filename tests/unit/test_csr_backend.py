@@ -569,7 +569,7 @@ def test_the_plan_tells_where_weights_will_live():
     }
     assert {row.storage for row in dst.plan(Mixed(), methods.rigl(0.1, allocation=Uniform())).rows} == {"masked"}
     assert "storage" in str(dst.plan(Mixed(), method))
-    dense_head = dst.plan(Mixed(), methods.rigl(0.5, backend="csr")).rows[-1]
-    assert (dense_head.storage, dense_head.note) == ("dense", "stays dense")
+    rows = {row.name: row for row in dst.plan(Net(), methods.rigl(0.5, backend="csr")).rows}
+    assert (rows["head.weight"].storage, rows["head.weight"].note) == ("dense", "stays dense")
     prepared = dst.prepare(Net(), method)
     assert {row.storage for row in dst.plan(prepared, method).rows} == {"csr"}
