@@ -92,24 +92,37 @@ def train(argv: Sequence[str]) -> int:
         argv: Overrides and flags as Hydra takes them.
     """
     import hydra
-    from hydra.errors import HydraException
 
     wanted = os.environ.get("DST_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR", "0"))
     # Hydra would print exceptions itself and exit; set for all processes that this one starts.
     os.environ.update(HYDRA_FULL_ERROR="1", DST_TRACEBACK=wanted)
-    sys.argv = [sys.argv[0], *argv]
+    # Hydra's parser takes no overrides on both sides of a flag.
+    sys.argv = [sys.argv[0], *sorted(argv, key=lambda argument: argument not in ("-m", "--multirun"))]
     register_schema()
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(job)()
-    except (ConfigurationError, StateError, HydraException, OmegaConfBaseException) as error:
-        from dst.sweep import discard
-
-        discard()
-        if wanted == "1":
-            traceback.print_exc()
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        if not _is_about_settings(error):
+            raise
+        return _refuse(error)
     return 0
+
+
+def _refuse(error: Exception) -> int:
+    """Report a mistake in the settings, undo what was written, and return the exit status."""
+    from dst.sweep import discard
+
+    discard()
+    if os.environ.get("DST_TRACEBACK") == "1":
+        traceback.print_exc()
+    print(f"error: {explain(error)}", file=sys.stderr)
+    return 2
+
+
+def _is_about_settings(error: Exception) -> bool:
+    from hydra.errors import HydraException
+
+    return isinstance(error, (ConfigurationError, StateError, HydraException, OmegaConfBaseException))
 
 
 def job(cfg: DictConfig) -> float:
@@ -129,6 +142,10 @@ def job(cfg: DictConfig) -> float:
 
     try:
         summary = run(cfg, folder)
+    except Exception as error:
+        if not _is_about_settings(error):
+            raise
+        sys.exit(_refuse(error))  # raised any further, Hydra would add lines of its own
     except (KeyboardInterrupt, SystemExit):
         if (folder / "checkpoints" / "last.ckpt").exists():
             print(f"interrupted; go on with: resume=last hydra.run.dir={folder}", file=sys.stderr)
@@ -147,9 +164,10 @@ def _sweep_job(cfg: DictConfig, folder: Path) -> float:
     try:
         summary = run(cfg, folder, sweep=True)
     except Exception as error:
-        expected = isinstance(error, (ConfigurationError, StateError, OmegaConfBaseException)) or _is_hydra(error)
+        expected = _is_about_settings(error)
         message = explain(error) if expected else f"{type(error).__name__}: {error}"
-        (folder / ERROR_FILE).write_text(f"{message}\n\n{traceback.format_exc()}", encoding="utf-8")
+        details = "" if expected else f"\n{traceback.format_exc()}"
+        (folder / ERROR_FILE).write_text(f"{message}\n{details}", encoding="utf-8")
         if not expected or os.environ.get("DST_TRACEBACK") == "1":
             traceback.print_exc()
         print(f"error: run {folder.name}: {message}", file=sys.stderr)
@@ -195,12 +213,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
-
-
-def _is_hydra(error: BaseException) -> bool:
-    from hydra.errors import HydraException
-
-    return isinstance(error, HydraException)
 
 
 def _accuracy(value: float | None) -> float:

@@ -43,8 +43,9 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         masks = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise StateError(f"no mask file at {path}; dst.save_masks writes one") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise StateError(f"{path} is not a mask file, or is damaged: {str(error).splitlines()[0]}") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        reason = (str(error) or "it ends early").splitlines()[0]
+        raise StateError(f"{path} is not a mask file, or is damaged: {reason}") from None
     if not isinstance(masks, dict) or not all(
         isinstance(k, str) and isinstance(v, Tensor) and v.dtype == torch.bool for k, v in masks.items()
     ):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dst.allocation import network_budget
 from dst.layers import Selector, find_layers
 from dst.method import Method
 
@@ -83,6 +84,7 @@ def plan(
     if method.density == 1:
         counts = [layer.weights for layer in layers]
     elif method.allocation.needs_scores:
+        network_budget([layer.shape for layer in layers], method.density)
         counts = [None] * len(layers)
     else:
         counts = method.allocation.counts(

@@ -14,12 +14,12 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from dst import init as inits
-from dst.backends.masked import Multipliers
+from dst.backends.masked import BitMasks
 from dst.errors import ConfigurationError, StateError
 from dst.layers import Selector, SparseLayer, find_layers
 from dst.mask_file import load_masks
 from dst.method import Method, spec_differences
-from dst.optimizer_state import clear_state, mask_state
+from dst.optimizer_state import clear_state, mask_state, per_weight_state
 from dst.sharding import (
     all_agree,
     check_equal_masks,
@@ -140,23 +140,28 @@ class Sparsifier:
         self._union: dict[str, Tensor] = {}
         self._active = [layer.weights for layer in self.layers]
         self._buffers: dict[tuple[str, str], Tensor] = {}
-        self._multipliers = Multipliers()
+        self._bits = BitMasks()
         self._counters = _Counters()
         self._sparsified = method.density == 1
         self._warned: set[str] = set()
         self.last_update: Update | None = None
-        self._originals: dict[str, tuple[Tensor, int]] | None = {}
+        self._originals: list[tuple[Tensor, Tensor, int]] = []
         self._averages: list[dict[str, Tensor]] = []
         self._sparsify_step = resolve_steps(method.sparsify_at, total_steps, "sparsify_at")
+        if self._sparsify_step >= total_steps and method.density < 1:
+            raise ConfigurationError(
+                f"sparsify_at={method.sparsify_at} is not before the end of training at step {total_steps}: "
+                "the mask would never be made"
+            )
         if method.init.needs_gradient and len(self._steppers) > 1:
             raise ConfigurationError(
                 f"{type(method.init).__name__} needs every layer's gradient at one step, and the layers belong to "
                 f"{len(self._steppers)} optimizers; use another init, or one optimizer"
             )
         if not self._sparsified and self._sparsify_step == 0 and not method.init.needs_gradient:
-            self._originals = {n: (local(p.detach()).clone(), -1) for n, p in self._parameters.items()}
+            originals = [(t, t.clone()) for t in self._cut_by_first_mask()]
             self._sparsify(0)
-            self._originals = {n: (v, self._parameters[n]._version) for n, (v, _) in self._originals.items()}
+            self._originals = [(t, copy, t._version) for t, copy in originals]
         self._hooks = [s.optimizer.register_step_post_hook(self._after_step) for s in self._steppers]
 
     # -- what users look at ---------------------------------------------------------------------------------------
@@ -313,14 +318,14 @@ class Sparsifier:
             kind = "dense_gradient" if needs_gradient else kind
             if self.method.replace_step:
                 self._skip_step(stepper)
-        self._multipliers.mask_gradients(stepper.parameters)
+        self._bits.mask_gradients(stepper.parameters)
         return kind
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step post-hook: weights that are inactive are zero again, and the clock advances."""
         stepper = next(s for s in self._steppers if s.optimizer is optimizer)
-        self._multipliers.mask_weights(stepper.parameters)
-        self._originals = None
+        self._bits.mask_weights(stepper.parameters)
+        self._originals = []
         if stepper.announced is None:
             raise StateError(
                 "optimizer.step() ran without sparsifier.before_step(): call it between backward() and step(), "
@@ -332,7 +337,7 @@ class Sparsifier:
 
     def finalize(self) -> None:
         """End sparse training: inactive weights are zero, and the optimizers' hooks are removed."""
-        self._multipliers.mask_weights(self._parameters.values())
+        self._bits.mask_weights(self._parameters.values())
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -343,6 +348,15 @@ class Sparsifier:
         for stepper in self._steppers:
             for name, parameter in self._parameters.items():
                 mask_state(stepper.optimizer, parameter, self._masks[name])
+
+    def _cut_by_first_mask(self) -> list[Tensor]:
+        """The weights and per-weight optimizer states that making the first mask sets to zero in places."""
+        tensors = []
+        for stepper in self._steppers:
+            for parameter in stepper.parameters:
+                tensors.append(local(parameter.detach()))
+                tensors += [local(value) for _, value in per_weight_state(stepper.optimizer, parameter)]
+        return tensors
 
     # -- the first mask -------------------------------------------------------------------------------------------
 
@@ -459,7 +473,7 @@ class Sparsifier:
         clear_state(stepper.optimizer, parameter, torch.cat([here.grown, here.dropped]))
         for average in self._averages:
             fill_at_(local(average[name].detach()), here.dropped, 0)
-        self._multipliers.rewire(parameter, here)
+        self._bits.rewire(parameter, here)
 
     def _adopt(self, masks: Mapping[str, Tensor]) -> None:
         """Take over whole masks: weights are zero where they are inactive."""
@@ -467,8 +481,8 @@ class Sparsifier:
         for name, mask in masks.items():
             parameter = self._parameters[name]
             self._masks[name] = part_of(mask, parameter).clone()
-            self._multipliers.set(parameter, self._masks[name])
-        self._multipliers.mask_weights(self._parameters.values())
+            self._bits.set(parameter, self._masks[name])
+        self._bits.mask_weights(self._parameters.values())
         self._mask_averages()
 
     @torch.no_grad()
@@ -525,7 +539,7 @@ class Sparsifier:
 
     def _gradients_are_usable(self, stepper: _Stepper, every_layer: bool = False) -> bool:
         """Whether all gradients are finite, and present where ``every_layer``."""
-        gradients = [p.grad for p in stepper.parameters]
+        gradients = [p.grad for group in stepper.optimizer.param_groups for p in group["params"]]
         if every_layer and (missing := [p for p in stepper.parameters if p.grad is None]):
             raise ConfigurationError(
                 f"{self._names[missing[0]]} has no gradient, and {type(self.method.init).__name__} needs one; "
@@ -591,11 +605,11 @@ class Sparsifier:
             StateError: The state is of another method, density, model or format; nothing is changed then.
         """
         self._check_state(state)
-        for name, (original, version) in (self._originals or {}).items():
-            # Loaded before construction, weights were cut by a first mask that is now replaced: undo that cut.
-            if self._parameters[name]._version == version:
-                local(self._parameters[name].detach()).copy_(original)
-        self._originals = None
+        for tensor, original, version in self._originals:
+            # Loaded before construction, it was cut by a first mask that is now replaced: undo that cut.
+            if tensor._version == version:
+                tensor.copy_(original)
+        self._originals = []
         self._sparsified = bool(state["sparsified"])
         masks = {n: state["masks"][n].to(p.device).clone() for n, p in self._parameters.items()}
         self._union = {
@@ -616,24 +630,52 @@ class Sparsifier:
         self.last_update = None if last is None else Update(int(last[0]), float(last[1]), float(last[2]))
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        expected = self.state_dict().keys()
-        if not isinstance(state, Mapping) or not expected <= state.keys():
+        expected = self.state_dict()
+        if not isinstance(state, Mapping) or not expected.keys() <= state.keys():
             raise StateError("this is not the state of a dst Sparsifier, or it is damaged")
         if state["format"] != STATE_FORMAT:
             raise StateError(f"the state has format {state['format']}; this version of dst reads {STATE_FORMAT}")
+        for key in ("method", "masks", "union", "buffers", "step_counts"):
+            if not isinstance(state[key], Mapping):
+                raise StateError(f"the state is damaged: {key} is no mapping")
         if differences := spec_differences(state["method"], self.method.spec()):
             raise StateError(f"the checkpoint is of another method ({'; '.join(differences)})")
         if state["seed"] != self.seed:
             raise StateError(f"the checkpoint has seed {state['seed']}, this run {self.seed}: use the same")
+        if not _are_counts(state["steps"]) or not _are_counts([state["updates"], state["skipped"]]):
+            raise StateError("the state is damaged: steps and updates must be counts")
+        if state["step_counts"].keys() != expected["step_counts"].keys() or not _are_counts(
+            list(state["step_counts"].values())
+        ):
+            raise StateError(
+                "the state is damaged: step_counts must be counts of dense, sparse and dense_gradient steps"
+            )
         if len(state["steps"]) != len(self._steppers):
             raise StateError(f"the checkpoint has {len(state['steps'])} optimizers, this run {len(self._steppers)}")
         self._check_masks(state["masks"], "the checkpoint")
+        self._check_table(state)
+        if state["union"]:
+            self._check_masks(state["union"], "the checkpoint's union of masks")
+        labels = {f"{role}/{layer.label}": layer.shape for role in self.method.scores() for layer in self.layers}
+        for key, buffer in state["buffers"].items():
+            if key not in labels or not isinstance(buffer, Tensor) or tuple(buffer.shape) != labels[key]:
+                raise StateError(f"the checkpoint has a score buffer {key} that does not fit the model")
         if state["total_steps"] != self.total_steps:
             logger.warning(
-                "the checkpoint's schedules were laid out for %d steps and go on for %d",
+                "the checkpoint's schedules were laid out for %s steps and go on for %d",
                 state["total_steps"],
                 self.total_steps,
             )
+
+    def _check_table(self, state: Mapping[str, Any]) -> None:
+        """Compare the state's layers with this run's, and with the counts of its own masks."""
+        saved = {row.get("name"): row.get("nonzero") for row in state["layers"]}
+        here = {layer.label: int(layer.part(state["masks"][layer.parameter]).sum()) for layer in self.layers}
+        if saved.keys() != here.keys():
+            different = sorted(map(str, saved.keys() ^ here.keys()))
+            raise StateError(f"the checkpoint has other sparse layers: {', '.join(different)} differ")
+        if off := [name for name in here if saved[name] != here[name]]:
+            raise StateError(f"the state is damaged: masks of {', '.join(off)} are off their budget")
 
     def _check_masks(self, masks: Mapping[str, Tensor], source: str) -> None:
         if set(masks) != set(self._parameters):
@@ -646,11 +688,10 @@ class Sparsifier:
                 + "; ".join(t for t in (missing and f"lacks {missing}", extra and f"has unknown {extra}") if t)
             )
         for name, parameter in self._parameters.items():
-            if masks[name].shape != parameter.shape or masks[name].dtype != torch.bool:
-                raise StateError(
-                    f"{source} has {name} as {tuple(masks[name].shape)} {masks[name].dtype}, "
-                    f"the model as {tuple(parameter.shape)}"
-                )
+            mask = masks[name]
+            if not isinstance(mask, Tensor) or mask.shape != parameter.shape or mask.dtype != torch.bool:
+                found = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+                raise StateError(f"{source} has {name} as {found}, the model as {tuple(parameter.shape)}")
 
     # -- small helpers --------------------------------------------------------------------------------------------
 
@@ -720,6 +761,10 @@ def unwrap(model: nn.Module) -> nn.Module:
 def _is_finite(tensor: Tensor) -> bool:
     """Whether every entry is finite; the sum settles it in one pass unless it overflows."""
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
 
 
 def _check_parameter(name: str, parameter: Tensor) -> None:

@@ -111,7 +111,7 @@ class Row:
 
 
 COLUMNS = {
-    "density": ("density", "realised"),
+    "realised_density": ("density", "realised"),
     "accuracy": ("test", "accuracy"),
     "loss": ("test", "loss"),
     "inference_ratio": ("flops", "inference_ratio"),
@@ -180,7 +180,7 @@ def table(rows: Sequence[Row], title: str = "") -> Table:
 
 
 _SHOWN = {
-    "density": lambda row: number(row.values["density"]),
+    "realised density": lambda row: number(row.values["realised_density"]),
     "test accuracy": lambda row: percent(row.values["accuracy"]),
     "inference FLOPs": lambda row: percent(row.values["inference_ratio"]),
     "training FLOPs": lambda row: percent(row.values["training_ratio"]),
@@ -190,7 +190,7 @@ _SHOWN = {
 
 def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     names = swept(rows)
-    header = ["run", *(f"{n} (set)" if n in _SHOWN else n for n in names), *_SHOWN, "status"]
+    header = ["run", *names, *_SHOWN, "status"]
     lines = []
     for row in rows:
         measured = [show(row) if row.values else "" for show in _SHOWN.values()]
