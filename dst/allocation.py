@@ -153,7 +153,8 @@ class ERK(_LayerDensities):
         while (missing := budget - sum(counts)) != 0:
             step = 1 if missing > 0 else -1
             room = [i for i, c in enumerate(counts) if 1 <= c + step <= sizes[i]]
-            counts[max(room, key=lambda i: step * (ideal[i] - counts[i]))] += step
+            # Layers that are wholly dense give last.
+            counts[max(room, key=lambda i: (ideal[i] < sizes[i], step * (ideal[i] - counts[i])))] += step
         return counts
 
 

@@ -126,8 +126,6 @@ def run_lottery(
         if level == 0 and start is None:
             snapshot.unlink(missing_ok=True)  # an attempt that left no checkpoint may have left its snapshot
         trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
         assert sparse.sparsifier is not None
         trainer.save_checkpoint(final)
         result = LevelResult(

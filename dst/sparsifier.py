@@ -52,6 +52,7 @@ class _Stepper:
     layers: list[int]
     parameters: list[nn.Parameter]
     step: int = 0
+    rewired: bool = False  # whether the step to come has had its update: before_step() may be called again
     announced: str | None = None  # what the step that before_step() prepared costs; None where it was not called
 
 
@@ -284,10 +285,11 @@ class Sparsifier:
         gradients. Where an update takes the place of the step, all gradients of that optimizer are set to ``None``.
 
         Args:
-            optimizer: The one about to step, where there are several; by default all.
+            optimizer: The one about to step, where there are several; by default all. One that holds no sparse parameter
+                is passed over.
 
         Raises:
-            ConfigurationError: An optimizer that holds no sparse parameter of this model, or a sparse gradient.
+            ConfigurationError: A gradient that is a sparse tensor.
         """
         chosen = [s for s in self._steppers if optimizer is None or s.optimizer is optimizer]
         for stepper in chosen:
@@ -313,7 +315,9 @@ class Sparsifier:
             return "dense"
         observing = self._observe(stepper)
         kind = "dense_gradient" if observing else "sparse" if self.method.density < 1 else "dense"
-        if self.method.clock.fires(stepper.step, self.total_steps) and self._update(stepper):
+        if self.method.clock.fires(stepper.step, self.total_steps):
+            stepper.rewired = stepper.rewired or self._update(stepper)
+        if stepper.rewired:
             needs_gradient = any(score.needs_gradient for score in self.method.scores().values())
             kind = "dense_gradient" if needs_gradient else kind
             if self.method.replace_step:
@@ -332,7 +336,7 @@ class Sparsifier:
                 "or finalize() the sparsifier when sparse training is over"
             )
         self._counters.steps[stepper.announced] += 1
-        stepper.announced = None
+        stepper.announced, stepper.rewired = None, False
         stepper.step += 1
 
     def finalize(self) -> None:
@@ -624,7 +628,7 @@ class Sparsifier:
         self._check_agreement(masks, int(state["steps"][0]))
         for stepper, step in zip(self._steppers, state["steps"], strict=True):
             stepper.step = int(step)
-            stepper.announced = None
+            stepper.announced, stepper.rewired = None, False
         self._counters = _Counters(int(state["updates"]), int(state["skipped"]), dict(state["step_counts"]))
         last = state["last_update"]
         self.last_update = None if last is None else Update(int(last[0]), float(last[1]), float(last[2]))

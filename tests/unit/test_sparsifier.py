@@ -1105,3 +1105,21 @@ def test_an_optimizer_state_from_a_dense_run_can_be_masked():
         trace = optimizer.state[model.get_parameter(name)]["trace"]
         assert not trace[~mask].any()
         assert trace[mask].all()
+
+
+@pytest.mark.parametrize("replace_step", [True, False])
+def test_a_step_that_is_prepared_twice_is_updated_once(replace_step):
+    """As where an fp16 scaler leaves a step out for another optimizer's overflow, or two optimizers take turns."""
+    model, optimizer, sparsifier = build(methods.set_(DENSITY, update_every=1, replace_step=replace_step))
+    backward(model, optimizer, 0)
+    sparsifier.before_step()
+    masks = sparsifier.masks
+    backward(model, optimizer, 0)
+    sparsifier.before_step()
+    assert sparsifier.updates == 1
+    assert all(torch.equal(masks[name], mask) for name, mask in sparsifier.masks.items())
+    assert all(p.grad is None for p in model.parameters()) is replace_step
+    optimizer.step()
+    backward(model, optimizer, 1)
+    sparsifier.before_step()
+    assert sparsifier.updates == 2
