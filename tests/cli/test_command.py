@@ -111,7 +111,7 @@ def test_a_sweep_ends_with_a_table_of_all_runs_and_reports_the_one_that_failed(t
         ("0", "1.5", "dense"), ("1", "1.5", "set"), ("2", "0.2", "dense"), ("3", "0.2", "set")
     ]  # fmt: skip
     assert [r["status"][:6] for r in rows] == ["failed", "failed", "ok", "ok"]
-    assert [r["realised_density"][:4] for r in rows] == ["", "", "1.0", "0.20"]
+    assert [r["realised_density"][:4] for r in rows] == ["", "", "1.0", "0.2"]
     for row in rows[2:]:
         summary = json.loads((folder / row["run"] / "summary.json").read_text())
         assert float(row["accuracy"]) == summary["test"]["accuracy"]
