@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dst.errors import ConfigurationError, StateError
@@ -156,13 +156,23 @@ def job(cfg: DictConfig) -> float:
 
 
 def _sweep_job(cfg: DictConfig, folder: Path) -> float:
-    """Train one run of a sweep; a failure is recorded in the run's folder, and the sweep goes on."""
+    """Train one run of a sweep; a failure is recorded in the run's folder, and the sweep goes on.
+
+    In the folder of an interrupted sweep, finished runs are not repeated and an interrupted one is resumed.
+    """
     from dst.run import run
     from dst.summary import percent
-    from dst.sweep import ERROR_FILE
+    from dst.sweep import ERROR_FILE, finished, mark_finished
 
     try:
+        if (done := finished(folder, cfg)) is not None:
+            print(f"run {folder.name}: finished before, test accuracy {percent(done.test.accuracy)}")
+            return _accuracy(done.test.accuracy)
+        checkpoints = folder / "checkpoints"
+        if cfg.resume is None and checkpoints.is_dir() and any(checkpoints.iterdir()):
+            OmegaConf.update(cfg, "resume", "last")
         summary = run(cfg, folder, sweep=True)
+        mark_finished(folder, cfg)
     except Exception as error:
         expected = _is_about_settings(error)
         message = explain(error) if expected else f"{type(error).__name__}: {error}"

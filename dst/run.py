@@ -33,7 +33,7 @@ from dst.method import Method
 from dst.metrics.flops import inference_ratio, layer_macs, training_ratio
 from dst.summary import Density, Flops, Quality, Summary, Topology, number
 
-LAST = "last"
+LAST, PREVIOUS = "last", "previous"
 
 TrainerFactory: TypeAlias = "Callable[[list[Callback], MetricsFile, str], lightning.Trainer]"
 """Builds the trainer of one fit from callbacks, its metrics file and the title of its progress bar."""
@@ -182,8 +182,16 @@ def _trainer(
 def _fit(parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_trainer: TrainerFactory) -> Outcome:
     """One ordinary fit, with the checkpoint of the last epoch."""
     sparse = SparseTraining(parts.method, include=cfg.include, exclude=cfg.exclude, seed=cfg.seed)
+    # Two are kept: where the last is damaged (a full disk, a bad copy), the one before it is not.
     saver = ModelCheckpoint(
-        folder / "checkpoints", filename=LAST, enable_version_counter=False, save_on_train_epoch_end=True
+        folder / "checkpoints",
+        filename="{step}",
+        monitor="step",
+        mode="max",
+        save_top_k=2,
+        save_last="link",
+        enable_version_counter=False,
+        save_on_train_epoch_end=True,
     )
     trainer = make_trainer([sparse, saver], MetricsFile(folder, resume=resume), parts.method.name)
     trainer.fit(parts.module, datamodule=parts.datamodule, ckpt_path=resume, weights_only=True)
@@ -349,6 +357,8 @@ def _resume_point(resume: str | None, folder: Path, method: Method) -> Path | No
                 f"{method.name} goes on level by level: use resume={LAST} with hydra.run.dir=<the run's folder>"
             )
         return None
+    if resume == PREVIOUS:
+        return _previous(checkpoints)
     path = checkpoints / f"{LAST}.ckpt" if resume == LAST else Path(to_absolute_path(resume))
     if not path.is_file():
         advice = "name the run's folder by hydra.run.dir=FOLDER" if resume == LAST else "check the path"
@@ -357,12 +367,27 @@ def _resume_point(resume: str | None, folder: Path, method: Method) -> Path | No
     return path
 
 
+def _previous(checkpoints: Path) -> Path:
+    """Return the newest readable checkpoint before the last."""
+    last = (checkpoints / f"{LAST}.ckpt").resolve()
+    older = [p for p in checkpoints.glob("*.ckpt") if not p.is_symlink() and p != last]
+    for path in sorted(older, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+        try:
+            _load(path)
+        except ConfigurationError:
+            continue
+        return path
+    raise ConfigurationError(f"resume={PREVIOUS}: no readable checkpoint before the last one in {checkpoints}")
+
+
 def _load(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["global_step"]
     except Exception as error:  # torch.load raises many kinds
-        raise ConfigurationError(f"{path} is not a checkpoint, or it is damaged: {error}") from error
+        reason = (str(error) or "it ends early").splitlines()[0]
+        remedy = f"; resume={PREVIOUS} takes the one before it" if path.stem == LAST else ""
+        raise ConfigurationError(f"{path} is not a checkpoint, or it is damaged: {reason}{remedy}") from error
     return checkpoint
 
 

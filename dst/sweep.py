@@ -16,8 +16,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from dst.summary import SUMMARY_FILE, number, percent, show, write_atomically
+from dst.errors import ConfigurationError
+from dst.summary import SUMMARY_FILE, Summary, number, percent, show, write_atomically
 
+CONFIG_FILE = "finished.yaml"
 ERROR_FILE = "error.txt"
 OVERRIDES_FILE = ".hydra/overrides.yaml"
 
@@ -91,6 +93,32 @@ def discard() -> None:
 
 def _is_hydras(path: Path) -> bool:
     return path.is_file() and (path.parent.name == ".hydra" or path.name in ("train.log", "multirun.yaml"))
+
+
+def finished(folder: Path, cfg: DictConfig) -> Summary | None:
+    """Return the summary of a run that an earlier sweep in the same folder has finished, or None.
+
+    Raises:
+        ConfigurationError: The folder holds the results of a run with other settings.
+    """
+    record = folder / CONFIG_FILE
+    if not record.is_file() or not (folder / SUMMARY_FILE).is_file():
+        return None
+    if record.read_text(encoding="utf-8") != _settings(cfg):
+        raise ConfigurationError(
+            f"{folder} holds the results of a run with other settings: repeat the sweep's own command, "
+            "or choose another hydra.sweep.dir"
+        )
+    return Summary.read(folder)
+
+
+def mark_finished(folder: Path, cfg: DictConfig) -> None:
+    """Record the settings of a finished run, by which a repeated sweep knows it."""
+    write_atomically(folder / CONFIG_FILE, _settings(cfg))
+
+
+def _settings(cfg: DictConfig) -> str:
+    return OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "resume"]), resolve=True)
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,53 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_been(config, tmp_path, monk
     assert Summary.read(tmp_path / "cut") == resumed
 
 
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_used_when_asked(config, tmp_path, monkeypatch):
+    settings = ["sparsity=rigl", "density=0.5", "sparsity.update_every=30"]
+    whole = run(config(*settings), tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        cut_power(patch, 100)
+        with pytest.raises(PowerCut):
+            run(config(*settings), tmp_path / "cut")
+    last = (tmp_path / "cut" / "checkpoints" / "last.ckpt").resolve()
+    last.write_bytes(last.read_bytes()[:-1000])
+    with pytest.raises(ConfigurationError, match=r"last.ckpt is not a checkpoint.*resume=previous"):
+        run(config(*settings, "resume=last"), tmp_path / "cut")
+    resumed = run(config(*settings, "resume=previous"), tmp_path / "cut")
+    assert without_time(resumed) == without_time(whole)
+    for path in (tmp_path / "cut" / "checkpoints").glob("*.ckpt"):
+        path.write_bytes(b"")
+    with pytest.raises(ConfigurationError, match="no readable checkpoint"):
+        run(config(*settings, "resume=previous"), tmp_path / "cut")
+
+
+def test_a_repeated_sweep_keeps_what_is_finished_and_goes_on_with_what_is_not(config, tmp_path, monkeypatch, capsys):
+    settings = ["sparsity=rigl", "density=0.5", "sparsity.update_every=30"]
+    whole = run(config(*settings, "seed=1"), tmp_path / "whole")
+    finished, cut = tmp_path / "0", tmp_path / "1"
+    for folder in (finished, cut):
+        folder.mkdir()
+    accuracy = cli._sweep_job(config(*settings, "seed=0"), finished)
+    with monkeypatch.context() as patch:
+        cut_power(patch, 100)
+        cli._sweep_job(config(*settings, "seed=1"), cut)
+    assert "PowerCut" in (cut / "error.txt").read_text()
+    assert not (cut / "finished.yaml").exists()
+    capsys.readouterr()
+    # The same command again: nothing is trained in the first folder, and two of four epochs in the second.
+    with monkeypatch.context() as patch:
+        cut_power(patch, 2 * 44)
+        assert cli._sweep_job(config(*settings, "seed=0"), finished) == accuracy
+        assert cli._sweep_job(config(*settings, "seed=1"), cut) == whole.test.accuracy
+    assert "finished before" in capsys.readouterr().out
+    assert without_time(Summary.read(cut)) == without_time(whole)
+    assert not (cut / "error.txt").exists()
+    # Another command in the same folder is an error of that run, and its results stay.
+    kept = (finished / "summary.json").read_bytes()
+    cli._sweep_job(config(*settings, "seed=3"), finished)
+    assert "other settings" in (finished / "error.txt").read_text()
+    assert (finished / "summary.json").read_bytes() == kept
+
+
 class PlainDigits(Digits):
     """Digits from a loader that keeps no state, as users' own data modules have it."""
 
