@@ -30,6 +30,7 @@ class TrainConfig:
     exclude: Optional[list[str]] = None  # noqa: UP045
     threads: Optional[int] = None  # noqa: UP045
     resume: Optional[str] = None  # noqa: UP045
+    compress_gradients: bool = False
     sparsity: Any = MISSING
     model: Any = MISSING
     data: Any = MISSING

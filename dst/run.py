@@ -181,7 +181,13 @@ def _trainer(
 
 def _fit(parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_trainer: TrainerFactory) -> Outcome:
     """One ordinary fit, with the checkpoint of the last epoch."""
-    sparse = SparseTraining(parts.method, include=cfg.include, exclude=cfg.exclude, seed=cfg.seed)
+    sparse = SparseTraining(
+        parts.method,
+        include=cfg.include,
+        exclude=cfg.exclude,
+        seed=cfg.seed,
+        compress_gradients=cfg.compress_gradients,
+    )
     # Two are kept: where the last is damaged (a full disk, a bad copy), the one before it is not.
     saver = ModelCheckpoint(
         folder / "checkpoints",
