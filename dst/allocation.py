@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dst.errors import ConfigurationError
 from dst.topology import count_active, select_top
-from dst.types import folded_generator
+from dst.types import Allocation, folded_generator
 
 Shape = tuple[int, ...]
 
@@ -41,6 +41,28 @@ def network_budget(shapes: Sequence[Shape], density: float) -> int:
             f"use at least {len(shapes) / total:.2g}"
         )
     return budget
+
+
+def planned_counts(
+    allocation: Allocation, names: Sequence[str], shapes: Sequence[Shape], density: float
+) -> list[int] | None:
+    """Active weights per layer before there are scores, or ``None`` where scores will decide.
+
+    Args:
+        allocation: How the budget is split.
+        names: The layers' names.
+        shapes: The layers' shapes.
+        density: The network's density, in (0, 1].
+
+    Raises:
+        ConfigurationError: A budget that cannot hold, now rather than when the mask is made.
+    """
+    if density == 1:
+        return [math.prod(s) for s in shapes]
+    if allocation.needs_scores:
+        network_budget(shapes, density)
+        return None
+    return allocation.counts(names, shapes, density)
 
 
 class _LayerDensities:

@@ -24,6 +24,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from dst.allocation import planned_counts
 from dst.classifier import Classifier
 from dst.errors import ConfigurationError
 from dst.layers import SparseLayer, find_layers
@@ -152,23 +153,15 @@ def build(cfg: DictConfig) -> Parts:
         if scheduler is not None:
             scheduler(trial, 100)
     layers, _ = find_layers(module, cfg.include, cfg.exclude)
-    _check_budget(method, module, layers)
+    _check_budget(method, layers)
     with _blaming("model"):
         macs = layer_macs(module, task["input_shape"])
     return Parts(method, datamodule, module, layers, macs)
 
 
-def _check_budget(method: Method, module: Classifier, layers: Sequence[SparseLayer]) -> None:
+def _check_budget(method: Method, layers: Sequence[SparseLayer]) -> None:
     """Raise now what an allocation would raise when the mask is made, which may be late in training."""
-    if method.density < 1:
-        named = dict(module.named_parameters())
-        scores = [layer.part(named[layer.parameter].detach()).abs() for layer in layers]
-        method.allocation.counts(
-            [layer.label for layer in layers],
-            [layer.shape for layer in layers],
-            method.density,
-            scores if method.allocation.needs_scores else None,
-        )
+    planned_counts(method.allocation, [x.label for x in layers], [x.shape for x in layers], method.density)
 
 
 def _trainer(

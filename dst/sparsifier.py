@@ -14,6 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from dst import init as inits
+from dst.allocation import planned_counts
 from dst.backends.masked import BitMasks
 from dst.errors import ConfigurationError, StateError
 from dst.layers import Selector, SparseLayer, find_layers
@@ -149,6 +150,9 @@ class Sparsifier:
         self._originals: list[tuple[Tensor, Tensor, int]] = []
         self._averages: list[dict[str, Tensor]] = []
         self._sparsify_step = resolve_steps(method.sparsify_at, total_steps, "sparsify_at")
+        if not isinstance(method.init, inits.FromFile):
+            labels, shapes = [layer.label for layer in self.layers], [layer.shape for layer in self.layers]
+            planned_counts(method.allocation, labels, shapes, method.density)
         if self._sparsify_step >= total_steps and method.density < 1:
             raise ConfigurationError(
                 f"sparsify_at={method.sparsify_at} is not before the end of training at step {total_steps}: "

@@ -34,7 +34,7 @@ def config():
 
 
 def test_every_file_lies_in_a_group_that_a_test_reads():
-    tested = {"sparsity", "model", "data", "optimizer", "scheduler", "trainer", "logger", "experiment"}
+    tested = {"sparsity", "model", "data", "optimizer", "scheduler", "trainer", "logger", "experiment", "hydra"}
     assert {path.name for path in CONF.iterdir() if path.is_dir()} == tested
     pieces = {path.name for path in (CONF / "sparsity").iterdir() if path.is_dir()}
     assert pieces == {"allocation", "fraction", "init", "drop", "grow"}
