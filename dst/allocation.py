@@ -1,8 +1,9 @@
 """How a network's budget is split over its layers.
 
-An allocation is a frozen dataclass with ``counts(names, shapes, density, scores)``. Layer densities become counts as in
-google-research/rigl: ``zeros = floor(sparsity * N)`` in every layer, so that a network's realised density lies at most
-one weight per layer above its target.
+An allocation is a frozen dataclass with ``counts(names, shapes, density, scores)``. Where every layer has a density of its
+own (uniform, per layer), it becomes a count as in google-research/rigl: ``zeros = floor(sparsity * N)``, so that a network's
+realised density lies at most one weight per layer above its target. Where layers share a budget (ER, ERK, global), the
+network's count ``N - floor(sparsity * N)`` is met exactly.
 """
 
 from __future__ import annotations
@@ -17,9 +18,51 @@ from torch import Tensor
 
 from dst.errors import ConfigurationError
 from dst.topology import count_active, select_top
-from dst.types import folded_generator
+from dst.types import Allocation, folded_generator
 
 Shape = tuple[int, ...]
+
+
+def network_budget(shapes: Sequence[Shape], density: float) -> int:
+    """Active weights of a whole network: ``N - floor((1 - density) * N)``.
+
+    Args:
+        shapes: The layers' shapes.
+        density: The network's density, in (0, 1].
+
+    Raises:
+        ConfigurationError: Fewer weights to keep than layers: some layer would let nothing through.
+    """
+    total = sum(math.prod(s) for s in shapes)
+    budget = count_active(total, density)
+    if budget < len(shapes):
+        raise ConfigurationError(
+            f"density={density:g} keeps {budget} weights for {len(shapes)} layers; "
+            f"use at least {len(shapes) / total:.2g}"
+        )
+    return budget
+
+
+def planned_counts(
+    allocation: Allocation, names: Sequence[str], shapes: Sequence[Shape], density: float
+) -> list[int] | None:
+    """Active weights per layer before there are scores, or ``None`` where scores will decide.
+
+    Args:
+        allocation: How the budget is split.
+        names: The layers' names.
+        shapes: The layers' shapes.
+        density: The network's density, in (0, 1].
+
+    Raises:
+        ConfigurationError: A budget that cannot hold, now rather than when the mask is made.
+    """
+    if density == 1:
+        return [math.prod(s) for s in shapes]
+    if allocation.needs_scores:
+        network_budget(shapes, density)
+        return None
+    return allocation.counts(names, shapes, density)
 
 
 class _LayerDensities:
@@ -49,7 +92,11 @@ class _LayerDensities:
 
         Returns:
             One count per layer, each in [1, N].
+
+        Raises:
+            ConfigurationError: Fewer weights to keep than layers.
         """
+        network_budget(shapes, density)
         layer_densities = self.densities(names, shapes, density)
         return [count_active(math.prod(s), d) for s, d in zip(shapes, layer_densities, strict=True)]
 
@@ -78,6 +125,9 @@ class ERK(_LayerDensities):
     dense, and the factor is solved again for the others until none does, as in the authors' code; clipping without
     solving again would miss the budget.
 
+    Deviation: the authors round every layer's count up, which can bring the network to two weights per layer above its
+    budget. Here counts are rounded so that the budget is met exactly; a layer differs from theirs by a weight at most.
+
     Attributes:
         power: Exponent on the raw density (``erk_power_scale`` in the authors' code).
     """
@@ -91,7 +141,8 @@ class ERK(_LayerDensities):
         """Layer densities, each in (0, 1], whose weighted mean is ``density``."""
         sizes = [math.prod(s) for s in shapes]
         raw = [self._raw(s) for s in shapes]
-        target = density * sum(sizes)
+        # The authors' budget is a sum of integers too: N - floor(sparsity * N), layer by layer.
+        target = sum(count_active(size, density) for size in sizes)
         dense: set[int] = set()
         while len(dense) < len(shapes):
             sparse = [i for i in range(len(shapes)) if i not in dense]
@@ -103,6 +154,30 @@ class ERK(_LayerDensities):
             # As in the authors' code, every layer that ties with the largest becomes dense in the same round.
             dense |= {i for i in sparse if raw[i] == largest}
         return [1.0] * len(shapes)
+
+    def counts(
+        self,
+        names: Sequence[str],
+        shapes: Sequence[Shape],
+        density: float,
+        scores: Sequence[Tensor] | None = None,
+    ) -> list[int]:
+        """Active weights per layer, each in [1, N], that add up to the network's budget exactly.
+
+        Raises:
+            ConfigurationError: Fewer weights to keep than layers.
+        """
+        budget = network_budget(shapes, density)
+        sizes = [math.prod(s) for s in shapes]
+        ideal = [d * n for d, n in zip(self.densities(names, shapes, density), sizes, strict=True)]
+        counts = [min(n, max(1, math.floor(x))) for x, n in zip(ideal, sizes, strict=True)]
+        # Largest remainders: the next weight goes where, or comes from where, a layer is furthest from its ideal.
+        while (missing := budget - sum(counts)) != 0:
+            step = 1 if missing > 0 else -1
+            room = [i for i, c in enumerate(counts) if 1 <= c + step <= sizes[i]]
+            # Layers that are wholly dense give last.
+            counts[max(room, key=lambda i: (ideal[i] < sizes[i], step * (ideal[i] - counts[i])))] += step
+        return counts
 
 
 @dataclass(frozen=True)
@@ -139,7 +214,7 @@ class PerLayer(_LayerDensities):
                 one weight per layer from ``density``.
         """
         table = self.densities_by_name
-        chosen = [next((p for p in table if fnmatch.fnmatchcase(n, p)), None) for n in names]
+        chosen = [next((p for p in table if p == n or fnmatch.fnmatchcase(n, p)), None) for n in names]
         if missing := [n for n, p in zip(names, chosen, strict=True) if p is None]:
             raise ConfigurationError(
                 f"no density is given for {', '.join(missing)}; add them, or a pattern such as '*'"
@@ -194,12 +269,7 @@ class Global:
         if scores is None:
             raise ValueError("a global allocation is decided by scores")
         sizes = [math.prod(s) for s in shapes]
-        budget = count_active(sum(sizes), density)
-        if budget < len(sizes):
-            raise ConfigurationError(
-                f"density={density:g} keeps {budget} weights for {len(sizes)} layers; "
-                f"use at least {len(sizes) / sum(sizes):.2g}"
-            )
+        budget = network_budget(shapes, density)
         flat = torch.cat([s.detach().reshape(-1).float().cpu() for s in scores])
         everything = torch.ones_like(flat, dtype=torch.bool)
         chosen = select_top(flat, budget, everything, folded_generator("global", len(flat)))

@@ -120,8 +120,12 @@ class Classifier(LightningModule):
 
     def _log(self, split: str) -> None:
         metric = self._metric(split)
+        if not metric.update_called:
+            return  # with max_steps, a resume from the end of an epoch makes Lightning end it once more
         values = metric.compute()
         metric.reset()
+        # Lightning's own step counts batches, and one too many after such a resume.
+        self.log_dict({"step": float(self.trainer.global_step), "epoch": float(self.current_epoch)})
         self.log(f"{split}/loss", values["loss"])
         self.log(f"{split}/accuracy", values["accuracy"], prog_bar=True)
 

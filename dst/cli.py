@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from omegaconf import MISSING, DictConfig
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dst.errors import ConfigurationError, StateError
@@ -30,6 +30,7 @@ class TrainConfig:
     exclude: Optional[list[str]] = None  # noqa: UP045
     threads: Optional[int] = None  # noqa: UP045
     resume: Optional[str] = None  # noqa: UP045
+    compress_gradients: bool = False
     sparsity: Any = MISSING
     model: Any = MISSING
     data: Any = MISSING
@@ -92,24 +93,37 @@ def train(argv: Sequence[str]) -> int:
         argv: Overrides and flags as Hydra takes them.
     """
     import hydra
-    from hydra.errors import HydraException
 
     wanted = os.environ.get("DST_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR", "0"))
     # Hydra would print exceptions itself and exit; set for all processes that this one starts.
     os.environ.update(HYDRA_FULL_ERROR="1", DST_TRACEBACK=wanted)
-    sys.argv = [sys.argv[0], *argv]
+    # Hydra's parser takes no overrides on both sides of a flag.
+    sys.argv = [sys.argv[0], *sorted(argv, key=lambda argument: argument not in ("-m", "--multirun"))]
     register_schema()
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(job)()
-    except (ConfigurationError, StateError, HydraException, OmegaConfBaseException) as error:
-        from dst.sweep import discard
-
-        discard()
-        if wanted == "1":
-            traceback.print_exc()
-        print(f"error: {explain(error)}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        if not _is_about_settings(error):
+            raise
+        return _refuse(error)
     return 0
+
+
+def _refuse(error: Exception) -> int:
+    """Report a mistake in the settings, undo what was written, and return the exit status."""
+    from dst.sweep import discard
+
+    discard()
+    if os.environ.get("DST_TRACEBACK") == "1":
+        traceback.print_exc()
+    print(f"error: {explain(error)}", file=sys.stderr)
+    return 2
+
+
+def _is_about_settings(error: Exception) -> bool:
+    from hydra.errors import HydraException
+
+    return isinstance(error, (ConfigurationError, StateError, HydraException, OmegaConfBaseException))
 
 
 def job(cfg: DictConfig) -> float:
@@ -129,6 +143,10 @@ def job(cfg: DictConfig) -> float:
 
     try:
         summary = run(cfg, folder)
+    except Exception as error:
+        if not _is_about_settings(error):
+            raise
+        sys.exit(_refuse(error))  # raised any further, Hydra would add lines of its own
     except (KeyboardInterrupt, SystemExit):
         if (folder / "checkpoints" / "last.ckpt").exists():
             print(f"interrupted; go on with: resume=last hydra.run.dir={folder}", file=sys.stderr)
@@ -139,17 +157,28 @@ def job(cfg: DictConfig) -> float:
 
 
 def _sweep_job(cfg: DictConfig, folder: Path) -> float:
-    """Train one run of a sweep; a failure is recorded in the run's folder, and the sweep goes on."""
+    """Train one run of a sweep; a failure is recorded in the run's folder, and the sweep goes on.
+
+    In the folder of an interrupted sweep, finished runs are not repeated and an interrupted one is resumed.
+    """
     from dst.run import run
     from dst.summary import percent
-    from dst.sweep import ERROR_FILE
+    from dst.sweep import ERROR_FILE, finished, mark_finished
 
     try:
+        if (done := finished(folder, cfg)) is not None:
+            print(f"run {folder.name}: finished before, test accuracy {percent(done.test.accuracy)}")
+            return _accuracy(done.test.accuracy)
+        checkpoints = folder / "checkpoints"
+        if cfg.resume is None and checkpoints.is_dir() and any(checkpoints.iterdir()):
+            OmegaConf.update(cfg, "resume", "last")
         summary = run(cfg, folder, sweep=True)
+        mark_finished(folder, cfg)
     except Exception as error:
-        expected = isinstance(error, (ConfigurationError, StateError, OmegaConfBaseException)) or _is_hydra(error)
+        expected = _is_about_settings(error)
         message = explain(error) if expected else f"{type(error).__name__}: {error}"
-        (folder / ERROR_FILE).write_text(f"{message}\n\n{traceback.format_exc()}", encoding="utf-8")
+        details = "" if expected else f"\n{traceback.format_exc()}"
+        (folder / ERROR_FILE).write_text(f"{message}\n{details}", encoding="utf-8")
         if not expected or os.environ.get("DST_TRACEBACK") == "1":
             traceback.print_exc()
         print(f"error: run {folder.name}: {message}", file=sys.stderr)
@@ -195,12 +224,6 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
-
-
-def _is_hydra(error: BaseException) -> bool:
-    from hydra.errors import HydraException
-
-    return isinstance(error, HydraException)
 
 
 def _accuracy(value: float | None) -> float:

@@ -118,12 +118,7 @@ def run_lottery(
             replace(method, lottery=None, density=density, init=fixed), include=include, exclude=exclude, seed=seed
         )
         saver = ModelCheckpoint(
-            dirpath=place,
-            filename="{epoch}",
-            save_last=True,
-            save_top_k=0,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
+            dirpath=place, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
         )
         metrics = _Metrics()
         callbacks: list[Callback] = [sparse, metrics, saver]
@@ -132,13 +127,9 @@ def run_lottery(
         trainer = make_trainer(level, callbacks, place)
         last = place / "last.ckpt"
         start = last if last.exists() else snapshot if level > 0 else None
-        trainer.fit(module, datamodule=datamodule, ckpt_path=start)
-        if trainer.interrupted:
-            raise KeyboardInterrupt
-        if not snapshot.exists():
-            raise ConfigurationError(
-                f"rewind_to={method.lottery.rewind_to} was not reached in {trainer.global_step} steps of the dense level"
-            )
+        if level == 0 and start is None:
+            snapshot.unlink(missing_ok=True)  # an attempt that left no checkpoint may have left its snapshot
+        trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
         assert sparse.sparsifier is not None
         trainer.save_checkpoint(final)
         result = LevelResult(
@@ -188,7 +179,10 @@ class _Snapshot(Callback):
         self._step = 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._step = resolve_steps(self.at, int(trainer.estimated_stepping_batches), "rewind_to")
+        total = int(trainer.estimated_stepping_batches)
+        self._step = resolve_steps(self.at, total, "rewind_to")
+        if self._step >= total:
+            raise ConfigurationError(f"rewind_to={self.at} leaves nothing of a training of {total} steps to repeat")
         self._save_if_due(trainer)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from dst import allocation as allocations
 from dst import init as inits
 from dst import schedules, scores
@@ -143,6 +145,8 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        return value.item()  # numbers from numpy would not load with weights_only=True
     return value
 
 

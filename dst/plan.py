@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from dst.allocation import planned_counts
 from dst.backends.csr import obstacles
 from dst.layers import Selector, find_layers
 from dst.method import Method
@@ -82,18 +83,13 @@ def plan(
         ConfigurationError: As for ``Sparsifier``: an infeasible budget, a selector that selects nothing, …
     """
     layers, dense = find_layers(model, include, exclude)
-    counts: list[int] | list[None]
-    if method.density == 1:
-        counts = [layer.weights for layer in layers]
-    elif method.allocation.needs_scores:
-        counts = [None] * len(layers)
-    else:
-        counts = method.allocation.counts(
-            [layer.label for layer in layers], [layer.shape for layer in layers], method.density
-        )
+    counts = planned_counts(
+        method.allocation, [layer.label for layer in layers], [layer.shape for layer in layers], method.density
+    )
+    decided: list[int | None] = [None] * len(layers) if counts is None else list(counts)
     barred = obstacles(model, layers) if method.backend == "csr" else {}
     rows = []
-    for layer, count in zip(layers, counts, strict=True):
+    for layer, count in zip(layers, decided, strict=True):
         storage, note = method.backend, ""
         if count == layer.weights:
             storage, note = "dense", "stays dense"

@@ -13,17 +13,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning
 import torch
 from hydra.utils import instantiate, to_absolute_path
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from dst.allocation import planned_counts
 from dst.classifier import Classifier
 from dst.errors import ConfigurationError
 from dst.layers import SparseLayer, find_layers
@@ -31,9 +32,12 @@ from dst.lightning import SparseTraining
 from dst.lottery_run import run_lottery
 from dst.method import Method
 from dst.metrics.flops import inference_ratio, layer_macs, training_ratio
-from dst.summary import Density, Flops, Summary, Test, Topology, number
+from dst.summary import Density, Flops, Quality, Summary, Topology, number
 
-LAST = "last"
+LAST, PREVIOUS = "last", "previous"
+
+TrainerFactory: TypeAlias = "Callable[[list[Callback], MetricsFile, str], lightning.Trainer]"
+"""Builds the trainer of one fit from callbacks, its metrics file and the title of its progress bar."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,7 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
     parts = build(cfg)
     _set_threads(cfg.threads, sum(parts.macs.values()) * cfg.data.get("batch_size", 1))
     resume = _resume_point(cfg.resume, folder, parts.method)
-    make_trainer = _trainer_factory(cfg, folder)
-    launcher = make_trainer([], [], "").strategy.launcher  # also shows what is wrong with the trainer's settings
+    launcher = _trainer(cfg, folder, [], [], "").strategy.launcher  # also shows what is wrong with the settings
     if sweep and isinstance(launcher, _SubprocessScriptLauncher):
         raise ConfigurationError(
             "this strategy starts the command once more for every device, which in a sweep would repeat the "
@@ -99,8 +102,13 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     fit = _fit if parts.method.lottery is None else _fit_lottery
-    outcome = fit(parts, cfg, folder, resume, make_trainer)
-    (tested,) = outcome.trainer.test(parts.module, datamodule=parts.datamodule, verbose=False)
+    with _chosen_logger(cfg, folder) as chosen:
+
+        def make_trainer(callbacks: list[Callback], metrics: MetricsFile, title: str) -> lightning.Trainer:
+            return _trainer(cfg, folder, callbacks, [metrics, *chosen], title)
+
+        outcome = fit(parts, cfg, folder, resume, make_trainer)
+        (tested,) = outcome.trainer.test(parts.module, datamodule=parts.datamodule, verbose=False)
     realised = sum(x["nonzero"] for x in outcome.layers) / sum(x["weights"] for x in outcome.layers)
     summary = Summary(
         sparsity=parts.method.name,
@@ -108,7 +116,7 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
         steps=outcome.steps,
         seconds=time.perf_counter() - began,
         density=Density(parts.method.density, realised, outcome.layers),
-        test=Test(_finite(tested["test/accuracy"]), _finite(tested["test/loss"])),
+        test=Quality(_finite(tested["test/accuracy"]), _finite(tested["test/loss"])),
         flops=Flops(inference_ratio(parts.macs, _densities(parts, outcome.layers)), outcome.training_ratio),
         topology=outcome.topology,
     )
@@ -145,48 +153,47 @@ def build(cfg: DictConfig) -> Parts:
         if scheduler is not None:
             scheduler(trial, 100)
     layers, _ = find_layers(module, cfg.include, cfg.exclude)
-    _check_budget(method, module, layers)
+    _check_budget(method, layers)
     with _blaming("model"):
         macs = layer_macs(module, task["input_shape"])
     return Parts(method, datamodule, module, layers, macs)
 
 
-def _check_budget(method: Method, module: Classifier, layers: Sequence[SparseLayer]) -> None:
+def _check_budget(method: Method, layers: Sequence[SparseLayer]) -> None:
     """Raise now what an allocation would raise when the mask is made, which may be late in training."""
-    if method.density < 1:
-        named = dict(module.named_parameters())
-        scores = [layer.part(named[layer.parameter].detach()).abs() for layer in layers]
-        method.allocation.counts(
-            [layer.label for layer in layers],
-            [layer.shape for layer in layers],
-            method.density,
-            scores if method.allocation.needs_scores else None,
-        )
+    planned_counts(method.allocation, [x.label for x in layers], [x.shape for x in layers], method.density)
 
 
-TrainerFactory = Callable[[list[Callback], list[Logger], str], lightning.Trainer]
-"""Builds a trainer from callbacks, loggers and the title of its progress bar."""
-
-
-def _trainer_factory(cfg: DictConfig, folder: Path) -> TrainerFactory:
-    def make(callbacks: list[Callback], loggers: list[Logger], title: str) -> lightning.Trainer:
-        if cfg.trainer.enable_progress_bar:
-            callbacks = [*callbacks, Progress(title)]
-        return _make(cfg.trainer, callbacks=callbacks, logger=loggers, default_root_dir=folder)
-
-    return make
+def _trainer(
+    cfg: DictConfig, folder: Path, callbacks: list[Callback], loggers: list[Logger], title: str
+) -> lightning.Trainer:
+    if cfg.trainer.enable_progress_bar:
+        callbacks = [*callbacks, Progress(title)]
+    return _make(cfg.trainer, callbacks=callbacks, logger=loggers, default_root_dir=folder)
 
 
 def _fit(parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_trainer: TrainerFactory) -> Outcome:
     """One ordinary fit, with the checkpoint of the last epoch."""
-    sparse = SparseTraining(parts.method, include=cfg.include, exclude=cfg.exclude, seed=cfg.seed)
+    sparse = SparseTraining(
+        parts.method,
+        include=cfg.include,
+        exclude=cfg.exclude,
+        seed=cfg.seed,
+        compress_gradients=cfg.compress_gradients,
+    )
+    # Two are kept: where the last is damaged (a full disk, a bad copy), the one before it is not.
     saver = ModelCheckpoint(
-        folder / "checkpoints", filename=LAST, enable_version_counter=False, save_on_train_epoch_end=True
+        folder / "checkpoints",
+        filename="{step}",
+        monitor="step",
+        mode="max",
+        save_top_k=2,
+        save_last="link",
+        enable_version_counter=False,
+        save_on_train_epoch_end=True,
     )
-    trainer = make_trainer(
-        [sparse, saver], _loggers(cfg, folder, MetricsFile(folder, resume=resume)), parts.method.name
-    )
-    trainer.fit(parts.module, datamodule=parts.datamodule, ckpt_path=resume)
+    trainer = make_trainer([sparse, saver], MetricsFile(folder, resume=resume), parts.method.name)
+    trainer.fit(parts.module, datamodule=parts.datamodule, ckpt_path=resume, weights_only=True)
     sparsifier = sparse.sparsifier
     assert sparsifier is not None
     table = sparsifier.layer_table()
@@ -206,7 +213,7 @@ def _fit_lottery(
 
     def make_level(level: int, callbacks: list[Callback], place: Path) -> lightning.Trainer:
         metrics = MetricsFile(folder, resume=place / f"{LAST}.ckpt", level=level)
-        return make_trainer(callbacks, _loggers(cfg, folder, metrics), f"level {level}")
+        return make_trainer(callbacks, metrics, f"level {level}")
 
     result = run_lottery(
         parts.method,
@@ -300,14 +307,14 @@ class MetricsFile(CSVLogger):
     def __init__(self, folder: Path, *, resume: Path | None = None, level: int | None = None) -> None:
         self._extra = {} if level is None else {"level": level}
         kept = _rows_before(folder / "metrics.csv", resume, level)
-        super().__init__(folder, name="", version="")
+        super().__init__(folder, name="", version="", flush_logs_every_n_steps=1)
         if kept:
             self.experiment.metrics.extend(kept)
             self.save()
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Add a row."""
-        super().log_metrics({**metrics, **self._extra}, step)
+        """Add a row; ``step`` is the number of optimizer steps taken."""
+        super().log_metrics({**metrics, **self._extra}, None if step is None else int(step))
 
 
 def _rows_before(path: Path, resume: Path | None, level: int | None) -> list[dict[str, Any]]:
@@ -319,10 +326,19 @@ def _rows_before(path: Path, resume: Path | None, level: int | None) -> list[dic
     return [row for row in rows if (level is not None and int(row["level"]) != level) or int(row["step"]) <= step]
 
 
-def _loggers(cfg: DictConfig, folder: Path, metrics: MetricsFile) -> list[Logger]:
-    if cfg.logger.get("_target_") is None:
-        return [metrics]
-    return [metrics, _make(cfg.logger, save_dir=folder)]
+@contextmanager
+def _chosen_logger(cfg: DictConfig, folder: Path) -> Iterator[list[Logger]]:
+    """The logger beside ``metrics.csv``, if one is chosen, with the settings of the run; closed afterwards."""
+    logger = _make(cfg.logger, save_dir=folder)
+    if logger is None:
+        yield []
+        return
+    try:
+        logger.log_hyperparams(OmegaConf.to_container(cfg, resolve=True))
+        yield [logger]
+    finally:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.finish()  # or the next run of a sweep would go on in this one
 
 
 def _resume_point(resume: str | None, folder: Path, method: Method) -> Path | None:
@@ -340,6 +356,8 @@ def _resume_point(resume: str | None, folder: Path, method: Method) -> Path | No
                 f"{method.name} goes on level by level: use resume={LAST} with hydra.run.dir=<the run's folder>"
             )
         return None
+    if resume == PREVIOUS:
+        return _previous(checkpoints)
     path = checkpoints / f"{LAST}.ckpt" if resume == LAST else Path(to_absolute_path(resume))
     if not path.is_file():
         advice = "name the run's folder by hydra.run.dir=FOLDER" if resume == LAST else "check the path"
@@ -348,12 +366,27 @@ def _resume_point(resume: str | None, folder: Path, method: Method) -> Path | No
     return path
 
 
+def _previous(checkpoints: Path) -> Path:
+    """Return the newest readable checkpoint before the last."""
+    last = (checkpoints / f"{LAST}.ckpt").resolve()
+    older = [p for p in checkpoints.glob("*.ckpt") if not p.is_symlink() and p != last]
+    for path in sorted(older, key=lambda p: p.stat().st_mtime_ns, reverse=True):
+        try:
+            _load(path)
+        except ConfigurationError:
+            continue
+        return path
+    raise ConfigurationError(f"resume={PREVIOUS}: no readable checkpoint before the last one in {checkpoints}")
+
+
 def _load(path: Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["global_step"]
     except Exception as error:  # torch.load raises many kinds
-        raise ConfigurationError(f"{path} is not a checkpoint, or it is damaged: {error}") from error
+        reason = (str(error) or "it ends early").splitlines()[0]
+        remedy = f"; resume={PREVIOUS} takes the one before it" if path.stem == LAST else ""
+        raise ConfigurationError(f"{path} is not a checkpoint, or it is damaged: {reason}{remedy}") from error
     return checkpoint
 
 
@@ -411,6 +444,7 @@ def _quieten() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*is smaller than the logging interval.*",
         ".*but have no `val_dataloader`.*",
+        ".*It is recommended to use .*sync_dist=True.*",  # the metrics are reduced already
         ".*isinstance\\(treespec, LeafSpec\\).*",
     ):
         warnings.filterwarnings("ignore", message=message)

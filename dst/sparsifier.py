@@ -14,6 +14,7 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from dst import init as inits
+from dst.allocation import planned_counts
 from dst.backends import Draft, Storage, open_storages
 from dst.backends.csr import obstacles
 from dst.backends.saved import count, is_mask, is_union
@@ -47,9 +48,10 @@ class _Stepper:
     layers: list[int]
     parameters: list[nn.Parameter]
     step: int = 0
+    rewired: bool = False  # whether the step to come has had its update: before_step() may be called again
     announced: str | None = None  # what the step that before_step() prepared costs; None where it was not called
-    begun: bool = False
-    updated_at: int = -1  # the step of the last update: a step that was prepared and not taken is prepared once more
+    replaced: bool = False  # whether that step is to have no gradients
+    begun: bool = False  # whether optimizer.step() was entered and has not been counted
 
 
 @dataclass(frozen=True)
@@ -141,15 +143,23 @@ class Sparsifier:
         self.last_update: Update | None = None
         self._originals: list[tuple[Tensor, Tensor, int]] = []  # what the first mask cut, as it was
         self._sparsify_step = resolve_steps(method.sparsify_at, total_steps, "sparsify_at")
+        if not isinstance(method.init, inits.FromFile):
+            labels, shapes = [layer.label for layer in self.layers], [layer.shape for layer in self.layers]
+            planned_counts(method.allocation, labels, shapes, method.density)
+        if self._sparsify_step >= total_steps and method.density < 1:
+            raise ConfigurationError(
+                f"sparsify_at={method.sparsify_at} is not before the end of training at step {total_steps}: "
+                "the mask would never be made"
+            )
         if method.init.needs_gradient and len(self._steppers) > 1:
             raise ConfigurationError(
                 f"{type(method.init).__name__} needs every layer's gradient at one step, and the layers belong to "
                 f"{len(self._steppers)} optimizers; use another init, or one optimizer"
             )
         if not self._sparsified and self._sparsify_step == 0 and not method.init.needs_gradient:
-            before = [(tensor, tensor.clone()) for tensor in self._cut_tensors()]
+            originals = [(t, t.clone()) for t in self._cut_by_first_mask()]
             self._sparsify(0)
-            self._originals = [(tensor, original, tensor._version) for tensor, original in before]
+            self._originals = [(t, copy, t._version) for t, copy in originals]
         self._expect_gradients()
         self._hooks = [s.optimizer.register_step_post_hook(self._after_step) for s in self._steppers]
         self._hooks += [s.optimizer.register_step_pre_hook(self._on_step) for s in self._steppers]
@@ -266,7 +276,7 @@ class Sparsifier:
 
     def _is_due(self, stepper: _Stepper) -> bool:
         """Whether the step to come updates the topology; once it has, it does not where it is tried again."""
-        return stepper.updated_at < stepper.step and self.method.clock.fires(stepper.step, self.total_steps)
+        return not stepper.rewired and self.method.clock.fires(stepper.step, self.total_steps)
 
     def _expect_gradients(self, steppers: Iterable[_Stepper] | None = None) -> None:
         """Tell the storages what the coming step of the optimizers (by default all) needs to see."""
@@ -282,19 +292,22 @@ class Sparsifier:
         """Call between ``backward()`` and ``optimizer.step()``, after unscaling and before clipping.
 
         Observes the dense gradient, makes the first mask or updates the topology where one is due, and masks the
-        gradients. Where an update takes the place of the step, all gradients of that optimizer are set to ``None``.
+        gradients. Where an update takes the place of the step, all gradients of that optimizer are set to ``None`` as the step
+        begins, or behind its closure; until then clipping and logging find them as at any other step.
 
         Args:
-            optimizer: The one about to step, where there are several; by default all.
-
-        An optimizer that holds no sparse weight is passed over.
+            optimizer: The one about to step, where there are several; by default all. One that holds no sparse parameter
+                is passed over.
 
         Raises:
-            ConfigurationError: A sparse gradient.
+            ConfigurationError: A gradient that is a sparse tensor.
         """
         chosen = [s for s in self._steppers if optimizer is None or s.optimizer is optimizer]
         for stepper in chosen:
+            stepper.replaced = False
             stepper.announced = self._prepare(stepper)
+            for storage in self._storages:
+                storage.mask_gradients(stepper.parameters)
             # What was kept for this step is used; should it not be taken, the next attempt begins anew.
             self._expect_gradients([stepper])
 
@@ -311,25 +324,47 @@ class Sparsifier:
                 if not self._gradients_are_usable(stepper, every_layer=True):
                     return "dense"
                 self._sparsify(stepper.step)
-                self._skip_step(stepper)
+                stepper.replaced = True
                 return "dense"
             self._sparsify(stepper.step)
         if not self._sparsified:
             return "dense"
         observing = self._observe(stepper)
         kind = "dense_gradient" if observing else "sparse" if self.method.density < 1 else "dense"
-        if self._is_due(stepper) and self._update(stepper):
+        if self._is_due(stepper):
+            stepper.rewired = self._update(stepper)
+        if stepper.rewired:
             needs_gradient = any(score.needs_gradient for score in self.method.scores().values())
             kind = "dense_gradient" if needs_gradient else kind
-            if self.method.replace_step:
-                self._skip_step(stepper)
-        for storage in self._storages:
-            storage.mask_gradients(stepper.parameters)
+            stepper.replaced = self.method.replace_step
         return kind
 
-    def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Step pre-hook: note that a step has begun."""
-        next(s for s in self._steppers if s.optimizer is optimizer).begun = True
+    def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Step pre-hook: take the gradients away where an update replaces the step.
+
+        A closure computes them within the step, and in Lightning prepares and clips them too: it is then followed up.
+        """
+        stepper = next(s for s in self._steppers if s.optimizer is optimizer)
+        stepper.begun = True
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._leave_out(stepper)
+            return None
+
+        def followed_up() -> Any:
+            result = closure()
+            self._leave_out(stepper)
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": followed_up}
+        return (args[0], followed_up, *args[2:]), kwargs
+
+    def _leave_out(self, stepper: _Stepper) -> None:
+        if stepper.replaced:
+            for group in stepper.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step post-hook: weights that are inactive are zero again, and the clock advances."""
@@ -338,7 +373,7 @@ class Sparsifier:
             storage.mask_weights(stepper.parameters)
         self._originals = []
         if not stepper.begun:
-            return  # the step of a class within that of its subclass has told already
+            return  # PyTorch calls the hooks twice where the step of a class calls its base class's
         stepper.begun = False
         if stepper.announced is None:
             raise StateError(
@@ -346,7 +381,7 @@ class Sparsifier:
                 "or finalize() the sparsifier when sparse training is over"
             )
         self._counters.steps[stepper.announced] += 1
-        stepper.announced = None
+        stepper.announced, stepper.rewired = None, False
         stepper.step += 1
         self._expect_gradients([stepper])
 
@@ -366,6 +401,16 @@ class Sparsifier:
         for stepper in self._steppers:
             for storage in self._storages:
                 storage.mask_optimizer_state(stepper.optimizer)
+
+    def _cut_by_first_mask(self) -> list[Tensor]:
+        """The weights and per-weight optimizer states that making the first mask changes."""
+        tensors = []
+        for stepper in self._steppers:
+            for parameter in stepper.parameters:
+                if self.method.rescale_init or not self._home[self._names[parameter]].is_placed:
+                    tensors.append(local(parameter.detach()))
+                    tensors += [local(value) for _, value in per_weight_state(stepper.optimizer, parameter)]
+        return tensors
 
     # -- the first mask -------------------------------------------------------------------------------------------
 
@@ -449,12 +494,11 @@ class Sparsifier:
         # All layers' rewirings are decided before any is applied.
         rewirings = [(i, r) for i in stepper.layers if (r := self._rewire(i, step, fraction)) is not None]
         for index, rewiring in rewirings:
-            layer, keep = self.layers[index], not self.method.replace_step
-            self._home[layer.parameter].apply(layer, rewiring, stepper.optimizer, keep_gradient=keep)
+            layer = self.layers[index]
+            self._home[layer.parameter].apply(layer, rewiring, stepper.optimizer)
         grown = sum(rewiring.grown.numel() for _, rewiring in rewirings)
         self._check_agreement(step)
         self._counters.updates += 1
-        stepper.updated_at = step
         active = sum(self._active(self.layers[i]) for i in stepper.layers)
         self.last_update = Update(step, fraction, grown / max(1, active))
         return True
@@ -500,11 +544,6 @@ class Sparsifier:
         signatures = [signature for storage in self._storages for signature in storage.signatures()]
         check_equal_masks(signatures, step, self._group)
 
-    def _skip_step(self, stepper: _Stepper) -> None:
-        for group in stepper.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-
     def _observe(self, stepper: _Stepper) -> bool:
         """Show this step's dense gradients to the scores that watch them."""
         observers = {role: s for role, s in self.method.scores().items() if s.observes}
@@ -521,18 +560,14 @@ class Sparsifier:
         return True
 
     def _gradients_are_usable(self, stepper: _Stepper, every_layer: bool = False) -> bool:
-        """Whether all of the optimizer's gradients are finite, and its layers' present where ``every_layer``.
-
-        Those of dense weights count too: a gradient scaler leaves the step out for any of them.
-        """
+        """Whether all gradients are finite, and present where ``every_layer``."""
+        gradients = [p.grad for group in stepper.optimizer.param_groups for p in group["params"]]
         if every_layer and (missing := [p for p in stepper.parameters if p.grad is None]):
             raise ConfigurationError(
                 f"{self._names[missing[0]]} has no gradient, and {type(self.method.init).__name__} needs one; "
                 "exclude it, or let it take part in the loss"
             )
-        groups = stepper.optimizer.param_groups
-        present = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        finite = all(is_finite(local(g)) for g in present)
+        finite = all(is_finite(local(g)) for g in gradients if g is not None)
         finite = finite and all(storage.collected_is_finite(stepper.parameters) for storage in self._storages)
         finite = all_agree(finite, self._group)
         if not finite:
@@ -549,7 +584,6 @@ class Sparsifier:
             "seed": self.seed,
             "total_steps": self.total_steps,
             "steps": [stepper.step for stepper in self._steppers],
-            "updated_at": [stepper.updated_at for stepper in self._steppers],
             "sparsified": self._sparsified,
             "updates": self._counters.updates,
             "skipped": self._counters.skipped,
@@ -577,7 +611,7 @@ class Sparsifier:
         """
         self._check_state(state)
         for tensor, original, version in self._originals:
-            # Loaded before construction, weights and momentum were cut by a first mask that is now replaced: undo that.
+            # Loaded before construction, it was cut by a first mask that is now replaced: undo that cut.
             if tensor._version == version:
                 tensor.copy_(original)
         self._originals = []
@@ -590,49 +624,67 @@ class Sparsifier:
             layer = next(layer for layer in self.layers if layer.label == label)
             self._buffers[role, label] = buffer.to(self._parameters[layer.parameter].device).clone()
         self._check_agreement(int(state["steps"][0]))
-        for stepper, step, updated_at in zip(self._steppers, state["steps"], state["updated_at"], strict=True):
-            stepper.step, stepper.updated_at, stepper.announced = int(step), int(updated_at), None
+        for stepper, step in zip(self._steppers, state["steps"], strict=True):
+            stepper.step = int(step)
+            stepper.announced, stepper.rewired = None, False
         self._counters = _Counters(int(state["updates"]), int(state["skipped"]), dict(state["step_counts"]))
         last = state["last_update"]
         self.last_update = None if last is None else Update(int(last[0]), float(last[1]), float(last[2]))
         self._expect_gradients()
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
-        expected = self.state_dict().keys()
-        if not isinstance(state, Mapping) or not expected <= state.keys():
+        expected = self.state_dict()
+        if not isinstance(state, Mapping) or not expected.keys() <= state.keys():
             raise StateError("this is not the state of a dst Sparsifier, or it is damaged")
         if state["format"] != STATE_FORMAT:
             raise StateError(f"the state has format {state['format']}; this version of dst reads {STATE_FORMAT}")
+        for key in ("method", "masks", "union", "buffers", "step_counts"):
+            if not isinstance(state[key], Mapping):
+                raise StateError(f"the state is damaged: {key} is no mapping")
         # Every backend reads what another has saved.
         saved = {**state["method"], "backend": self.method.backend}
         if differences := spec_differences(saved, self.method.spec()):
             raise StateError(f"the checkpoint is of another method ({'; '.join(differences)})")
         if state["seed"] != self.seed:
             raise StateError(f"the checkpoint has seed {state['seed']}, this run {self.seed}: use the same")
+        if not _are_counts(state["steps"]) or not _are_counts([state["updates"], state["skipped"]]):
+            raise StateError("the state is damaged: steps and updates must be counts")
+        if state["step_counts"].keys() != expected["step_counts"].keys() or not _are_counts(
+            list(state["step_counts"].values())
+        ):
+            raise StateError(
+                "the state is damaged: step_counts must be counts of dense, sparse and dense_gradient steps"
+            )
         if len(state["steps"]) != len(self._steppers):
             raise StateError(f"the checkpoint has {len(state['steps'])} optimizers, this run {len(self._steppers)}")
         self._check_masks(state["masks"], "the checkpoint")
-        self._check_buffers(state)
+        self._check_table(state)
+        if state["union"] or (state["sparsified"] and self.method.is_dynamic and self.method.density < 1):
+            self._check_masks(state["union"], "the checkpoint's union of masks", is_union)
+        labels = {f"{role}/{layer.label}": layer.shape for role in self.method.scores() for layer in self.layers}
+        for key, buffer in state["buffers"].items():
+            if key not in labels or not isinstance(buffer, Tensor) or tuple(buffer.shape) != labels[key]:
+                raise StateError(f"the checkpoint has a score buffer {key} that does not fit the model")
         if state["total_steps"] != self.total_steps:
             logger.warning(
-                "the checkpoint's schedules were laid out for %d steps and go on for %d",
+                "the checkpoint's schedules were laid out for %s steps and go on for %d",
                 state["total_steps"],
                 self.total_steps,
             )
 
-    def _check_buffers(self, state: Mapping[str, Any]) -> None:
-        """What belongs to the masks: their union, once there are any that move, and the scores' buffers."""
-        if state["union"] or (state["sparsified"] and self.method.is_dynamic and self.method.density < 1):
-            self._check_masks(state["union"], "the checkpoint's union of masks", is_union)
-        shapes = {layer.label: layer.shape for layer in self.layers}
-        for key, buffer in state["buffers"].items():
-            role, _, label = key.partition("/")
-            if role not in self.method.scores() or shapes.get(label) != tuple(buffer.shape):
-                raise StateError(
-                    f"the checkpoint's score buffer {key} belongs to no layer of this model: it is damaged"
-                )
-        if len(state["updated_at"]) != len(state["steps"]):
-            raise StateError("the checkpoint's clocks do not belong together: it is damaged")
+    def _check_table(self, state: Mapping[str, Any]) -> None:
+        """Compare the state's layers with this run's, and with the counts of its own masks."""
+        saved = {row.get("name"): row.get("nonzero") for row in state["layers"]}
+        masks = state["masks"]
+        here = {
+            x.label: count(masks[x.parameter] if masks[x.parameter].ndim == 1 else x.part(masks[x.parameter]))
+            for x in self.layers
+        }
+        if saved.keys() != here.keys():
+            different = sorted(map(str, saved.keys() ^ here.keys()))
+            raise StateError(f"the checkpoint has other sparse layers: {', '.join(different)} differ")
+        if off := [name for name in here if saved[name] != here[name]]:
+            raise StateError(f"the state is damaged: masks of {', '.join(off)} are off their budget")
 
     def _check_masks(
         self, masks: Mapping[str, Tensor], source: str, fits: Callable[[Tensor, tuple[int, ...]], bool] = is_mask
@@ -647,10 +699,10 @@ class Sparsifier:
                 + "; ".join(t for t in (missing and f"lacks {missing}", extra and f"has unknown {extra}") if t)
             )
         for name in self._parameters:
-            mask, shape = masks[name], self._home[name].shape(name)
-            if not fits(mask, shape):
-                raise StateError(f"{source} has {name} as {tuple(mask.shape)} {mask.dtype}, the model as {shape}")
-            held = self._parameters[name].numel()
+            mask, shape, held = masks[name], self._home[name].shape(name), self._parameters[name].numel()
+            if not isinstance(mask, Tensor) or not fits(mask, shape):
+                found = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+                raise StateError(f"{source} has {name} as {found}, the model as {shape}")
             if fits is is_mask and self._home[name].is_placed and count(mask) != held:
                 raise StateError(
                     f"{source} has {count(mask)} connections in {name}, the model was prepared with {held}: "
@@ -686,18 +738,6 @@ class Sparsifier:
                 steppers.append(_Stepper(optimizer, mine, [self._parameters[name] for name in names]))
         return steppers
 
-    def _cut_tensors(self) -> list[Tensor]:
-        """What a first mask changes: local parts of parameters, and of the optimizer state that goes with their weights."""
-        names = [n for n in self._parameters if self.method.rescale_init or not self._home[n].is_placed]
-        states = [
-            local(value)
-            for stepper in self._steppers
-            for parameter in stepper.parameters
-            if self._names[parameter] in names
-            for _, value in per_weight_state(stepper.optimizer, parameter)
-        ]
-        return [local(self._parameters[name].detach()) for name in names] + states
-
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
             self._warned.add(message)
@@ -732,3 +772,7 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def _are_counts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)

@@ -35,7 +35,7 @@ class Density:
 
 
 @dataclass(frozen=True)
-class Test:
+class Quality:
     """Accuracy, in [0, 1], and mean loss of the last weights on the test split; None where not finite."""
 
     accuracy: float | None
@@ -74,7 +74,7 @@ class Summary:
         steps: Optimizer steps taken.
         seconds: Wall time of training and test.
         density: See `Density`.
-        test: See `Test`.
+        test: See `Quality`.
         flops: See `Flops`.
         topology: See `Topology`.
     """
@@ -84,7 +84,7 @@ class Summary:
     steps: int
     seconds: float
     density: Density
-    test: Test
+    test: Quality
     flops: Flops
     topology: Topology
 
@@ -104,7 +104,7 @@ class Summary:
         path = Path(folder) / SUMMARY_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            parts = {"density": Density, "test": Test, "flops": Flops, "topology": Topology}
+            parts = {"density": Density, "test": Quality, "flops": Flops, "topology": Topology}
             return cls(**{k: parts[k](**v) if k in parts else v for k, v in values.items()})
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not a run's summary: {error}") from error

@@ -16,8 +16,10 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from dst.summary import SUMMARY_FILE, number, percent, show, write_atomically
+from dst.errors import ConfigurationError
+from dst.summary import SUMMARY_FILE, Summary, number, percent, show, write_atomically
 
+CONFIG_FILE = "finished.yaml"
 ERROR_FILE = "error.txt"
 OVERRIDES_FILE = ".hydra/overrides.yaml"
 
@@ -93,6 +95,32 @@ def _is_hydras(path: Path) -> bool:
     return path.is_file() and (path.parent.name == ".hydra" or path.name in ("train.log", "multirun.yaml"))
 
 
+def finished(folder: Path, cfg: DictConfig) -> Summary | None:
+    """Return the summary of a run that an earlier sweep in the same folder has finished, or None.
+
+    Raises:
+        ConfigurationError: The folder holds the results of a run with other settings.
+    """
+    record = folder / CONFIG_FILE
+    if not record.is_file() or not (folder / SUMMARY_FILE).is_file():
+        return None
+    if record.read_text(encoding="utf-8") != _settings(cfg):
+        raise ConfigurationError(
+            f"{folder} holds the results of a run with other settings: repeat the sweep's own command, "
+            "or choose another hydra.sweep.dir"
+        )
+    return Summary.read(folder)
+
+
+def mark_finished(folder: Path, cfg: DictConfig) -> None:
+    """Record the settings of a finished run, by which a repeated sweep knows it."""
+    write_atomically(folder / CONFIG_FILE, _settings(cfg))
+
+
+def _settings(cfg: DictConfig) -> str:
+    return OmegaConf.to_yaml(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "resume"]), resolve=True)
+
+
 @dataclass(frozen=True)
 class Row:
     """One run of a sweep.
@@ -111,7 +139,7 @@ class Row:
 
 
 COLUMNS = {
-    "density": ("density", "realised"),
+    "realised_density": ("density", "realised"),
     "accuracy": ("test", "accuracy"),
     "loss": ("test", "loss"),
     "inference_ratio": ("flops", "inference_ratio"),
@@ -180,7 +208,7 @@ def table(rows: Sequence[Row], title: str = "") -> Table:
 
 
 _SHOWN = {
-    "density": lambda row: number(row.values["density"]),
+    "realised density": lambda row: number(row.values["realised_density"]),
     "test accuracy": lambda row: percent(row.values["accuracy"]),
     "inference FLOPs": lambda row: percent(row.values["inference_ratio"]),
     "training FLOPs": lambda row: percent(row.values["training_ratio"]),
@@ -190,7 +218,7 @@ _SHOWN = {
 
 def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     names = swept(rows)
-    header = ["run", *(f"{n} (set)" if n in _SHOWN else n for n in names), *_SHOWN, "status"]
+    header = ["run", *names, *_SHOWN, "status"]
     lines = []
     for row in rows:
         measured = [show(row) if row.values else "" for show in _SHOWN.values()]

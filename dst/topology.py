@@ -30,7 +30,11 @@ def count_active(weights: int, density: float) -> int:
     Returns:
         A count in [0, N]; at least 1 where N >= 1 and density > 0.
     """
-    return math.ceil(Ratio(repr(float(density))) * weights)
+    count = Ratio(repr(float(density))) * weights
+    nearest = round(count)
+    # Solved densities (ERK's, powers of 0.8) carry rounding errors that must not cost or bring a weight.
+    exact = nearest if abs(count - nearest) < 1e-6 else math.ceil(count)
+    return max(exact, 1 if weights and density > 0 else 0)
 
 
 def drop_count(active: int, fraction: float) -> int:
@@ -218,9 +222,9 @@ class Rewiring:
     grown: Tensor
     dropped: Tensor
 
-    def apply_(self, mask: Tensor) -> Tensor:
-        """Change ``mask`` (any dtype and layout, of the layer's shape) in place: 1 where grown, 0 where dropped."""
-        return fill_at_(fill_at_(mask, self.dropped, 0), self.grown, 1)
+    def apply_(self, mask: Tensor, one: int = 1) -> Tensor:
+        """Change ``mask`` (any dtype and layout, of the layer's shape) in place: ``one`` where grown, 0 where dropped."""
+        return fill_at_(fill_at_(mask, self.dropped, 0), self.grown, one)
 
 
 def fill_at_(tensor: Tensor, positions: Tensor, value: float) -> Tensor:

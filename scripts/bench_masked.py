@@ -81,7 +81,9 @@ def main() -> None:
             updated = sparsifier is not None and sparsifier.updates > before
             (updates if updated else times)[name].append(seconds)
     reference = statistics.median(times["dense (no dst)"])
-    print(f"MLP 3×{args.width}, batch {args.batch}, {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(
+        f"MLP 3×{args.width}, batch {args.batch}, {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     print(f"{'':16}{'step, ms':>10}{'× dense':>10}{'update step, ms':>18}{'all steps, × dense':>20}")
     for name in made:
         median = statistics.median(times[name])

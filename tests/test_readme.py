@@ -41,7 +41,7 @@ def test_python_blocks_run(block: str, tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "python train.py" in c])
 def test_command_lines_compose(command: str) -> None:
     words = shlex.split(command[command.index("python train.py") :])[2:]
-    parsed = [o for o in OverridesParser.create().parse_overrides([w for w in words if w != "-m"])]
+    parsed = list(OverridesParser.create().parse_overrides([w for w in words if w != "-m"]))
     choices = [
         list(o.sweep_string_iterator()) if o.is_sweep_override() else [o.get_value_element_as_str()] for o in parsed
     ]

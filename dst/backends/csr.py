@@ -115,14 +115,14 @@ class Csr:
     def _reduce(self, tensor: Tensor) -> None:
         average_(tensor, self._group)
 
-    def apply(self, layer: SparseLayer, rewiring: Rewiring, optimizer: Optimizer, *, keep_gradient: bool) -> None:
+    def apply(self, layer: SparseLayer, rewiring: Rewiring, optimizer: Optimizer) -> None:
         """See ``Storage``."""
         name, module = layer.parameter, self._modules[layer.parameter]
         gradient = module.values.grad
         source = module.rewire(rewiring.grown, rewiring.dropped)
         for _, state in per_weight_state(optimizer, module.values):
             state.copy_(remap(state, source))
-        if keep_gradient and gradient is not None:
+        if gradient is not None:
             anew = module.collected_gradient()
             self._reduce(anew)
             module.values.grad = torch.where(source >= 0, gradient[source.clamp(min=0)], anew)

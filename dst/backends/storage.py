@@ -68,10 +68,10 @@ class Storage(Protocol):
     def decide(self, layer: SparseLayer, draft: Draft) -> Rewiring | None:
         """Decide an update and change nothing; ``None`` where a gradient that it needs is missing."""
 
-    def apply(self, layer: SparseLayer, rewiring: Rewiring, optimizer: Optimizer, *, keep_gradient: bool) -> None:
+    def apply(self, layer: SparseLayer, rewiring: Rewiring, optimizer: Optimizer) -> None:
         """Make an update: weights and optimizer state are zero where it changed, and go on where it did not.
 
-        ``keep_gradient`` asks for the gradient to fit the new connections; otherwise it is not used any more.
+        The gradient fits the new connections afterwards, those that have grown included where it was expected.
         """
 
     def expect_dense_gradient(self, parameters: Collection[nn.Parameter], expected: bool) -> None:

@@ -170,13 +170,29 @@ class FitLoader(TensorLoader):
     def set_epoch(self, epoch: int) -> None:
         """Move to the beginning of ``epoch``, which Lightning says on entering an epoch."""
         if self._loops is not None:
-            # With max_steps, a checkpoint from an epoch's end makes Lightning end that epoch a second time. It
-            # must not be counted twice, or the next one is left out.
+            # With max_steps, a checkpoint from the end of an epoch makes Lightning end that epoch once more, and
+            # leave out the next one. Without max_steps it goes on to the next one, as it does from here.
             for count in self._epochs():
-                count.processed = min(count.processed, count.completed)
+                if count.completed < count.processed:
+                    count.completed = count.processed
+                    self._loops._restarting = self._loops.epoch_loop.restarting = False
+                    self._loops.reset_restart_stage()
             epoch = self._loops.epoch_progress.current.processed
             self._entered = True
         super().set_epoch(epoch)
+        self._take_pending_position(epoch)
+
+    def _take_pending_position(self, epoch: int) -> None:
+        """Load the position of a checkpoint that Lightning has kept to itself.
+
+        It hands the position over when it sets up the loaders; where ``configure_optimizers`` has asked for the number of
+        steps, they are set up before the checkpoint's loops are read.
+        """
+        if self._loops is None:
+            return
+        pending, self._loops._combined_loader_states_to_load = self._loops._combined_loader_states_to_load, []
+        if len(pending) == 1 and pending[0].get("epoch") == epoch and 0 < pending[0]["batch"] < len(self):
+            self.load_state_dict(pending[0])
 
     def __iter__(self) -> Iterator[Batch]:
         if self._entered:

@@ -735,6 +735,7 @@ def batches_in(checkpoint: str) -> int:
         {"accumulate_grad_batches": 2},
         {"max_steps": 13},
         {"max_steps": 13, "max_epochs": -1},
+        {"max_steps": 13, "validation": 0.0},
         {"val_check_interval": 3},
     ],
     ids=str,
@@ -757,6 +758,20 @@ def test_training_resumed_twice_sees_the_same_batches(
     assert fit(tmp_path / "rest", tmp_path / "more" / f"{second}.ckpt", **options) == whole[batches_in(second) :]
 
 
+@pytest.mark.parametrize("options", [{}, {"max_steps": 13}, {"max_steps": 13, "validation": 0.0}], ids=str)
+def test_training_resumed_between_epochs_enters_and_leaves_the_rest_once(
+    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(tmp_path / "whole", **options)
+    hooks: list[tuple[str, int]] = []
+    for hook in ("on_train_epoch_start", "on_train_epoch_end"):
+        monkeypatch.setattr(
+            Recorder, hook, lambda self, hook=hook: hooks.append((hook[15:], self.trainer.current_epoch)), raising=False
+        )
+    fit(tmp_path / "rest", tmp_path / "whole" / "epoch5.ckpt", **options)
+    assert hooks == [("start", 1), ("end", 1), ("start", 2), ("end", 2)]
+
+
 @pytest.mark.parametrize("failing", [0, 3, 5, 9])
 def test_a_batch_whose_step_failed_is_trained_on_after_resuming(tmp_path: Path, failing: int) -> None:
     whole = fit(tmp_path / "whole")
@@ -777,6 +792,8 @@ def test_looking_at_a_batch_disturbs_nothing(tmp_path: Path) -> None:
     whole = fit(tmp_path / "whole")
     assert fit(tmp_path / "peeked", peek=True) == whole
     for where in ("batch3", "batch8", "epoch5"):
+        loops = [torch.load(tmp_path / run / f"{where}.ckpt")["loops"]["fit_loop"] for run in ("whole", "peeked")]
+        assert loops[0]["epoch_progress"] == loops[1]["epoch_progress"]
         assert fit(tmp_path / "rest", tmp_path / "peeked" / f"{where}.ckpt", peek=True) == whole[batches_in(where) :]
 
 

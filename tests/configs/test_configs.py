@@ -1,0 +1,160 @@
+"""Every YAML under conf/ composes, instantiates, and says the same as the code it configures."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import lightning
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from hydra.utils import get_class, get_method, instantiate
+from omegaconf import OmegaConf
+
+import dst
+from dst.cli import config_dir, register_schema
+from dst.data import ImageDataModule
+from dst.run import _make
+
+CONF = config_dir()
+METHODS = sorted(path.stem for path in (CONF / "sparsity").glob("*.yaml"))
+
+
+def options(group):
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.fixture
+def config():
+    register_schema()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        yield lambda *overrides: compose("train", list(overrides))
+
+
+def test_every_file_lies_in_a_group_that_a_test_reads():
+    tested = {"sparsity", "model", "data", "optimizer", "scheduler", "trainer", "logger", "experiment", "hydra"}
+    assert {path.name for path in CONF.iterdir() if path.is_dir()} == tested
+    pieces = {path.name for path in (CONF / "sparsity").iterdir() if path.is_dir()}
+    assert pieces == {"allocation", "fraction", "init", "drop", "grow"}
+    assert {path.name for path in CONF.glob("*.yaml")} == {"train.yaml"}
+
+
+def test_there_is_a_file_for_every_method():
+    assert sorted(name.rstrip("_") for name in dst.methods.__all__) == METHODS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sparsity_lists_every_setting_with_the_defaults_of_the_code(config, name):
+    cfg = config(f"sparsity={name}", "density=0.37")
+    function = get_method(cfg.sparsity._target_)
+    assert set(cfg.sparsity) - {"_target_"} == set(inspect.signature(function).parameters)
+    assert instantiate(cfg.sparsity, _convert_="all") == function(0.37)
+    assert function(0.37).name == name
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [(g, n) for g in ("allocation", "fraction", "init", "drop", "grow") for n in options(f"sparsity/{g}")],
+)
+def test_a_methods_pieces_can_be_exchanged(config, group, name, tmp_path):
+    needed = {
+        "file": [f"sparsity.init.path={tmp_path}/masks.pt"],
+        "per_layer": ["sparsity.allocation.densities_by_name={*.hidden.*:0.1,*:0.5}"],
+    }
+    cfg = config("sparsity=rigl", "density=0.2", f"sparsity/{group}={name}", *needed.get(name, []))
+    piece = getattr(_make(cfg.sparsity), group)
+    assert type(piece) is get_class(cfg.sparsity[group]._target_)
+    fields = set(inspect.signature(type(piece)).parameters)
+    assert set(cfg.sparsity[group]) - {"_target_", "_convert_"} == fields
+    if name == "per_layer":
+        assert piece.densities_by_name == {"*.hidden.*": 0.1, "*": 0.5}
+
+
+@pytest.mark.parametrize("name", options("model"))
+def test_model(config, name):
+    model = _make(config(f"model={name}").model, input_shape=(3, 32, 32), num_classes=7)
+    assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("name", options("data"))
+def test_data(config, name, tmp_path):
+    cfg = config(f"data={name}", f"data.root={tmp_path}", "seed=3")
+    datamodule = _make(cfg.data)
+    assert isinstance(datamodule, ImageDataModule)
+    assert (datamodule.root, datamodule.seed) == (tmp_path, 3)
+    assert set(cfg.data) - {"_target_"} == set(inspect.signature(ImageDataModule).parameters)
+
+
+def test_data_root_comes_from_the_environment(config, monkeypatch):
+    assert config("data=mnist").data.root == "data"
+    monkeypatch.setenv("DST_DATA_ROOT", "/somewhere")
+    assert config("data=mnist").data.root == "/somewhere"
+
+
+@pytest.mark.parametrize("optimizer", options("optimizer"))
+@pytest.mark.parametrize("scheduler", options("scheduler"))
+def test_optimizer_and_scheduler(config, optimizer, scheduler):
+    cfg = config(f"optimizer={optimizer}", f"scheduler={scheduler}", "optimizer.lr=0.5")
+    weight = torch.nn.Parameter(torch.ones(3))
+    built = _make(cfg.optimizer)([weight])
+    make = _make(cfg.scheduler)
+    rates = []
+    schedule = make(built, 100) if make else None
+    for _ in range(100):
+        rates.append(built.param_groups[0]["lr"])
+        weight.grad = torch.ones(3)
+        built.step()
+        if schedule:
+            schedule.step()
+    assert rates[0] == 0.5
+    expected = {"constant": 0.5, "step": 0.005, "cosine": 0.5 * 0.000246720}[scheduler]
+    assert rates[-1] == pytest.approx(expected, rel=1e-4)
+    assert torch.isfinite(weight).all()
+
+
+def test_trainer_lists_settings_that_exist(config, tmp_path):
+    cfg = config()
+    known = set(inspect.signature(lightning.Trainer).parameters)
+    assert set(cfg.trainer) - {"_target_"} <= known
+    trainer = _make(cfg.trainer, callbacks=[], logger=[], default_root_dir=tmp_path)
+    assert trainer.max_epochs == 50
+
+
+@pytest.mark.parametrize("name", options("logger"))
+def test_logger(config, name, tmp_path):
+    cfg = config(f"logger={name}")
+    if name == "csv":
+        assert _make(cfg.logger, save_dir=tmp_path) is None  # it is always there
+    else:
+        logger = _make(cfg.logger, save_dir=tmp_path)
+        assert Path(logger.save_dir) == tmp_path
+    if name == "wandb":
+        assert cfg.logger.offline is True
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+@pytest.mark.parametrize("method", METHODS)
+def test_experiment_takes_every_method(config, name, method):
+    cfg = config(f"experiment={name}", f"sparsity={method}", "density=0.02")
+    assert instantiate(cfg.sparsity, _convert_="all").name == method
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+
+
+def test_lenet_mnist_holds_the_published_setting(config):
+    cfg = config("experiment=lenet_mnist")
+    assert cfg.model._target_ == "dst.models.LeNet300100"
+    assert cfg.data._target_ == "dst.data.MNIST"
+    assert (cfg.data.batch_size, cfg.data.validation, cfg.trainer.max_epochs) == (128, 0, 12)
+    assert (cfg.optimizer.lr, cfg.optimizer.momentum, cfg.optimizer.weight_decay) == (0.1, 0.9, 1e-4)
+    assert (cfg.sparsity.update_every, cfg.sparsity.fraction.initial, cfg.sparsity.stop) == (100, 0.3, 0.75)
+    assert config("experiment=lenet_mnist", "data=fashion_mnist").data._target_ == "dst.data.FashionMNIST"
+
+
+@pytest.mark.parametrize(
+    "override", ["density=abc", "seed=0.5", "sparsity=rgil", "densty=0.1", "sparsity.updates=3", "exclude=3"]
+)
+def test_a_wrong_override_is_rejected_when_it_is_read(config, override):
+    with pytest.raises(HydraException):
+        config(override)

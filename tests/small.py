@@ -1,0 +1,111 @@
+"""A small network with every kind of part, optimizers, and a training step, shared by several suites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+import dst
+
+
+class Small(nn.Module):
+    """Convolution, normalisation, attention (packed projections) and linear layers on (N, 2, 6, 6) images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.hidden = nn.Linear(8, 20)
+        self.head = nn.Linear(20, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits (N, 3)."""
+        sequence = self.norm(self.conv(images)).relu().flatten(2).transpose(1, 2)
+        sequence = sequence + self.attention(sequence, sequence, sequence, need_weights=False)[0]
+        return self.head(self.hidden(sequence.mean(1)).relu())
+
+
+class Odd(Optimizer):
+    """An optimizer that nobody has heard of.
+
+    It moves every weight at every step, gradient or none, and its state holds what others' does not: whole numbers per
+    weight, a flag per weight, scalars, rows, a flat copy of the weight's size, a list, a number, nothing.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float = 0.05, drift: float = 0.01) -> None:
+        super().__init__(params, {"lr": lr, "drift": drift})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        """Take a step."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["trace"] = torch.ones_like(p)
+                    state["seen"] = torch.zeros_like(p, dtype=torch.int64)
+                    state["touched"] = torch.zeros_like(p, dtype=torch.bool)
+                    state["scalar"] = torch.tensor(1.0)
+                    state["rows"] = torch.ones(p.shape[0])
+                    state["flat"] = torch.ones(p.numel() + 1)
+                    state["log"] = [1, 2]
+                    state["number"] = 3
+                    state["nothing"] = None
+                state["trace"].mul_(0.9).add_(p.grad)
+                state["seen"].add_(1)
+                state["touched"].logical_not_()
+                state["scalar"].add_(1)
+                state["rows"].add_(p.grad.flatten(1).abs().mean(1) if p.ndim > 1 else p.grad.abs())
+                state["flat"].add_(p.grad.sum())
+                p.sub_(group["lr"] * state["trace"] / (1 + state["scalar"].sqrt())).sub_(group["drift"])
+
+
+OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=0.01),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
+    "odd": Odd,
+    "nadam": lambda p: torch.optim.NAdam(p, 0.01),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, 0.005, momentum=0.9, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, 0.05, initial_accumulator_value=0.1),
+}
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """The batch of a step: a function of its number alone."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    images = torch.randn(12, 2, 6, 6, generator=generator)
+    return images, torch.randint(3, (12,), generator=generator)
+
+
+def backward(model: nn.Module, optimizer: Optimizer, step: int) -> None:
+    """Compute the gradients of a step."""
+    optimizer.zero_grad()
+    images, labels = batch(step)
+    parameter = next(model.parameters())
+    functional.cross_entropy(model(images.to(parameter.dtype)), labels).backward()
+
+
+def random_gradients(model: nn.Module, step: int) -> None:
+    """Set gradients that depend on the step alone, none equal to another: no ties, no rounding."""
+    generator = torch.Generator().manual_seed(2000 + step)
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape, generator=generator))
+
+
+def train(
+    model: nn.Module, optimizer: Optimizer, sparsifier: dst.Sparsifier, steps: int, *, first: int | None = None
+) -> None:
+    """Train for some steps from where the sparsifier stands."""
+    start = sparsifier.step if first is None else first
+    for step in range(start, start + steps):
+        backward(model, optimizer, step)
+        sparsifier.before_step()
+        optimizer.step()
