@@ -136,8 +136,10 @@ class SparseTraining(Callback):
                     f'backend="{self.method.backend}" computes on the CPU and with whole layers, and the trainer uses {device} '
                     f'and {strategy}: pass accelerator="cpu" and no model parallelism, or use backend="masked"'
                 )
-            # Lightning would call it after this hook; layers built there must exist before they are swapped.
-            pl_module.configure_model()
+            # Lightning would call it, in these contexts, after this hook; layers must exist before they are swapped.
+            plugin = trainer.precision_plugin
+            with trainer.strategy.tensor_init_context(), plugin.module_init_context():
+                pl_module.configure_model()
         prepare(pl_module, self.method, seed=self.seed, include=self.include, exclude=self.exclude)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -595,6 +595,7 @@ class Sparsifier:
             "masks": {n: mask for storage in self._storages for n, mask in storage.masks_state().items()},
             "union": {n: union for storage in self._storages for n, union in storage.union_state().items()},
             "buffers": {role + "/" + label: b.clone() for (role, label), b in self._buffers.items()},
+            "collected": {n: c for storage in self._storages for n, c in storage.collected_state().items()},
         }
 
     @torch.no_grad()
@@ -631,6 +632,8 @@ class Sparsifier:
         last = state["last_update"]
         self.last_update = None if last is None else Update(int(last[0]), float(last[1]), float(last[2]))
         self._expect_gradients()
+        for storage in self._storages:
+            storage.load_collected(state["collected"])
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         expected = self.state_dict()
@@ -638,7 +641,7 @@ class Sparsifier:
             raise StateError("this is not the state of a dst Sparsifier, or it is damaged")
         if state["format"] != STATE_FORMAT:
             raise StateError(f"the state has format {state['format']}; this version of dst reads {STATE_FORMAT}")
-        for key in ("method", "masks", "union", "buffers", "step_counts"):
+        for key in ("method", "masks", "union", "buffers", "step_counts", "collected"):
             if not isinstance(state[key], Mapping):
                 raise StateError(f"the state is damaged: {key} is no mapping")
         # Every backend reads what another has saved.

@@ -144,6 +144,16 @@ class Csr:
         """See ``Storage``."""
         return all(is_finite(t) for module in self._of(parameters) for pair in module.collected for t in pair)
 
+    def collected_state(self) -> dict[str, list[list[Tensor]]]:
+        """See ``Storage``."""
+        held = {name: [[x.clone(), g.clone()] for x, g in m.collected] for name, m in self._modules.items()}
+        return {name: pairs for name, pairs in held.items() if pairs}
+
+    def load_collected(self, collected: Mapping[str, list[list[Tensor]]]) -> None:
+        """See ``Storage``."""
+        for name in self._modules.keys() & collected.keys():
+            self._modules[name].restore_collected([(x.clone(), g.clone()) for x, g in collected[name]])
+
     def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """See ``Storage``: there is nothing inactive."""
 

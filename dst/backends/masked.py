@@ -203,6 +203,13 @@ class Masked:
         """See ``Storage``: the gradients are the parameters'."""
         return True
 
+    def collected_state(self) -> dict[str, list[list[Tensor]]]:
+        """See ``Storage``."""
+        return {}
+
+    def load_collected(self, collected: Mapping[str, list[list[Tensor]]]) -> None:
+        """See ``Storage``."""
+
     def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """See ``Storage``."""
         self._bits.mask_gradients(parameters)

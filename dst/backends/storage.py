@@ -80,6 +80,12 @@ class Storage(Protocol):
     def collected_is_finite(self, parameters: Collection[nn.Parameter]) -> bool:
         """Whether what stands for gradients of inactive weights, where parameters hold none, is finite."""
 
+    def collected_state(self) -> dict[str, list[list[Tensor]]]:
+        """That, for a checkpoint in the middle of an accumulated step."""
+
+    def load_collected(self, collected: Mapping[str, list[list[Tensor]]]) -> None:
+        """Go on from ``collected_state``; without effect where the coming step does not need it."""
+
     def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Set gradients of inactive weights to zero."""
 

@@ -41,7 +41,7 @@ class _Apply(torch.autograd.Function):
             bias=ctx.has_bias and ctx.needs_input_grad[2],
         )  # fmt: skip
         if layer._stash is not None:
-            layer._stash.append((xt, gt))
+            layer._stash.append((xt.detach(), gt.detach()))
         return gx, gv, gb, None
 
 
@@ -345,6 +345,11 @@ class SparseLinear(nn.Module):
     def collected(self) -> Sequence[tuple[Tensor, Tensor]]:
         """Feature-major inputs and output gradients of the backward passes collected so far."""
         return self._stash or ()
+
+    def restore_collected(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Go on from an earlier `collected`, if the gradient is being collected."""
+        if self._stash is not None:
+            self._stash, self._stashed = list(pairs), len(pairs)
 
     def _end_of_backward(self, gradient: Tensor) -> None:
         # Called once per backward pass, before `values.grad` takes it up: where that holds nothing, what was collected

@@ -381,6 +381,31 @@ def test_a_resume_goes_on_to_the_bit(name, optimizer, order):
     assert whole.sparsifier.exploration_rate == again.sparsifier.exploration_rate
 
 
+def test_a_resume_in_the_middle_of_an_accumulated_step():
+    def half_step(run: Run, half: int) -> None:
+        x, y = (t.chunk(2)[half] for t in batch(run.sparsifier.step))
+        functional.cross_entropy(run.model(x), y).backward()
+
+    method = CLAIMED["rigl"]("csr")
+    whole = Run(method).train(6)
+    whole.optimizer.zero_grad()
+    half_step(whole, 0)
+    state = saved(whole)
+    gradients = [p.grad.clone() for p in whole.model.parameters()]
+    again = Run(method)
+    again.model.load_state_dict(state["model"])
+    again.optimizer.load_state_dict(state["optimizer"])
+    again.sparsifier.load_state_dict(state["dst"])
+    for parameter, gradient in zip(again.model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    for run in (whole, again):
+        half_step(run, 1)
+        assert len(run.model.first.collected) == 2
+        run.sparsifier.before_step()
+        run.optimizer.step()
+    assert_same(whole, again, tolerance=0)
+
+
 def test_weights_loaded_before_the_sparsifier_exists():
     method = CLAIMED["rigl_rescaled"]("csr")
     whole = Run(method).train(7)
