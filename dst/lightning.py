@@ -3,24 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import lightning
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dst.backends import prepare
+from dst.checkpoints import load_checkpoint, save_atomically
 from dst.distributed import SparseAllReduce
 from dst.errors import ConfigurationError
 from dst.layers import Selector
 from dst.method import Method
 from dst.sparsifier import Sparsifier
 
+_GRADIENTS = "dst_accumulated_gradients"
+
 _REFUSED_STRATEGIES = {
     "DeepSpeedStrategy": "steps flat copies of the weights, on which no mask can be kept; use ddp or ModelParallelStrategy",
     "FSDPStrategy": "flattens weights, whose layers cannot be told apart; use ModelParallelStrategy (FSDP2) or ddp",
 }
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Reads and writes local checkpoints by ``dst.checkpoints``; others as Lightning does.
+
+    Lightning's own writes a temporary file elsewhere and copies it, where that is another file system, onto the old one.
+    ``SparseTraining`` puts this in its place; no other plugin is replaced.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write a checkpoint in one move.
+
+        Args:
+            checkpoint: What to save.
+            path: The file, local or remote.
+            storage_options: Not used, and refused by Lightning.
+        """
+        if storage_options is None and "://" not in str(path):
+            save_atomically(checkpoint, path)
+        else:
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Args:
+            path: The file, local or remote.
+            map_location: As ``torch.load`` has it; the CPU by default.
+            weights_only: ``False`` lets Lightning execute what the file brings: only for files of your own.
+
+        Raises:
+            StateError: A local file that is missing, damaged, or holds more than plain values and tensors.
+        """
+        if weights_only is not False and "://" not in str(path):
+            return load_checkpoint(path)
+        return super().load_checkpoint(path, map_location or torch.device("cpu"), weights_only)  # type: ignore[arg-type]
 
 
 class SparseTraining(Callback):
@@ -73,12 +119,16 @@ class SparseTraining(Callback):
         self._pending_state: dict[str, Any] | None = None
         self._fitted: lightning.LightningModule | None = None
         self._logged_updates = -1
+        self._accumulated = False
+        self._pending_gradients: dict[str, Tensor] = {}
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Refuse what cannot work, and swap modules where the backend stores only non-zeros; no optimizers exist yet."""
         strategy = type(trainer.strategy).__name__
         if strategy in _REFUSED_STRATEGIES:
             raise ConfigurationError(f"{strategy} {_REFUSED_STRATEGIES[strategy]}")
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
         prepare(pl_module, self.method)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -86,15 +136,22 @@ class SparseTraining(Callback):
 
         Not earlier, because callbacks such as the learning-rate finder train and restore the model in ``on_fit_start``.
         """
+        resumed = self._pending_state is not None
         sparsifier = self._build(trainer, pl_module)
-        sparsifier.mask_optimizer_state()
+        if not resumed:  # the optimizer's state may come from a dense run
+            sparsifier.mask_optimizer_state()
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             average = getattr(callback, "_average_model", None)
             if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)) and average is not None:
                 sparsifier.track_average(average)
         if self.compress_gradients:
             self.communication = self._compress(trainer, sparsifier)
-        self._log(trainer, pl_module)
+        self._accumulated = bool(self._pending_gradients)
+        for name, parameter in pl_module.named_parameters():
+            if name in self._pending_gradients:
+                parameter.grad = self._pending_gradients[name].to(parameter.device)
+        self._pending_gradients = {}
+        self._log_if_new(trainer)
 
     def _build(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> Sparsifier:
         """A sparsifier for this fit: from a checkpoint, from the fit before of the same module, or new."""
@@ -103,8 +160,10 @@ class SparseTraining(Callback):
             previous.finalize()
             if state is None and self._fitted is pl_module:
                 state = previous.state_dict()
-                if trainer.global_step == 0:  # another trainer: the schedules begin again, on the connections there are
-                    state["steps"] = [0] * len(state["steps"])
+        if state is not None and trainer.global_step == 0:
+            # Another trainer, or a checkpoint that was only validated: schedules begin again, on the connections there are.
+            count = len(state.get("steps", []))
+            state = {**state, "steps": [0] * count, "updated_at": [-1] * count, "logged_updates": -1}
         self.sparsifier = Sparsifier(
             pl_module,
             trainer.optimizers,
@@ -114,9 +173,11 @@ class SparseTraining(Callback):
             exclude=self.exclude,
             seed=self.seed,
         )
+        self._logged_updates = -1
         if state is not None:
             self.sparsifier.load_state_dict(state)
-        self._pending_state, self._fitted, self._logged_updates = None, pl_module, -1
+            self._logged_updates = state.get("logged_updates", -1)
+        self._pending_state, self._fitted = None, pl_module
         return self.sparsifier
 
     def _compress(self, trainer: lightning.Trainer, sparsifier: Sparsifier) -> SparseAllReduce | None:
@@ -130,11 +191,16 @@ class SparseTraining(Callback):
         wrapped.register_comm_hook(hook, SparseAllReduce.reduce)
         return hook
 
+    def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Note that there are gradients that no step has used."""
+        self._accumulated = True
+
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer
     ) -> None:
         """Rewire where an update is due, and mask the gradients."""
         assert self.sparsifier is not None
+        self._accumulated = False
         self.sparsifier.before_step(optimizer)
 
     def on_train_batch_end(
@@ -146,9 +212,7 @@ class SparseTraining(Callback):
         batch_idx: int,
     ) -> None:
         """Log an update that happened at this batch."""
-        assert self.sparsifier is not None
-        if self.sparsifier.updates + self.sparsifier.is_sparse != self._logged_updates:
-            self._log(trainer, pl_module)
+        self._log_if_new(trainer)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Detach from the optimizers; masks stay readable."""
@@ -161,11 +225,34 @@ class SparseTraining(Callback):
         """The sparsifier's state, for Lightning's checkpoint."""
         if self._pending_state is not None:
             return self._pending_state
-        return {} if self.sparsifier is None else self.sparsifier.state_dict()
+        if self.sparsifier is None:
+            return {}
+        return {**self.sparsifier.state_dict(), "logged_updates": self._logged_updates}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until ``on_train_start``, when the optimizers exist."""
         self._pending_state = state_dict or None
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save gradients that are being accumulated, without which the next step would miss micro-batches."""
+        if not self._accumulated:
+            return
+        if trainer.world_size > 1:
+            rank_zero_warn(
+                "a checkpoint within gradient accumulation lacks the other processes' gradients, so that a resume from "
+                "it is not exact; save after optimizer steps (ModelCheckpoint(every_n_train_steps=...))"
+            )
+            return
+        named = pl_module.named_parameters()
+        checkpoint[_GRADIENTS] = {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep accumulated gradients until ``on_train_start``."""
+        self._pending_gradients = checkpoint.get(_GRADIENTS, {})
 
     def _total_steps(self, trainer: lightning.Trainer) -> int:
         if self.total_steps is not None:
@@ -178,10 +265,14 @@ class SparseTraining(Callback):
             )
         return int(estimate)
 
-    def _log(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Send the topology's scalars to the loggers and the progress bar."""
+    def _log_if_new(self, trainer: lightning.Trainer) -> None:
+        """Send the topology's scalars to the loggers, once for every mask, and to the progress bar."""
         sparsifier = self.sparsifier
         assert sparsifier is not None
+        shown = {"density": sparsifier.density, "updates": float(sparsifier.updates)}
+        trainer.progress_bar_metrics.update(shown)
+        if sparsifier.updates + sparsifier.is_sparse == self._logged_updates:
+            return
         self._logged_updates = sparsifier.updates + sparsifier.is_sparse
         scalars = {
             "density": sparsifier.density,
@@ -192,5 +283,3 @@ class SparseTraining(Callback):
         }
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=sparsifier.step)
-        shown = {"density": sparsifier.density, "updates": float(sparsifier.updates)}
-        trainer.progress_bar_metrics.update(shown)

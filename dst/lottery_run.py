@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from dst import init as inits
+from dst.checkpoints import load_checkpoint, save_atomically
 from dst.errors import ConfigurationError
 from dst.layers import Selector, find_layers
 from dst.lightning import SparseTraining
@@ -116,8 +117,11 @@ def run_lottery(
         sparse = SparseTraining(
             replace(method, lottery=None, density=density, init=fixed), include=include, exclude=exclude, seed=seed
         )
-        saver = ModelCheckpoint(dirpath=place, filename="last", enable_version_counter=False)
-        callbacks: list[Callback] = [sparse, saver]
+        saver = ModelCheckpoint(
+            dirpath=place, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
+        )
+        metrics = _Metrics()
+        callbacks: list[Callback] = [sparse, metrics, saver]
         if level == 0:
             callbacks.append(_Snapshot(snapshot, method.lottery.rewind_to))
         trainer = make_trainer(level, callbacks, place)
@@ -134,7 +138,7 @@ def run_lottery(
             sparse.sparsifier.step,
             sparse.sparsifier.step_counts,
             sparse.sparsifier.layer_table(),
-            {name: float(value) for name, value in trainer.callback_metrics.items()},
+            metrics.saved | metrics.of(trainer),
         )
         _write_atomically(record, json.dumps(asdict(result), indent=2))
         results.append(result)
@@ -142,8 +146,28 @@ def run_lottery(
         # All levels were finished before: bring back what the last one left.
         place = folder / f"level_{len(densities) - 1:02d}"
         trainer = make_trainer(len(densities) - 1, [], place)
-        module.load_state_dict(torch.load(place / "final.ckpt", map_location="cpu", weights_only=True)["state_dict"])
+        module.load_state_dict(load_checkpoint(place / "final.ckpt")["state_dict"])
     return LotteryResult(tuple(results), trainer)
+
+
+class _Metrics(Callback):
+    """Keeps the metrics in checkpoints: a level resumed at its end has no others."""
+
+    def __init__(self) -> None:
+        self.saved: dict[str, float] = {}
+
+    def of(self, trainer: lightning.Trainer) -> dict[str, float]:
+        return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint["dst_metrics"] = self.of(trainer)
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.saved = checkpoint.get("dst_metrics", {})
 
 
 class _Snapshot(Callback):
@@ -170,14 +194,13 @@ class _Snapshot(Callback):
         partial = self.path.with_suffix(".part")
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
-            checkpoint = torch.load(partial, map_location="cpu", weights_only=True)
-            torch.save({**checkpoint, "callbacks": {}}, partial)
-            os.replace(partial, self.path)
+            save_atomically({**load_checkpoint(partial), "callbacks": {}, "dst_metrics": {}}, self.path)
+            partial.unlink()
         trainer.strategy.barrier("lottery snapshot")
 
 
 def _weights(checkpoint: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    state = load_checkpoint(checkpoint)["state_dict"]
     return {name: state[name] for name in names}
 
 

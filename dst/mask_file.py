@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dst.checkpoints import save_atomically
 from dst.errors import StateError
 
 
@@ -20,11 +19,7 @@ def save_masks(masks: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Non
         masks: Parameter name to bool tensor, as ``Sparsifier.masks`` gives them.
         path: The file to write; an older one is replaced in one move.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    torch.save({name: mask.detach().bool().cpu() for name, mask in masks.items()}, partial)
-    os.replace(partial, path)
+    save_atomically({name: mask.detach().bool().cpu() for name, mask in masks.items()}, path)
 
 
 def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -43,8 +38,8 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         masks = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise StateError(f"no mask file at {path}; dst.save_masks writes one") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        reason = (str(error) or "it ends early").splitlines()[0]
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise StateError(f"{path} is not a mask file, or is damaged: {reason}") from None
     if not isinstance(masks, dict) or not all(
         isinstance(k, str) and isinstance(v, Tensor) and v.dtype == torch.bool for k, v in masks.items()

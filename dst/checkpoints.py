@@ -1,0 +1,87 @@
+"""Checkpoint files: written in one move, read without executing anything that they bring."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dst.errors import StateError
+
+
+def save_atomically(value: Any, path: str | os.PathLike[str]) -> None:
+    """Write a file with ``torch.save``, so that it is at any moment the old one or the new one, and whole.
+
+    The file is completed under another name in the same folder, forced to the disk, and moved. A process that is killed
+    meanwhile may leave the unfinished one behind: its name ends in ``.part``, and nothing reads it.
+
+    Args:
+        value: What ``torch.save`` takes.
+        path: The file; folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with partial.open("wb") as file:
+            torch.save(value, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint of Lightning's or of your own loop, onto the CPU.
+
+    Args:
+        path: The file.
+
+    Returns:
+        What was saved: a dict of plain values and tensors.
+
+    Raises:
+        StateError: No such file, one that is cut off or damaged, or one that holds more than plain values and tensors;
+            nothing in it is executed.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise StateError(f"no checkpoint at {path}") from None
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise StateError(
+            f"{path} cannot be read: it is cut off, damaged, or holds more than plain values and tensors, which would "
+            f"have to be executed ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
+            f"dst.checkpoints.latest_readable({str(Path(path).parent)!r}) finds the newest one that can be read"
+        ) from error
+    if not isinstance(checkpoint, dict):
+        raise StateError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict")
+    return checkpoint
+
+
+def latest_readable(folder: str | os.PathLike[str], pattern: str = "*.ckpt") -> Path:
+    """The newest checkpoint of a folder that can be read: the one before, where the last was cut off.
+
+    Args:
+        folder: Where the checkpoints are.
+        pattern: Which files are.
+
+    Returns:
+        The path of the most recently written one that ``load_checkpoint`` accepts.
+
+    Raises:
+        StateError: None can be read; the message lists what is wrong with each.
+    """
+    errors: list[str] = []
+    for path in sorted(Path(folder).glob(pattern), key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):
+        try:
+            load_checkpoint(path)
+        except StateError as error:
+            errors.append(str(error))
+        else:
+            return path
+    raise StateError("\n".join([f"no checkpoint in {folder} can be read ({len(errors)} match {pattern})", *errors]))

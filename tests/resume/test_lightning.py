@@ -1,0 +1,232 @@
+"""A run that is interrupted and resumed ends as if nothing had happened, to the bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRateMonitor
+
+import dst
+from dst.checkpoints import load_checkpoint
+from dst.lightning import SparseTraining
+from tests.methods_list import DYNAMIC, METHODS, TOTAL_STEPS
+from tests.resume.fits import BATCHES, Fit, Module, StopAt, check_rows, check_same, differences
+
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+
+
+def points(name: str) -> list[int]:
+    """Steps to resume from: before an update, just after one, on an epoch's edge and within one; at a first mask."""
+    method = METHODS[name]()
+    chosen = {6, 13}
+    first = next((s for s in range(1, TOTAL_STEPS) if method.clock.fires(s, TOTAL_STEPS)), None)
+    if first is not None:
+        chosen |= {first, first + 1}
+    elif method.density < 1:
+        made = dst.types.resolve_steps(method.sparsify_at, TOTAL_STEPS)
+        chosen |= {max(1, made), made + 1}
+    return sorted(chosen)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_resumes_from_any_step(name: str, tmp_path: Path) -> None:
+    whole = Fit(SparseTraining(METHODS[name]()), tmp_path)
+    assert whole.sparse.sparsifier is not None
+    assert whole.sparse.sparsifier.step == TOTAL_STEPS
+    if name in DYNAMIC:
+        assert whole.sparse.sparsifier.updates > 3
+    for step in points(name):
+        resumed = Fit(SparseTraining(METHODS[name]()), tmp_path / "again", resume=tmp_path / f"step={step}.ckpt")
+        check_same(whole, resumed)
+        assert sum("loss" in row for _, row in resumed.rows.rows) >= TOTAL_STEPS - step
+
+
+@pytest.mark.parametrize("name", ["rigl", "set", "momentum_growth", "static_at_step"])
+@pytest.mark.parametrize("optimizer", ["adamw", "odd", "rmsprop"])
+def test_every_optimizer_resumes(name: str, optimizer: str, tmp_path: Path) -> None:
+    whole = Fit(SparseTraining(METHODS[name]()), tmp_path, optimizer=optimizer)
+    for step in (5, 10):
+        resume = tmp_path / f"step={step}.ckpt"
+        check_same(whole, Fit(SparseTraining(METHODS[name]()), tmp_path / "b", optimizer=optimizer, resume=resume))
+
+
+@pytest.mark.parametrize("name", ["rigl", "set", "snip", "momentum_growth"])
+@pytest.mark.parametrize(("accumulate", "stop"), [(1, 4), (1, 5), (3, 13), (3, 14), (3, 15)])
+def test_a_run_that_is_interrupted_goes_on_from_its_last_checkpoint(
+    name: str, accumulate: int, stop: int, tmp_path: Path
+) -> None:
+    def sparse() -> SparseTraining:
+        return SparseTraining(METHODS[name]())
+
+    whole = Fit(sparse(), tmp_path / "whole", accumulate=accumulate)
+    halted = sparse()
+    interrupted = Fit(halted, tmp_path, callbacks=[halted, StopAt(stop)], accumulate=accumulate)
+    assert not interrupted.finished
+    last = tmp_path / "last.ckpt"
+    assert load_checkpoint(last)["global_step"] == stop // accumulate
+    resumed = Fit(sparse(), tmp_path, accumulate=accumulate, resume=last)
+    check_same(whole, resumed)
+    check_rows(whole, interrupted, resumed)
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint at the end of one micro-batch, then stops."""
+
+    def __init__(self, number: int, path: Path) -> None:
+        self.stop = StopAt(number)
+        self.path = path
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *args: Any) -> None:
+        self.stop.on_train_batch_start()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+        if self.stop.left == 0:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize("micro", [13, 14, 15])
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_checkpoint_within_gradient_accumulation_keeps_the_gradients(micro: int, order: int, tmp_path: Path) -> None:
+    method = METHODS["rigl"]()  # updates at step 4, which micro-batches 12, 13 and 14 make
+    whole = Fit(SparseTraining(method), tmp_path / "whole", accumulate=3)
+    sparse, saver = SparseTraining(method), SaveAt(micro, tmp_path / "middle.ckpt")
+    interrupted = Fit(sparse, tmp_path, callbacks=[sparse, saver] if order else [saver, sparse], accumulate=3)
+    assert not interrupted.finished
+    resumed = Fit(SparseTraining(method), tmp_path, accumulate=3, resume=tmp_path / "middle.ckpt")
+    found = list(differences(whole.outcome(), resumed.outcome()))
+    assert not found, found
+    check_rows(whole, interrupted, resumed)
+
+
+def in_a_process(work: Callable[[], None]) -> int:
+    """Run ``work`` in a forked process; returns the signal that ended it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(("name", "accumulate", "stop"), [("rigl", 1, 9), ("set", 3, 37)])
+def test_a_killed_process_goes_on_from_its_last_checkpoint(
+    name: str, accumulate: int, stop: int, tmp_path: Path
+) -> None:
+    def killed() -> None:
+        sparse = SparseTraining(METHODS[name]())
+        kill = StopAt(stop, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        Fit(sparse, tmp_path, callbacks=[sparse, kill], accumulate=accumulate, optimizer="adamw")
+
+    assert in_a_process(killed) == -signal.SIGKILL
+    whole = Fit(SparseTraining(METHODS[name]()), tmp_path / "whole", accumulate=accumulate, optimizer="adamw")
+    resume = tmp_path / "last.ckpt"
+    check_same(
+        whole,
+        Fit(SparseTraining(METHODS[name]()), tmp_path, accumulate=accumulate, optimizer="adamw", resume=resume),
+    )
+
+
+ORDERS: dict[str, Callable[[SparseTraining, Callback, Callback], Sequence[Callback]]] = {
+    "sparse, average, monitor": lambda s, a, m: [s, a, m],
+    "average, sparse, monitor": lambda s, a, m: [a, s, m],
+    "monitor, average, sparse": lambda s, a, m: [m, a, s],
+}
+
+
+@pytest.mark.parametrize("name", ["rigl", "static_at_step"])
+def test_callbacks_in_any_order(name: str, tmp_path: Path) -> None:
+    """Weights, averaged weights and metrics are the same in every order, and survive a resume in every other."""
+
+    def fit(order: str, folder: Path, resume: Path | None = None) -> tuple[Fit, EMAWeightAveraging]:
+        sparse, average = SparseTraining(METHODS[name]()), EMAWeightAveraging(decay=0.7)
+        callbacks = list(ORDERS[order](sparse, average, LearningRateMonitor()))
+        return Fit(sparse, folder, callbacks=callbacks, resume=resume), average
+
+    reference: Fit | None = None
+    for order in ORDERS:
+        whole, average = fit(order, tmp_path / order)
+        reference = reference or whole
+        assert not list(differences(reference.outcome(), whole.outcome()))
+        for other in ORDERS:
+            resumed, resumed_average = fit(other, tmp_path / "again", tmp_path / order / "step=9.ckpt")
+            assert not list(differences(whole.outcome(), resumed.outcome()))
+            assert average._average_model is not None
+            assert resumed_average._average_model is not None
+            assert not list(
+                differences(average._average_model.state_dict(), resumed_average._average_model.state_dict())
+            )
+
+
+def test_a_finished_run_that_is_resumed_keeps_everything(tmp_path: Path) -> None:
+    whole = Fit(SparseTraining(METHODS["rigl"]()), tmp_path)
+    again = Fit(SparseTraining(METHODS["rigl"]()), tmp_path / "again", resume=tmp_path / "last.ckpt")
+    left, right = whole.outcome(), again.outcome()
+    assert not list(differences(left["topology"], right["topology"]))
+    assert not list(differences(left["model"], right["model"]))
+    assert again.sparse.state_dict() != {}
+
+
+REFUSALS: dict[str, tuple[Callable[[], SparseTraining], Callable[[], Module], str]] = {
+    "density": (
+        lambda: SparseTraining(dst.methods.rigl(0.2, update_every=4)),
+        Module,
+        r"another method \(density: 0\.3 in the checkpoint, 0\.2 here\)",
+    ),
+    "method": (lambda: SparseTraining(METHODS["set"]()), Module, "name: rigl in the checkpoint, set here"),
+    "knob": (
+        lambda: SparseTraining(dst.methods.rigl(0.3, update_every=5)),
+        Module,
+        r"clock\.every: 4 in the checkpoint, 5 here",
+    ),
+    "seed": (lambda: SparseTraining(METHODS["rigl"](), seed=1), Module, "seed 0, this run 1"),
+    "layers": (
+        lambda: SparseTraining(METHODS["rigl"](), exclude=["head.weight"]),
+        Module,
+        r"does not fit the model: has unknown \['head\.weight'\]",
+    ),
+    "model": (lambda: SparseTraining(METHODS["rigl"]()), lambda: Module(width=17), "size mismatch for hidden.weight"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
+def test_a_checkpoint_of_something_else_is_refused(what: str, tmp_path: Path) -> None:
+    sparse, module, message = REFUSALS[what]
+    Fit(SparseTraining(METHODS["rigl"]()), tmp_path, steps=BATCHES)
+    with pytest.raises((dst.StateError, RuntimeError), match=message):
+        Fit(sparse(), tmp_path / "again", module=module(), resume=tmp_path / "last.ckpt")
+
+
+def test_a_checkpoint_cut_off_is_refused_by_name(tmp_path: Path) -> None:
+    Fit(SparseTraining(METHODS["rigl"]()), tmp_path, steps=BATCHES)
+    last = tmp_path / "last.ckpt"
+    whole = last.read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 1):
+        last.write_bytes(whole[:length])
+        with pytest.raises(dst.StateError, match=r"last\.ckpt cannot be read.*latest_readable"):
+            Fit(SparseTraining(METHODS["rigl"]()), tmp_path / "again", resume=last)
+
+
+def test_a_checkpoint_without_sparse_training_starts_from_its_weights(tmp_path: Path) -> None:
+    """A dense run's checkpoint is a starting point: no masks are in it, and momentum is cut to the new mask."""
+    dense = Fit(SparseTraining(METHODS["dense"]()), tmp_path, callbacks=[], steps=BATCHES, optimizer="adamw")
+    assert dense.finished
+    sparse = SparseTraining(METHODS["static_from_start"]())
+    resumed = Fit(sparse, tmp_path / "b", optimizer="adamw", resume=tmp_path / "step=6.ckpt", steps=2 * BATCHES)
+    assert sparse.sparsifier is not None
+    weights = load_checkpoint(tmp_path / "step=6.ckpt")["state_dict"]
+    for name, mask in sparse.sparsifier.masks.items():
+        assert resumed.module.get_parameter(name)[~mask].eq(0).all()
+        state = resumed.trainer.optimizers[0].state[resumed.module.get_parameter(name)]
+        assert state["exp_avg"][~mask].eq(0).all()
+    everything = torch.cat([weights[n].abs().flatten() for n in sparse.sparsifier.masks])
+    kept = torch.cat([m.flatten() for m in sparse.sparsifier.masks.values()])
+    assert everything[kept].min() >= everything[~kept].max()

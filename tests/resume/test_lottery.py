@@ -1,0 +1,96 @@
+"""Lottery levels that are interrupted go on, and finished ones are not repeated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning
+import pytest
+from lightning.pytorch.callbacks import Callback
+
+import dst
+from dst.checkpoints import load_checkpoint
+from dst.lottery_run import LotteryResult, run_lottery
+from tests.resume.fits import BATCHES, Data, Interrupted, Module, Rows, StopAt, differences
+
+LEVELS = 3  # densities 1, 0.5, 0.3
+
+
+def run(folder: Path, accumulate: int = 1, stop: Callback | None = None, stop_level: int = -1) -> LotteryResult:
+    """Three levels of two epochs; ``stop`` takes part in ``stop_level`` alone."""
+    method = dst.methods.lottery_ticket_rewind(0.3, prune_fraction=0.5, rewind_to=4)
+
+    def make(level: int, callbacks: list[Callback], place: Path) -> lightning.Trainer:
+        return lightning.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            logger=Rows(),
+            log_every_n_steps=1,
+            accumulate_grad_batches=accumulate,
+            callbacks=[*callbacks, *([stop] if stop is not None and level == stop_level else [])],
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+
+    return run_lottery(method, make, Module("adamw"), Data(accumulate), folder=folder)
+
+
+def outcome(result: LotteryResult, folder: Path) -> dict[str, Any]:
+    module = result.trainer.lightning_module
+    final = load_checkpoint(folder / f"level_{LEVELS - 1:02d}" / "final.ckpt")
+    masks = {level: dst.load_masks(folder / f"level_{level:02d}" / "masks.pt") for level in range(1, LEVELS)}
+    return {
+        "model": module.state_dict() if module is not None else final["state_dict"],
+        "final": final["state_dict"],
+        "optimizers": final["optimizer_states"],
+        "masks": masks,
+        "levels": [vars(level) for level in result.levels],
+        "snapshot": load_checkpoint(folder / "snapshot.ckpt")["state_dict"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("level", "batch", "accumulate"),
+    [
+        (0, 2, 1),  # before the snapshot and any checkpoint
+        (0, 9, 1),  # after the snapshot
+        (1, 0, 1),  # at the beginning of a level: the one before is finished
+        (1, 4, 1),  # within a level, after its first checkpoint
+        (2, 10, 3),  # in the middle of gradient accumulation
+    ],
+)
+def test_an_interrupted_lottery_goes_on(level: int, batch: int, accumulate: int, tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole", accumulate)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "halted", accumulate, StopAt(batch), level)
+    finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "halted").glob("*/level.json")}
+    assert len(finished) == level
+    resumed = run(tmp_path / "halted", accumulate)
+    assert {p: p.stat().st_mtime_ns for p in finished} == finished
+    found = list(differences(outcome(whole, tmp_path / "whole"), outcome(resumed, tmp_path / "halted")))
+    assert not found, found
+    assert [x.steps for x in resumed.levels] == [2 * BATCHES, *[2 * BATCHES - 4] * (LEVELS - 1)]
+
+
+def test_a_level_that_is_interrupted_as_it_ends_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training is over and the level's record is not yet written."""
+    whole = run(tmp_path / "whole")
+
+    def halt(*args: Any) -> None:
+        raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dst.lottery_run._write_atomically", halt)
+        with pytest.raises(Interrupted):
+            run(tmp_path / "halted")
+    resumed = run(tmp_path / "halted")
+    found = list(differences(outcome(whole, tmp_path / "whole"), outcome(resumed, tmp_path / "halted")))
+    assert not found, found
+
+
+def test_a_finished_lottery_is_read_and_not_run(tmp_path: Path) -> None:
+    whole = run(tmp_path)
+    again = run(tmp_path, stop=StopAt(0), stop_level=LEVELS - 1)
+    assert again.levels == whole.levels
