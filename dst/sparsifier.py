@@ -54,7 +54,8 @@ class _Stepper:
     parameters: list[nn.Parameter]
     step: int = 0
     announced: str | None = None  # what the step that before_step() prepared costs; None where it was not called
-    begun: bool = False
+    replaced: bool = False  # whether that step is to have no gradients
+    begun: bool = False  # whether optimizer.step() was entered and has not been counted
     updated_at: int = -1  # the step of the last update: one that was prepared and not taken may be prepared once more
 
 
@@ -288,7 +289,8 @@ class Sparsifier:
         """Call between ``backward()`` and ``optimizer.step()``, after unscaling and before clipping.
 
         Observes the dense gradient, makes the first mask or updates the topology where one is due, and masks the
-        gradients. Where an update takes the place of the step, all gradients of that optimizer are set to ``None``.
+        gradients. Where an update takes the place of the step, all gradients of that optimizer are set to ``None`` as the step
+        begins, or behind its closure; until then clipping and logging find them as at any other step.
 
         Args:
             optimizer: The one about to step, where there are several; by default all. One that holds no sparse parameter
@@ -299,7 +301,9 @@ class Sparsifier:
         """
         chosen = [s for s in self._steppers if optimizer is None or s.optimizer is optimizer]
         for stepper in chosen:
+            stepper.replaced = False
             stepper.announced = self._prepare(stepper)
+            self._bits.mask_gradients(stepper.parameters)
 
     def _prepare(self, stepper: _Stepper) -> str:
         """Do what is due before a step and say what kind of step it is."""
@@ -314,7 +318,7 @@ class Sparsifier:
                 if not self._gradients_are_usable(stepper, every_layer=True):
                     return "dense"
                 self._sparsify(stepper.step)
-                self._skip_step(stepper)
+                stepper.replaced = True
                 return "dense"
             self._sparsify(stepper.step)
         if not self._sparsified:
@@ -326,14 +330,35 @@ class Sparsifier:
         if stepper.updated_at == stepper.step:
             needs_gradient = any(score.needs_gradient for score in self.method.scores().values())
             kind = "dense_gradient" if needs_gradient else kind
-            if self.method.replace_step:
-                self._skip_step(stepper)
-        self._bits.mask_gradients(stepper.parameters)
+            stepper.replaced = self.method.replace_step
         return kind
 
-    def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Step pre-hook: note that a step has begun."""
-        next(s for s in self._steppers if s.optimizer is optimizer).begun = True
+    def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+        """Step pre-hook: take the gradients away where an update replaces the step.
+
+        A closure computes them within the step, and in Lightning prepares and clips them too: it is then followed up.
+        """
+        stepper = next(s for s in self._steppers if s.optimizer is optimizer)
+        stepper.begun = True
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._leave_out(stepper)
+            return None
+
+        def followed_up() -> Any:
+            result = closure()
+            self._leave_out(stepper)
+            return result
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": followed_up}
+        return (args[0], followed_up, *args[2:]), kwargs
+
+    def _leave_out(self, stepper: _Stepper) -> None:
+        if stepper.replaced:
+            for group in stepper.optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step post-hook: weights that are inactive are zero again, and the clock advances."""
@@ -535,11 +560,6 @@ class Sparsifier:
         """Compare the replicated masks of all processes."""
         replicated = [(n, self._masks[n]) for n in sorted(names) if not is_sharded(self._parameters[n])]
         check_equal_masks(replicated, step, self._group)
-
-    def _skip_step(self, stepper: _Stepper) -> None:
-        for group in stepper.optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
 
     def _observe(self, stepper: _Stepper) -> bool:
         """Show this step's dense gradients to the scores that watch them."""
@@ -801,6 +821,10 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
     if parameter.device.type == "meta":
         raise ConfigurationError(
             f"{name} is on the meta device: give it storage first (model.to_empty, or load weights)"
+        )
+    if any(step == 0 and size > 1 for step, size in zip(parameter.stride(), parameter.shape, strict=True)):
+        raise ConfigurationError(
+            f"{name} is expanded, so that its entries share memory: give each its own by .contiguous()"
         )
     if not parameter.is_floating_point():
         raise ConfigurationError(f"{name} has dtype {parameter.dtype}; only floating-point weights can be sparse")
