@@ -221,6 +221,8 @@ def _reason_to_stay_dense(
         return "not included"
     if not parameter.requires_grad:
         return "frozen (requires_grad=False)"
+    if parameter.numel() == 0:
+        return "empty"
     if included:
         return None
     if all(full.rpartition(".")[2].startswith("bias") for full, _, _ in owners):

@@ -47,7 +47,7 @@ class Plan:
         table = [header]
         for row in self.rows:
             active = "by score" if row.active is None else f"{row.active:,}"
-            density = "" if row.active is None else f"{row.active / row.weights:.4f}"
+            density = "" if row.active is None or not row.weights else f"{row.active / row.weights:.4f}"
             shape = "×".join(map(str, row.shape))
             table.append((row.name, row.kind, shape, f"{row.weights:,}", active, density, row.storage, row.note))
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]

@@ -25,8 +25,9 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dst.allocation import planned_counts
+from dst.checkpoints import load_checkpoint
 from dst.classifier import Classifier
-from dst.errors import ConfigurationError
+from dst.errors import ConfigurationError, StateError
 from dst.layers import SparseLayer, find_layers
 from dst.lightning import SparseTraining
 from dst.lottery_run import run_lottery
@@ -380,13 +381,14 @@ def _previous(checkpoints: Path) -> Path:
 
 
 def _load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint of Lightning's, or say what to do instead."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        checkpoint["global_step"]
-    except Exception as error:  # torch.load raises many kinds
-        reason = (str(error) or "it ends early").splitlines()[0]
+        checkpoint = load_checkpoint(path)
+        if "global_step" not in checkpoint:
+            raise StateError(f"{path} is not a checkpoint of a training run")
+    except StateError as error:
         remedy = f"; resume={PREVIOUS} takes the one before it" if path.stem == LAST else ""
-        raise ConfigurationError(f"{path} is not a checkpoint, or it is damaged: {reason}{remedy}") from error
+        raise ConfigurationError(f"{error}{remedy}") from error
     return checkpoint
 
 

@@ -48,10 +48,10 @@ class _Stepper:
     layers: list[int]
     parameters: list[nn.Parameter]
     step: int = 0
-    rewired: bool = False  # whether the step to come has had its update: before_step() may be called again
     announced: str | None = None  # what the step that before_step() prepared costs; None where it was not called
     replaced: bool = False  # whether that step is to have no gradients
     begun: bool = False  # whether optimizer.step() was entered and has not been counted
+    updated_at: int = -1  # the step of the last update: one that was prepared and not taken may be prepared once more
 
 
 @dataclass(frozen=True)
@@ -276,7 +276,7 @@ class Sparsifier:
 
     def _is_due(self, stepper: _Stepper) -> bool:
         """Whether the step to come updates the topology; once it has, it does not where it is tried again."""
-        return not stepper.rewired and self.method.clock.fires(stepper.step, self.total_steps)
+        return stepper.updated_at != stepper.step and self.method.clock.fires(stepper.step, self.total_steps)
 
     def _expect_gradients(self, steppers: Iterable[_Stepper] | None = None) -> None:
         """Tell the storages what the coming step of the optimizers (by default all) needs to see."""
@@ -332,8 +332,8 @@ class Sparsifier:
         observing = self._observe(stepper)
         kind = "dense_gradient" if observing else "sparse" if self.method.density < 1 else "dense"
         if self._is_due(stepper):
-            stepper.rewired = self._update(stepper)
-        if stepper.rewired:
+            self._update(stepper)
+        if stepper.updated_at == stepper.step:
             needs_gradient = any(score.needs_gradient for score in self.method.scores().values())
             kind = "dense_gradient" if needs_gradient else kind
             stepper.replaced = self.method.replace_step
@@ -373,7 +373,7 @@ class Sparsifier:
             storage.mask_weights(stepper.parameters)
         self._originals = []
         if not stepper.begun:
-            return  # PyTorch calls the hooks twice where the step of a class calls its base class's
+            return  # the step of a class within that of its subclass has told already
         stepper.begun = False
         if stepper.announced is None:
             raise StateError(
@@ -381,7 +381,7 @@ class Sparsifier:
                 "or finalize() the sparsifier when sparse training is over"
             )
         self._counters.steps[stepper.announced] += 1
-        stepper.announced, stepper.rewired = None, False
+        stepper.announced = None
         stepper.step += 1
         self._expect_gradients([stepper])
 
@@ -499,6 +499,7 @@ class Sparsifier:
         grown = sum(rewiring.grown.numel() for _, rewiring in rewirings)
         self._check_agreement(step)
         self._counters.updates += 1
+        stepper.updated_at = step
         active = sum(self._active(self.layers[i]) for i in stepper.layers)
         self.last_update = Update(step, fraction, grown / max(1, active))
         return True
@@ -560,14 +561,18 @@ class Sparsifier:
         return True
 
     def _gradients_are_usable(self, stepper: _Stepper, every_layer: bool = False) -> bool:
-        """Whether all gradients are finite, and present where ``every_layer``."""
-        gradients = [p.grad for group in stepper.optimizer.param_groups for p in group["params"]]
+        """Whether all of the optimizer's gradients are finite, and its layers' present where ``every_layer``.
+
+        Those of dense weights count too: a gradient scaler leaves the step out for any of them.
+        """
         if every_layer and (missing := [p for p in stepper.parameters if p.grad is None]):
             raise ConfigurationError(
                 f"{self._names[missing[0]]} has no gradient, and {type(self.method.init).__name__} needs one; "
                 "exclude it, or let it take part in the loss"
             )
-        finite = all(is_finite(local(g)) for g in gradients if g is not None)
+        groups = stepper.optimizer.param_groups
+        present = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        finite = all(is_finite(local(g)) for g in present)
         finite = finite and all(storage.collected_is_finite(stepper.parameters) for storage in self._storages)
         finite = all_agree(finite, self._group)
         if not finite:
@@ -584,6 +589,7 @@ class Sparsifier:
             "seed": self.seed,
             "total_steps": self.total_steps,
             "steps": [stepper.step for stepper in self._steppers],
+            "updated_at": [stepper.updated_at for stepper in self._steppers],
             "sparsified": self._sparsified,
             "updates": self._counters.updates,
             "skipped": self._counters.skipped,
@@ -612,7 +618,7 @@ class Sparsifier:
         """
         self._check_state(state)
         for tensor, original, version in self._originals:
-            # Loaded before construction, it was cut by a first mask that is now replaced: undo that cut.
+            # Loaded before construction, weights and momentum were cut by a first mask that is now replaced: undo that.
             if tensor._version == version:
                 tensor.copy_(original)
         self._originals = []
@@ -625,9 +631,8 @@ class Sparsifier:
             layer = next(layer for layer in self.layers if layer.label == label)
             self._buffers[role, label] = buffer.to(self._parameters[layer.parameter].device).clone()
         self._check_agreement(int(state["steps"][0]))
-        for stepper, step in zip(self._steppers, state["steps"], strict=True):
-            stepper.step = int(step)
-            stepper.announced, stepper.rewired = None, False
+        for stepper, step, updated_at in zip(self._steppers, state["steps"], state["updated_at"], strict=True):
+            stepper.step, stepper.updated_at, stepper.announced = int(step), int(updated_at), None
         self._counters = _Counters(int(state["updates"]), int(state["skipped"]), dict(state["step_counts"]))
         last = state["last_update"]
         self.last_update = None if last is None else Update(int(last[0]), float(last[1]), float(last[2]))
@@ -662,12 +667,7 @@ class Sparsifier:
             raise StateError(f"the checkpoint has {len(state['steps'])} optimizers, this run {len(self._steppers)}")
         self._check_masks(state["masks"], "the checkpoint")
         self._check_table(state)
-        if state["union"] or (state["sparsified"] and self.method.is_dynamic and self.method.density < 1):
-            self._check_masks(state["union"], "the checkpoint's union of masks", is_union)
-        labels = {f"{role}/{layer.label}": layer.shape for role in self.method.scores() for layer in self.layers}
-        for key, buffer in state["buffers"].items():
-            if key not in labels or not isinstance(buffer, Tensor) or tuple(buffer.shape) != labels[key]:
-                raise StateError(f"the checkpoint has a score buffer {key} that does not fit the model")
+        self._check_buffers(state)
         if state["total_steps"] != self.total_steps:
             logger.warning(
                 "the checkpoint's schedules were laid out for %s steps and go on for %d",
@@ -688,6 +688,17 @@ class Sparsifier:
             raise StateError(f"the checkpoint has other sparse layers: {', '.join(different)} differ")
         if off := [name for name in here if saved[name] != here[name]]:
             raise StateError(f"the state is damaged: masks of {', '.join(off)} are off their budget")
+
+    def _check_buffers(self, state: Mapping[str, Any]) -> None:
+        """What belongs to the masks: their union, once there are any that move, and the scores' buffers."""
+        if state["union"] or (state["sparsified"] and self.method.is_dynamic and self.method.density < 1):
+            self._check_masks(state["union"], "the checkpoint's union of masks", is_union)
+        shapes = {f"{role}/{layer.label}": layer.shape for role in self.method.scores() for layer in self.layers}
+        for key, buffer in state["buffers"].items():
+            if key not in shapes or not isinstance(buffer, Tensor) or tuple(buffer.shape) != shapes[key]:
+                raise StateError(f"the checkpoint has a score buffer {key} that does not fit the model")
+        if not isinstance(state["updated_at"], list) or len(state["updated_at"]) != len(state["steps"]):
+            raise StateError("the state is damaged: steps and updated_at do not belong together")
 
     def _check_masks(
         self, masks: Mapping[str, Tensor], source: str, fits: Callable[[Tensor, tuple[int, ...]], bool] = is_mask

@@ -279,5 +279,9 @@ def _check_parameter(name: str, parameter: Tensor) -> None:
         raise ConfigurationError(
             f"{name} is on the meta device: give it storage first (model.to_empty, or load weights)"
         )
+    if any(step == 0 and size > 1 for step, size in zip(parameter.stride(), parameter.shape, strict=True)):
+        raise ConfigurationError(
+            f"{name} is expanded, so that its entries share memory: give each its own by .contiguous()"
+        )
     if not parameter.is_floating_point():
         raise ConfigurationError(f"{name} has dtype {parameter.dtype}; only floating-point weights can be sparse")

@@ -48,7 +48,9 @@ def test_the_main_job_leaves_a_complete_folder(tmp_path):
         ".hydra", "checkpoints", "metrics.csv", "summary.json", "train.log"
     }  # fmt: skip
     assert {p.name for p in (folder / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
-    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["last.ckpt"]
+    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert len(kept) == 3  # the last two, and a link to the last
+    assert kept[0] == "last.ckpt"
 
     summary = json.loads((folder / "summary.json").read_text())
     check_schema(summary)

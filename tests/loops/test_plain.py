@@ -269,7 +269,7 @@ def test_two_optimizers_keep_their_own_clocks() -> None:
 
 def test_lbfgs_is_refused() -> None:
     model = Small()
-    with pytest.raises(dst.ConfigurationError, match="LBFGS evaluates the loss several times.*SGD or AdamW"):
+    with pytest.raises(dst.ConfigurationError, match=r"LBFGS evaluates the loss several times.*SGD or AdamW"):
         dst.Sparsifier(model, torch.optim.LBFGS(model.parameters()), METHODS["rigl"](), total_steps=5)
 
 

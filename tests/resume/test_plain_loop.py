@@ -111,7 +111,7 @@ DAMAGE: dict[str, tuple[Any, str]] = {
     "dtype": (lambda s: {**s, "masks": {k: v.float() for k, v in s["masks"].items()}}, r"torch\.float32"),
     "method": (lambda s: {**s, "method": METHODS["set"]().spec()}, "name: set in the checkpoint, rigl here"),
     "union": (lambda s: {**s, "union": {}}, "union of masks does not fit"),
-    "buffer": (lambda s: {**s, "buffers": {"grow/nobody": torch.ones(1)}}, "grow/nobody that does not fit the model"),
+    "buffer": (lambda s: {**s, "buffers": {"grow/nobody": torch.ones(1)}}, "grow/nobody that does not fit"),
 }
 
 

@@ -32,7 +32,8 @@ def test_a_file_is_replaced_in_one_move(tmp_path, masks, monkeypatch):
     save_masks(masks, path)
 
     def fails(content, target):
-        target.write(b"half of it")
+        write = target.write if hasattr(target, "write") else target.write_bytes
+        write(b"half of it")
         raise OSError("disk full")
 
     monkeypatch.setattr(torch, "save", fails)
