@@ -7,10 +7,54 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from dst.allocation import planned_counts
+from dst.errors import ConfigurationError
 from dst.layers import SparseLayer
 from dst.method import Method
+from dst.patterns import Unstructured
 from dst.topology import top_indices
 from dst.types import LayerView, as_sampler, folded_generator
+
+
+def layer_counts(
+    method: Method, layers: Sequence[SparseLayer], density: float, scores: Sequence[Tensor] | None = None
+) -> list[int] | None:
+    """Split a budget over layers, as the method's allocation and pattern have it.
+
+    Args:
+        method: Says how.
+        layers: All sparse layers.
+        density: The network's density, in (0, 1].
+        scores: One float tensor per layer, of its shape, for an allocation that needs them.
+
+    Returns:
+        Active weights per layer, or ``None`` where scores decide and there are none yet.
+
+    Raises:
+        ConfigurationError: A budget that cannot hold.
+    """
+    if density == 1:
+        return [layer.weights for layer in layers]
+    pattern = method.pattern.for_density(density)
+    free = [layer for layer in layers if pattern.obstacle(layer) is None]
+    if not free:
+        reasons = "; ".join(f"{layer.label}: {pattern.obstacle(layer)}" for layer in layers)
+        raise ConfigurationError(f"no layer can have the pattern {type(method.pattern).__name__} ({reasons})")
+    labels, shapes = [layer.label for layer in layers], [layer.shape for layer in layers]
+    counts: list[int] | None
+    if not pattern.is_free:
+        counts = [0] * len(layers)
+    elif scores is not None:
+        spread = [pattern.spread(layer, score) for layer, score in zip(layers, scores, strict=True)]
+        counts = method.allocation.counts(labels, shapes, density, spread)
+    else:
+        counts = planned_counts(method.allocation, labels, shapes, density)
+    if counts is None:
+        return None
+    return [
+        layer.weights if pattern.obstacle(layer) else pattern.fit(layer, count)
+        for layer, count in zip(layers, counts, strict=True)
+    ]
 
 
 def first_positions(
@@ -20,6 +64,7 @@ def first_positions(
     *,
     seed: int,
     step: int = 0,
+    density: float | None = None,
     placed: Collection[str] = (),
 ) -> Iterator[tuple[SparseLayer, int, Tensor | None]]:
     """Choose the first connections of all layers, one layer at a time.
@@ -33,6 +78,7 @@ def first_positions(
         view: Called with a layer and a generator where the layer is scored.
         seed: Seeds random choices.
         step: The optimizer step.
+        density: The network's density; by default the method's.
         placed: Labels of layers whose connections exist already.
 
     Yields:
@@ -43,12 +89,18 @@ def first_positions(
     def score(layer: SparseLayer) -> Tensor:
         return init.scores(view(layer, folded_generator(seed, "init", step, layer.label)))
 
-    scores = [score(layer) for layer in layers] if method.allocation.needs_scores else None
-    labels, shapes = [layer.label for layer in layers], [layer.shape for layer in layers]
-    counts = method.allocation.counts(labels, shapes, method.density, scores)
+    density = method.density if density is None else density
+    pattern = method.pattern.for_density(density) if density < 1 else Unstructured()
+    by_score = method.allocation.needs_scores and pattern.is_free and density < 1
+    scores = [score(layer) for layer in layers] if by_score else None
+    counts = layer_counts(method, layers, density, scores)
+    assert counts is not None
     for i, (layer, count) in enumerate(zip(layers, counts, strict=True)):
         if layer.label in placed:
             yield layer, count, None
+        elif pattern.is_grouped and count < layer.weights:
+            ties = folded_generator(seed, "init ties", step, layer.label)
+            yield layer, count, pattern.select(layer, scores[i] if scores is not None else score(layer), count, ties)
         elif sampler is not None:
             nothing = torch.empty(0, dtype=torch.int64)
             generator = folded_generator(seed, "init", step, layer.label)

@@ -11,9 +11,23 @@ import numpy as np
 
 from dst import allocation as allocations
 from dst import init as inits
-from dst import schedules, scores
+from dst import patterns, schedules, scores
 from dst.errors import ConfigurationError
-from dst.types import Allocation, Clock, Duration, Fraction, Init, Score, as_sampler, check_duration
+from dst.types import (
+    Allocation,
+    Amount,
+    Clock,
+    DensitySchedule,
+    Duration,
+    Fraction,
+    Init,
+    Pattern,
+    Perturbation,
+    Redistribution,
+    Score,
+    as_sampler,
+    check_duration,
+)
 
 BACKENDS = ("masked", "csr")
 
@@ -61,6 +75,15 @@ class Method:
             code.
         rescale_init: Scale each output's initial weights by sqrt(fan-in / active fan-in), so that activations keep
             their variance under the first mask (Evci et al. 2022, section 3.1, https://arxiv.org/abs/2010.03533).
+        pattern: Which weights live and die together, and within which window a budget holds; see ``dst.patterns``.
+        schedule: The budget over time; ``None`` for the same density throughout. ``density`` is what it ends at.
+        redistribute: Moves budget between layers at updates; ``None`` for none.
+        amount: How many connections an update drops, instead of ``fraction``.
+        surplus: Share of the budget by which an update grows more than it, until the next update drops down to it (MEST's
+            soft memory bound); ``None`` for none.
+        chain_removal: Whether an update also replaces connections that lie on no path; see ``dst.chains``.
+        perturb: Added to the gradients of active weights at every step; ``None`` for nothing.
+        grown_warmup: Steps over which the optimizer's change of a grown weight rises linearly to the full one.
         lottery: Levels of iterative pruning with rewinding: several fits, driven by ``dst.lottery``.
         backend: Where weights live: ``"masked"`` keeps ordinary parameters with zeros in place, ``"csr"`` stores and
             computes non-zeros alone, on the CPU (``dst.prepare`` makes its layers).
@@ -81,6 +104,14 @@ class Method:
     replace_step: bool = True
     regrow_dropped: bool = True
     rescale_init: bool = False
+    pattern: Pattern = field(default_factory=patterns.Unstructured)
+    schedule: DensitySchedule | None = None
+    redistribute: Redistribution | None = None
+    amount: Amount | None = None
+    surplus: Fraction | None = None
+    chain_removal: bool = False
+    perturb: Perturbation | None = None
+    grown_warmup: int = 0
     lottery: LotterySchedule | None = None
     backend: str = "masked"
 
@@ -93,9 +124,13 @@ class Method:
         if self.backend not in BACKENDS:
             raise ConfigurationError(f"backend={self.backend!r} is unknown; choose from {', '.join(BACKENDS)}")
         dynamic = not isinstance(self.clock, schedules.Never)
-        for role in ("drop", "grow"):
-            if dynamic and getattr(self, role) is None:
-                raise ConfigurationError(f"{self.name}: a topology that is updated needs a {role} score")
+        if dynamic and self.drop is None:
+            raise ConfigurationError(f"{self.name}: a topology that is updated needs a drop score")
+        if dynamic and self.grow is None and self.schedule is None:
+            raise ConfigurationError(
+                f"{self.name}: a topology that is updated needs a grow score, or a density schedule that only prunes"
+            )
+        self._check_moving_budget(dynamic)
         if self.rescale_init and self.sparsify_at != 0:
             raise ConfigurationError(f"{self.name}: rescale_init needs a mask from step 0, not at {self.sparsify_at}")
         if self.lottery is not None and dynamic:
@@ -105,6 +140,41 @@ class Method:
                 f'{self.name}: backend="csr" stores only non-zeros, and {reason}; use backend="masked"'
             )
 
+    def _check_moving_budget(self, dynamic: bool) -> None:
+        """Refuse pieces that do nothing, or contradict each other."""
+        moving: dict[str, object] = {
+            "schedule": self.schedule,
+            "redistribute": self.redistribute,
+            "amount": self.amount,
+            "surplus": self.surplus,
+            "chain_removal": self.chain_removal or None,
+        }
+        for name, piece in moving.items():
+            if piece is not None and not dynamic:
+                raise ConfigurationError(f"{self.name}: {name} acts at topology updates, and the clock never fires")
+            if piece is not None and name != "schedule" and self.grow is None:
+                raise ConfigurationError(f"{self.name}: {name} needs a grow score")
+        if self.surplus is not None and (self.redistribute is not None or self.amount is not None):
+            raise ConfigurationError(f"{self.name}: surplus does not combine with redistribute or amount")
+        resolved = self.pattern.for_density(self.density)  # refuses a density that the pattern cannot have
+        if resolved.is_grouped and not resolved.is_free:
+            for name in ("redistribute", "surplus"):
+                if getattr(self, name) is not None:
+                    raise ConfigurationError(
+                        f"{self.name}: {type(self.pattern).__name__} fixes every layer's density, and {name} changes it"
+                    )
+            if self.schedule is not None and not isinstance(self.schedule, schedules.Alternating):
+                raise ConfigurationError(
+                    f"{self.name}: {type(self.pattern).__name__} has one density, and {type(self.schedule).__name__} "
+                    "runs through others"
+                )
+        if self.grown_warmup < 0:
+            raise ConfigurationError(f"{self.name}: grown_warmup={self.grown_warmup} must not be negative")
+
+    def density_at(self, step: int, total_steps: int) -> float:
+        """The budget that an update at ``step`` keeps to, in (0, 1]."""
+        return self.density if self.schedule is None else self.schedule(step, total_steps, self.density)
+
     def _needs_inactive_weights(self) -> str | None:
         """Why the method cannot do with non-zeros alone, or ``None``."""
         if self.lottery is not None:
@@ -113,6 +183,12 @@ class Method:
             return f"the first mask, by {type(self.init).__name__}, needs the gradient of every weight"
         if self.sparsify_at != 0:
             return f"training is dense until sparsify_at={self.sparsify_at} (0 makes the mask at once)"
+        if self.schedule is not None or self.redistribute is not None or self.surplus is not None:
+            return "it changes the number of a layer's connections"
+        if self.amount is not None or self.chain_removal or self.perturb is not None or self.grown_warmup:
+            return "it looks at single weights in ways that are built for masks"
+        if self.pattern.is_grouped:
+            return f"{type(self.pattern).__name__} connections are chosen there by masks"
         for score in self.scores().values():
             if score.observes:
                 return f"{type(score).__name__} watches the dense gradient at every step"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dst.allocation import planned_counts
 from dst.backends.csr import obstacles
+from dst.first_mask import layer_counts
 from dst.layers import Selector, find_layers
 from dst.method import Method
 
@@ -83,16 +83,15 @@ def plan(
         ConfigurationError: As for ``Sparsifier``: an infeasible budget, a selector that selects nothing, …
     """
     layers, dense = find_layers(model, include, exclude)
-    counts = planned_counts(
-        method.allocation, [layer.label for layer in layers], [layer.shape for layer in layers], method.density
-    )
+    counts = layer_counts(method, layers, method.density)
+    pattern = method.pattern.for_density(method.density) if method.density < 1 else method.pattern
     decided: list[int | None] = [None] * len(layers) if counts is None else list(counts)
     barred = obstacles(model, layers) if method.backend == "csr" else {}
     rows = []
     for layer, count in zip(layers, decided, strict=True):
         storage, note = method.backend, ""
         if count == layer.weights:
-            storage, note = "dense", "stays dense"
+            storage, note = "dense", "stays dense" + (f": {why}" if (why := pattern.obstacle(layer)) else "")
         elif reason := barred.get(layer.label):
             storage, note = "masked", reason
         rows.append(PlanRow(layer.label, layer.kind, layer.shape, layer.weights, count, storage, note))

@@ -1,4 +1,4 @@
-"""When the topology is updated (clocks), and how much of it (fractions)."""
+"""When the topology is updated (clocks), how much of it (fractions), and the budget over time (densities)."""
 
 from __future__ import annotations
 
@@ -130,3 +130,114 @@ class Linear(_Decay):
     def __call__(self, step: int, stop: int) -> float:
         """The fraction at ``step`` for updates that end at ``stop``."""
         return self.initial * (1 - self._progress(step, stop))
+
+
+@dataclass(frozen=True)
+class Cubic:
+    """Density that falls fast and then slowly: gradual magnitude pruning (Zhu & Gupta 2017, arXiv:1710.01878, section 3).
+
+    With sparsity s = 1 - density and p the progress in [start, stop]: s = s_f + (s_i - s_f) · (1 - p)^3.
+
+    Attributes:
+        initial: Density until ``start``, in (0, 1].
+        start: Where it begins to move.
+        stop: Where it has reached the method's density.
+    """
+
+    initial: float = 1.0
+    start: Duration = 0
+    stop: Duration = 0.75
+
+    def __post_init__(self) -> None:
+        if not 0 < self.initial <= 1:
+            raise ConfigurationError(f"initial density {self.initial} must lie in (0, 1]")
+        check_duration(self.start, "start")
+        check_duration(self.stop, "stop")
+
+    def __call__(self, step: int, total_steps: int, final: float) -> float:
+        """Density at ``step``."""
+        start, stop = resolve_steps(self.start, total_steps), self.settles_at(total_steps)
+        if step >= stop:
+            return final
+        left = 1 - max(0, step - start) / max(1, stop - start)
+        return final + (self.initial - final) * left**3
+
+    def settles_at(self, total_steps: int) -> int:
+        """``stop`` in steps."""
+        return resolve_steps(self.stop, total_steps)
+
+
+@dataclass(frozen=True)
+class Stepwise:
+    """A density that jumps at given points, up or down.
+
+    Attributes:
+        points: Pairs of (point in training, density from there on), in order; before the first the density is
+            ``initial``, and the method's own holds from ``stop`` on.
+        initial: Density before the first point, in (0, 1].
+        stop: Where the method's density begins.
+    """
+
+    points: tuple[tuple[Duration, float], ...] = ()
+    initial: float = 1.0
+    stop: Duration = 0.75
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "points", tuple((at, density) for at, density in self.points))
+        for density in (self.initial, *(density for _, density in self.points)):
+            if not 0 < density <= 1:
+                raise ConfigurationError(f"density {density} of a step must lie in (0, 1]")
+        for at in (self.stop, *(at for at, _ in self.points)):
+            check_duration(at, "point")
+
+    def __call__(self, step: int, total_steps: int, final: float) -> float:
+        """Density at ``step``."""
+        if step >= self.settles_at(total_steps):
+            return final
+        density = self.initial
+        for at, value in self.points:
+            if step >= resolve_steps(at, total_steps):
+                density = value
+        return density
+
+    def settles_at(self, total_steps: int) -> int:
+        """``stop`` in steps."""
+        return resolve_steps(self.stop, total_steps)
+
+
+@dataclass(frozen=True)
+class Alternating:
+    """Dense and sparse phases in turn: AC/DC (Peste et al. 2021, https://arxiv.org/abs/2106.12379).
+
+    Dense until ``start``; then sparse and dense phases of ``every`` steps each, beginning with a sparse one; sparse from
+    ``stop`` on.
+
+    Attributes:
+        every: Length of a phase.
+        start: End of the dense warm-up.
+        stop: Beginning of the last sparse phase.
+    """
+
+    every: Duration = 0.05
+    start: Duration = 0.1
+    stop: Duration = 0.75
+
+    def __post_init__(self) -> None:
+        for name in ("every", "start", "stop"):
+            check_duration(getattr(self, name), name)
+        if self.every == 0:
+            raise ConfigurationError("every=0: a phase needs at least one step")
+
+    def __call__(self, step: int, total_steps: int, final: float) -> float:
+        """Density at ``step``."""
+        start = resolve_steps(self.start, total_steps)
+        if step >= self.settles_at(total_steps):
+            return final
+        if step < start:
+            return 1.0
+        phase = (step - start) // max(1, resolve_steps(self.every, total_steps))
+        return final if phase % 2 == 0 else 1.0
+
+    def settles_at(self, total_steps: int) -> int:
+        """``stop`` in steps."""
+        return resolve_steps(self.stop, total_steps)

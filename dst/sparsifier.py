@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,24 +15,31 @@ from torch.optim import LBFGS, Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from dst import init as inits
-from dst.allocation import planned_counts
+from dst.allocation import network_budget
 from dst.backends import Draft, Storage, open_storages
 from dst.backends.csr import obstacles
 from dst.backends.saved import count, is_mask, is_union
 from dst.backends.storage import is_finite
+from dst.budget import Change, plan_change
+from dst.chains import incomplete, sequences
 from dst.errors import ConfigurationError, StateError
-from dst.first_mask import first_positions
+from dst.first_mask import first_positions, layer_counts
 from dst.layers import Selector, SparseLayer, find_layers
 from dst.mask_file import load_masks
 from dst.method import Method, spec_differences
 from dst.optimizer_state import per_weight_state
+from dst.patterns import Unstructured
+from dst.redistribute import apportion
+from dst.scores import Magnitude, Random
 from dst.sharding import all_agree, check_equal_masks, local, whole
-from dst.topology import Rewiring, drop_count
-from dst.types import folded_generator, resolve_steps
+from dst.topology import top_indices
+from dst.types import LayerStat, LayerView, Score, folded_generator, resolve_steps
+from dst.warmup import WarmUp, check_whole
 
 logger = logging.getLogger(__name__)
 
 STATE_FORMAT = 1
+STEP_KINDS = ("dense", "sparse", "dense_gradient")
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 _NO_DEEPSPEED = (
@@ -73,7 +81,8 @@ class Update:
 class _Counters:
     updates: int = 0
     skipped: int = 0
-    steps: dict[str, int] = field(default_factory=lambda: {"dense": 0, "sparse": 0, "dense_gradient": 0})
+    steps: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STEP_KINDS, 0))
+    work: dict[str, list[int]] = field(default_factory=dict)  # kind of step to active weights per layer, over steps
 
 
 class Sparsifier:
@@ -142,10 +151,16 @@ class Sparsifier:
         self._warned: set[str] = set()
         self.last_update: Update | None = None
         self._originals: list[tuple[Tensor, Tensor, int]] = []  # what the first mask cut, as it was
+        self._set_density: float | None = None  # what a user set, instead of the method's schedule
+        self._budgets = {layer.label: layer.weights for layer in self.layers}  # what updates keep to
+        self._budget_density: float | None = None  # the network's density that they were split from
+        self._amount_state = method.amount.initial_state if method.amount is not None else 0.0
+        if method.grown_warmup or method.perturb is not None:
+            check_whole(self._parameters, "grown_warmup" if method.grown_warmup else "perturb")
+        self._warming = WarmUp(method.grown_warmup) if method.grown_warmup else None
         self._sparsify_step = resolve_steps(method.sparsify_at, total_steps, "sparsify_at")
         if not isinstance(method.init, inits.FromFile):
-            labels, shapes = [layer.label for layer in self.layers], [layer.shape for layer in self.layers]
-            planned_counts(method.allocation, labels, shapes, method.density)
+            layer_counts(method, self.layers, method.density)
         if self._sparsify_step >= total_steps and method.density < 1:
             raise ConfigurationError(
                 f"sparsify_at={method.sparsify_at} is not before the end of training at step {total_steps}: "
@@ -198,6 +213,16 @@ class Sparsifier:
         ``dense``, ``sparse``, or ``dense_gradient`` (sparse, but with the dense gradient computed on purpose).
         """
         return dict(self._counters.steps)
+
+    @property
+    def work(self) -> dict[str, dict[str, int]]:
+        """Active weights, summed over the optimizer steps of each kind: kind to layer label to number.
+
+        What FLOPs of a whole training are made of, whatever its density did: divided by a layer's weights it is the
+        number of dense steps that would have cost as much.
+        """
+        labels = [layer.label for layer in self.layers]
+        return {kind: dict(zip(labels, active, strict=True)) for kind, active in self._counters.work.items()}
 
     @property
     def is_sparse(self) -> bool:
@@ -276,7 +301,19 @@ class Sparsifier:
 
     def _is_due(self, stepper: _Stepper) -> bool:
         """Whether the step to come updates the topology; once it has, it does not where it is tried again."""
-        return stepper.updated_at != stepper.step and self.method.clock.fires(stepper.step, self.total_steps)
+        if stepper.updated_at == stepper.step:
+            return False
+        return self.method.clock.fires(stepper.step, self.total_steps) or stepper.step == self._settles_at()
+
+    def _settles_at(self) -> int | None:
+        """The step of the last update of a budget that moves: from there on it is the final one."""
+        method = self.method
+        if method.schedule is None and method.surplus is None:
+            return None
+        last = method.clock.stop_step(self.total_steps)
+        if method.schedule is not None:
+            last = max(last, method.schedule.settles_at(self.total_steps))
+        return min(last, self.total_steps - 1)
 
     def _expect_gradients(self, steppers: Iterable[_Stepper] | None = None) -> None:
         """Tell the storages what the coming step of the optimizers (by default all) needs to see."""
@@ -308,6 +345,7 @@ class Sparsifier:
             stepper.announced = self._prepare(stepper)
             for storage in self._storages:
                 storage.mask_gradients(stepper.parameters)
+            self._perturb(stepper)
             # What was kept for this step is used; should it not be taken, the next attempt begins anew.
             self._expect_gradients([stepper])
 
@@ -330,14 +368,15 @@ class Sparsifier:
         if not self._sparsified:
             return "dense"
         observing = self._observe(stepper)
-        kind = "dense_gradient" if observing else "sparse" if self.method.density < 1 else "dense"
         if self._is_due(stepper):
             self._update(stepper)
+        reads = observing
         if stepper.updated_at == stepper.step:
-            needs_gradient = any(score.needs_gradient for score in self.method.scores().values())
-            kind = "dense_gradient" if needs_gradient else kind
+            reads = reads or any(score.needs_gradient for score in self.method.scores().values())
             stepper.replaced = self.method.replace_step
-        return kind
+        if all(self._active(layer) == layer.weights for layer in self.layers):
+            return "dense"
+        return "dense_gradient" if reads else "sparse"
 
     def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Step pre-hook: take the gradients away where an update replaces the step.
@@ -346,6 +385,8 @@ class Sparsifier:
         """
         stepper = next(s for s in self._steppers if s.optimizer is optimizer)
         stepper.begun = True
+        if self._warming is not None:
+            self._warming.begin(stepper.parameters, self._names)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._leave_out(stepper)
@@ -369,6 +410,8 @@ class Sparsifier:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step post-hook: weights that are inactive are zero again, and the clock advances."""
         stepper = next(s for s in self._steppers if s.optimizer is optimizer)
+        if self._warming is not None and stepper.begun:
+            self._warming.end(self._parameters, stepper.step)
         for storage in self._storages:
             storage.mask_weights(stepper.parameters)
         self._originals = []
@@ -381,6 +424,9 @@ class Sparsifier:
                 "or finalize() the sparsifier when sparse training is over"
             )
         self._counters.steps[stepper.announced] += 1
+        work = self._counters.work.setdefault(stepper.announced, [0] * len(self.layers))
+        for index in stepper.layers:
+            work[index] += self._active(self.layers[index])
         stepper.announced = None
         stepper.step += 1
         self._expect_gradients([stepper])
@@ -428,6 +474,7 @@ class Sparsifier:
                 self._home[layer.parameter].rescale(layer)
         self.mask_optimizer_state()
         self._check_agreement(step)
+        self._budgets = {layer.label: self._active(layer) for layer in self.layers}
         self._sparsified = True
         if self.method.is_dynamic:
             for storage in self._storages:
@@ -445,6 +492,7 @@ class Sparsifier:
             ),
             seed=self.seed,
             step=step,
+            density=self.method.density_at(step, self.total_steps),
             placed=placed,
         ):
             if positions is not None:
@@ -489,39 +537,240 @@ class Sparsifier:
         if not self._gradients_are_usable(stepper):
             self._counters.skipped += 1
             return False
-        step, stop = stepper.step, self.method.clock.stop_step(self.total_steps)
-        fraction = self.method.fraction(step, stop)
-        # All layers' rewirings are decided before any is applied.
-        rewirings = [(i, r) for i in stepper.layers if (r := self._rewire(i, step, fraction)) is not None]
-        for index, rewiring in rewirings:
-            layer = self.layers[index]
-            self._home[layer.parameter].apply(layer, rewiring, stepper.optimizer)
-        grown = sum(rewiring.grown.numel() for _, rewiring in rewirings)
+        step, method = stepper.step, self.method
+        fraction = method.fraction(step, method.clock.stop_step(self.total_steps))
+        scores = method.scores()
+        self._move_budgets(self._density_at(step), step)
+        drafts = self._draft(stepper, step, fraction, scores)
+        grown = self._apply(stepper, drafts)
         self._check_agreement(step)
         self._counters.updates += 1
-        stepper.updated_at = step
         active = sum(self._active(self.layers[i]) for i in stepper.layers)
+        stepper.updated_at = step
         self.last_update = Update(step, fraction, grown / max(1, active))
         return True
 
-    def _rewire(self, index: int, step: int, fraction: float) -> Rewiring | None:
-        """One layer's rewiring, or ``None`` where nothing can or need change."""
-        layer, method = self.layers[index], self.method
-        active = self._active(layer)
-        count = drop_count(active, fraction)
-        if count == 0 or active == layer.weights:
-            return None
-        draft = Draft(
-            count,
-            method.scores(),
-            {role: b for (role, label), b in self._buffers.items() if label == layer.label},
-            lambda role: folded_generator(self.seed, role, step, layer.label),
-            method.regrow_dropped,
+    def _apply(self, stepper: _Stepper, drafts: Sequence[tuple[SparseLayer, Draft]]) -> int:
+        """Decide all layers' rewirings, then apply them; returns how many connections grew."""
+        rewirings = []
+        for layer, draft in drafts:
+            rewiring = self._home[layer.parameter].decide(layer, draft)
+            if rewiring is None:
+                self._warn_once(f"{layer.parameter} had no gradient at a topology update and keeps its connections")
+            else:
+                rewirings.append((layer, rewiring))
+        for layer, rewiring in rewirings:
+            self._home[layer.parameter].apply(layer, rewiring, stepper.optimizer)
+            if self._warming is not None:
+                self._warming.follow(layer, rewiring, stepper.step)
+        return sum(rewiring.grown.numel() for _, rewiring in rewirings)
+
+    def _density_at(self, step: int) -> float:
+        if self._set_density is not None:
+            return self._set_density
+        return self.method.density_at(step, self.total_steps)
+
+    def _move_budgets(self, density: float, step: int) -> None:
+        """Let the layers' budgets follow the network's, where it moves."""
+        moves = self.method.schedule is not None or self._set_density is not None
+        if not moves or density == self._budget_density:
+            return
+        method, active = self.method, [self._active(layer) for layer in self.layers]
+        pattern = method.pattern.for_density(density) if density < 1 else Unstructured()
+        if method.allocation.needs_scores and pattern.is_free and density < 1:
+            wanted = network_budget([layer.shape for layer in self.layers], density)
+            if wanted < sum(active):
+                counts = layer_counts(method, self.layers, density, [self._survival(x, step) for x in self.layers])
+            else:
+                # Growth has no network-wide threshold: every layer grows in proportion to what it has.
+                room = [layer.weights - a for layer, a in zip(self.layers, active, strict=True)]
+                grown = apportion(wanted - sum(active), [float(a) for a in active], room)
+                counts = [
+                    pattern.fit(x, a + g) if pattern.obstacle(x) is None else x.weights
+                    for x, a, g in zip(self.layers, active, grown, strict=True)
+                ]
+        else:
+            counts = layer_counts(method, self.layers, density)
+        assert counts is not None
+        self._budgets = {layer.label: count for layer, count in zip(self.layers, counts, strict=True)}
+        self._budget_density = density
+
+    def _survival(self, layer: SparseLayer, step: int) -> Tensor:
+        """Drop scores, lowest where inactive."""
+        drop = self.method.drop or Magnitude()
+        view = self._view(layer, "drop", step, drop)
+        if drop.needs_gradient and (view.buffer if drop.observes else view.gradient) is None:
+            view, drop = self._view(layer, "drop", step, Magnitude()), Magnitude()
+        scores = drop(view)
+        return scores.masked_fill(~view.mask, torch.finfo(scores.dtype).min)
+
+    def _view(self, layer: SparseLayer, role: str, step: int, score: Score) -> LayerView:
+        return self._home[layer.parameter].view(
+            layer,
+            folded_generator(self.seed, role, step, layer.label),
+            gradient=score.needs_gradient,
+            buffer=self._buffers.get((role, layer.label)),
         )
-        rewiring = self._home[layer.parameter].decide(layer, draft)
-        if rewiring is None:
-            self._warn_once(f"{layer.parameter} had no gradient at a topology update and keeps its connections")
-        return rewiring
+
+    def _draft(
+        self, stepper: _Stepper, step: int, fraction: float, scores: Mapping[str, Score]
+    ) -> list[tuple[SparseLayer, Draft]]:
+        """What the update is to do in each of the optimizer's layers; layers that stay as they are are left out."""
+        method = self.method
+        density = self._density_at(step)
+        pattern = method.pattern.for_density(density) if density < 1 else Unstructured()
+        moved = [
+            layer
+            for layer in (self.layers[i] for i in stepper.layers)
+            if not self._active(layer) == self._budgets[layer.label] == layer.weights
+        ]
+        changes = self._changes(moved, step, fraction, scores)
+        condemned = self._condemned(moved, changes, step) if method.chain_removal else {}
+        drafts = []
+        for layer, change in zip(moved, changes, strict=True):
+            extra = condemned.get(layer.label)
+            more = 0 if extra is None else extra.numel()
+            if change.drop + change.grow + more == 0:
+                continue
+            draft = Draft(
+                change.drop + more,
+                change.grow + more,
+                scores,
+                {role: b for (role, label), b in self._buffers.items() if label == layer.label},
+                partial(self._generator, step, layer),
+                method.regrow_dropped,
+                pattern,
+                extra,
+            )
+            drafts.append((layer, draft))
+        return drafts
+
+    def _generator(self, step: int, layer: SparseLayer, role: str) -> torch.Generator:
+        return folded_generator(self.seed, role, step, layer.label)
+
+    def _changes(
+        self, layers: Sequence[SparseLayer], step: int, fraction: float, scores: Mapping[str, Score]
+    ) -> list[Change]:
+        """How many connections come and go in every layer."""
+        method = self.method
+        amounts: list[int | None] = [None] * len(layers)
+        if method.amount is not None:
+            views = [self._view(layer, "drop", step, scores["drop"]) for layer in layers]
+            drop_scores = [scores["drop"](view) for view in views]
+            counts, self._amount_state = method.amount.counts(views, drop_scores, self._amount_state)
+            amounts = list(counts)
+        surplus = method.surplus(step, method.clock.stop_step(self.total_steps)) if method.surplus else None
+        if step == self._settles_at():
+            surplus = None if surplus is None else 0.0
+        changes = [
+            plan_change(
+                self._active(layer),
+                self._budgets[layer.label],
+                layer.weights,
+                fraction=fraction,
+                grows="grow" in scores,
+                surplus=surplus,
+                amount=amount,
+            )
+            for layer, amount in zip(layers, amounts, strict=True)
+        ]
+        if method.redistribute is None:
+            return changes
+        role = "grow" if "grow" in scores else "drop"
+        stats = [
+            LayerStat(
+                layer.weights,
+                self._active(layer) - change.drop,
+                method.redistribute.measure(self._view(layer, role, step, scores[role]))
+                if method.redistribute.needs_gradient
+                else 0.0,
+            )
+            for layer, change in zip(layers, changes, strict=True)
+        ]
+        grown = method.redistribute.grow_counts(stats, sum(change.grow for change in changes))
+        changes = [Change(change.drop, count) for change, count in zip(changes, grown, strict=True)]
+        for layer, stat, change in zip(layers, stats, changes, strict=True):
+            self._budgets[layer.label] = stat.kept + change.grow
+        return changes
+
+    def _condemned(self, layers: Sequence[SparseLayer], changes: Sequence[Change], step: int) -> dict[str, Tensor]:
+        """Label to positions of connections that will lie on no path once the update has dropped its share."""
+        drops = {layer.label: change.drop for layer, change in zip(layers, changes, strict=True)}
+        found = {}
+        for run in sequences(self.layers):
+            masks = []
+            for layer in run:
+                scores, active = self._survival(layer, step), self._mask_of_layer(layer).reshape(-1)
+                positions = active.nonzero().squeeze(1)
+                kept = torch.zeros_like(active)
+                count = positions.numel() - drops.get(layer.label, 0)
+                best = top_indices(scores.reshape(-1)[positions], count, self._generator(step, layer, "ties"))
+                kept[positions[best]] = True
+                masks.append(kept.view(layer.shape))
+            for layer, broken in zip(run, incomplete(masks), strict=True):
+                if layer.label in drops:
+                    found[layer.label] = broken.reshape(-1).nonzero().squeeze(1)
+        return found
+
+    def _mask_of_layer(self, layer: SparseLayer) -> Tensor:
+        return layer.part(whole(self.masks[layer.parameter]))
+
+    def _perturb(self, stepper: _Stepper) -> None:
+        """Add what the method adds to the gradients of active weights."""
+        perturb = self.method.perturb
+        if perturb is None or stepper.replaced or not self._sparsified:
+            return
+        rates = {id(p): group["lr"] for group in stepper.optimizer.param_groups for p in group["params"]}
+        for index in stepper.layers:
+            layer = self.layers[index]
+            parameter = self._parameters[layer.parameter]
+            if parameter.grad is not None:
+                view = self._home[layer.parameter].view(layer, self._generator(stepper.step, layer, "perturb"))
+                added = perturb(view, float(rates[id(parameter)])).masked_fill(~view.mask, 0)
+                layer.part(parameter.grad).add_(added.to(parameter.grad.dtype))
+
+    @torch.no_grad()
+    def set_density(self, density: float) -> None:
+        """Prune or grow to another density, now and for good: the method's schedule of densities no longer counts.
+
+        Connections go by the method's drop score and come by its grow score where these need no gradient or one is
+        there, by magnitude and at random otherwise. Weights and optimizer state of those that stay are untouched; those
+        that come start at zero. Call it between steps.
+
+        Args:
+            density: The new density over all sparse layers, in (0, 1].
+
+        Raises:
+            ConfigurationError: A density out of range, one that cannot hold, or a backend that stores a fixed number of
+                connections.
+            StateError: Training is in the method's dense phase.
+        """
+        if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
+            raise ConfigurationError(f"density={density!r} must lie in (0, 1]: the share of weights that are kept")
+        if any(storage.is_placed for storage in self._storages):
+            raise ConfigurationError(
+                f'backend="{self.method.backend}" stores a fixed number of connections; use backend="masked" to change it'
+            )
+        if not self._sparsified:
+            raise StateError(f"training is dense until step {self._sparsify_step}; set the density after it")
+        layer_counts(self.method, self.layers, density)
+        self._set_density = float(density)
+        step = self.step
+        self._move_budgets(self._set_density, step)
+        chosen: dict[str, Score] = {"drop": Magnitude(), "grow": Random()}
+        for role, score in self.method.scores().items():
+            if not score.needs_gradient or all(self._can_score(role, score, layer) for layer in self.layers):
+                chosen[role] = score
+        for stepper in self._steppers:
+            drafts = []
+            for layer, draft in self._draft(stepper, step, 0.0, chosen):
+                drafts.append((layer, replace(draft, regrow_dropped=True)))
+            self._apply(stepper, drafts)
+        self._check_agreement(step)
+
+    def _can_score(self, role: str, score: Score, layer: SparseLayer) -> bool:
+        view = self._view(layer, role, self.step, score)
+        return (view.buffer if score.observes else view.gradient) is not None
 
     @torch.no_grad()
     def track_average(self, model: nn.Module) -> None:
@@ -597,6 +846,12 @@ class Sparsifier:
             "last_update": None
             if self.last_update is None
             else [self.last_update.step, self.last_update.fraction, self.last_update.churn],
+            "set_density": self._set_density,
+            "budget_density": self._budget_density,
+            "budgets": dict(self._budgets),
+            "amount": self._amount_state,
+            "work": {kind: list(active) for kind, active in self._counters.work.items()},
+            "warming": {} if self._warming is None else self._warming.state(),
             "layers": self.layer_table(),
             "masks": {n: mask for storage in self._storages for n, mask in storage.masks_state().items()},
             "union": {n: union for storage in self._storages for n, union in storage.union_state().items()},
@@ -633,7 +888,16 @@ class Sparsifier:
         self._check_agreement(int(state["steps"][0]))
         for stepper, step, updated_at in zip(self._steppers, state["steps"], state["updated_at"], strict=True):
             stepper.step, stepper.updated_at, stepper.announced = int(step), int(updated_at), None
-        self._counters = _Counters(int(state["updates"]), int(state["skipped"]), dict(state["step_counts"]))
+        self._set_density, self._budget_density = state["set_density"], state["budget_density"]
+        self._budgets, self._amount_state = dict(state["budgets"]), float(state["amount"])
+        if self._warming is not None:
+            self._warming.load(state["warming"], {layer.label: layer for layer in self.layers})
+        self._counters = _Counters(
+            int(state["updates"]),
+            int(state["skipped"]),
+            dict(state["step_counts"]),
+            {kind: list(active) for kind, active in state["work"].items()},
+        )
         last = state["last_update"]
         self.last_update = None if last is None else Update(int(last[0]), float(last[1]), float(last[2]))
         self._expect_gradients()
@@ -646,7 +910,7 @@ class Sparsifier:
             raise StateError("this is not the state of a dst Sparsifier, or it is damaged")
         if state["format"] != STATE_FORMAT:
             raise StateError(f"the state has format {state['format']}; this version of dst reads {STATE_FORMAT}")
-        for key in ("method", "masks", "union", "buffers", "step_counts", "collected"):
+        for key in ("method", "masks", "union", "buffers", "step_counts", "collected", "budgets", "work", "warming"):
             if not isinstance(state[key], Mapping):
                 raise StateError(f"the state is damaged: {key} is no mapping")
         # Every backend reads what another has saved.
@@ -697,6 +961,16 @@ class Sparsifier:
         for key, buffer in state["buffers"].items():
             if key not in shapes or not isinstance(buffer, Tensor) or tuple(buffer.shape) != shapes[key]:
                 raise StateError(f"the checkpoint has a score buffer {key} that does not fit the model")
+        if state["budgets"].keys() != self._budgets.keys() or not _are_counts(list(state["budgets"].values())):
+            raise StateError("the state is damaged: budgets must be counts, one for every sparse layer")
+        work = list(state["work"].values())
+        if not state["work"].keys() <= set(STEP_KINDS) or any(
+            not _are_counts(w) or len(w) != len(self.layers) for w in work
+        ):
+            raise StateError("the state is damaged: work must hold a count for every sparse layer")
+        for density in (state["set_density"], state["budget_density"]):
+            if density is not None and not (isinstance(density, float) and 0 < density <= 1):
+                raise StateError("the state is damaged: densities must lie in (0, 1]")
         if not isinstance(state["updated_at"], list) or len(state["updated_at"]) != len(state["steps"]):
             raise StateError("the state is damaged: steps and updated_at do not belong together")
 

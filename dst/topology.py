@@ -216,7 +216,7 @@ class Rewiring:
 
     Attributes:
         grown: Positions active after and inactive before (0 to 1); int64, row-major in the layer.
-        dropped: Positions inactive after and active before (1 to 0); as many as grown.
+        dropped: Positions inactive after and active before (1 to 0).
     """
 
     grown: Tensor
@@ -236,39 +236,42 @@ def rewire(
     active: Tensor,
     ranking: Tensor,
     weights: int,
-    count: int,
-    grow: Callable[[int, Tensor], Tensor],
+    drop: int,
+    grow: int,
+    choose: Callable[[int, Tensor], Tensor],
     *,
     regrow_dropped: bool,
     generator: torch.Generator,
 ) -> Rewiring:
-    """Replace ``count`` connections, given as lists of positions: what every backend shares.
+    """Drop connections and grow others, given as lists of positions: what every backend shares.
 
-    RigL, Algorithm 1 (Evci et al. 2020, https://arxiv.org/abs/1911.11134). Inactive positions take no part in the drop:
-    a connection grown at zero ties with a masked zero, and must not be lost for it.
+    RigL, Algorithm 1 (Evci et al. 2020, https://arxiv.org/abs/1911.11134), where as many are grown as dropped. Inactive
+    positions take no part in the drop: a connection grown at zero ties with a masked zero, and must not be lost for it.
 
     Args:
         active: Sorted positions of the active connections, int64.
         ranking: Their drop scores, float, in that order: the lowest are dropped.
         weights: Number of positions in the layer.
-        count: Connections to drop, and then to grow; in [0, active].
-        grow: Called with a number and the sorted positions that may not be chosen; returns that many other positions,
+        drop: Connections to drop; in [0, active].
+        grow: Connections to grow; ``active - drop + grow`` is at most ``weights``.
+        choose: Called with a number and the sorted positions that may not be chosen; returns that many other positions,
             sorted.
         regrow_dropped: Whether a connection dropped just now may be grown again at once, keeping its value, as in the
             authors' code (candidates are all positions not kept); it then counts as neither grown nor dropped. Otherwise
-            candidates are the positions inactive before, and ``count`` is lowered to their number where there are fewer.
+            candidates are the positions inactive before, and both numbers are lowered alike where there are too few.
         generator: CPU generator that breaks ties of the drop.
 
     Returns:
         The rewiring; what was grown and what was kept never overlap.
     """
     if not regrow_dropped:
-        count = min(count, weights - active.numel())
+        surplus = max(0, grow - (weights - active.numel()))
+        drop, grow = drop - surplus, grow - surplus
     # The lowest are those that the highest leave over, so that NaN goes first and ties are fair.
     is_kept = torch.zeros(active.numel(), dtype=torch.bool, device=active.device)
-    is_kept[top_indices(ranking, active.numel() - count, generator)] = True
+    is_kept[top_indices(ranking, active.numel() - drop, generator)] = True
     out = active[~is_kept]
-    grown = grow(count, active[is_kept] if regrow_dropped else active)
+    grown = choose(grow, active[is_kept] if regrow_dropped else active)
     if not regrow_dropped:
         return Rewiring(grown, out)
     back = _are_in(grown, out)
@@ -316,6 +319,7 @@ def drop_and_grow(
         active,
         drop_scores.take(active),
         mask.numel(),
+        count,
         count,
         lambda number, barred: best_free(grow_scores, number, barred, generator),
         regrow_dropped=regrow_dropped,

@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dst.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from dst.layers import SparseLayer
+    from dst.topology import Rewiring
 
 Duration: TypeAlias = int | float
 """A point or a span in training: an ``int`` counts optimizer steps, a ``float`` in [0, 1] is a fraction of the
@@ -142,6 +146,115 @@ class Init(Protocol):
 
     def scores(self, view: LayerView) -> Tensor:
         """Score every position of the layer; float, of the layer's shape."""
+
+
+class Pattern(Protocol):
+    """Says which weights live and die together; see ``dst.patterns``."""
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether ``select`` and ``rewire`` choose, rather than one budget per layer and every weight for itself."""
+
+    @property
+    def is_free(self) -> bool:
+        """Whether layers may have any density, rather than one that follows from the pattern."""
+
+    def for_density(self, density: float) -> Pattern:
+        """The pattern with what depends on the network's density resolved."""
+
+    def obstacle(self, layer: SparseLayer) -> str | None:
+        """Why the layer cannot have the pattern (it stays dense then), or ``None``."""
+
+    def fit(self, layer: SparseLayer, count: int) -> int:
+        """The number of active weights that comes nearest to ``count`` and the pattern can hold."""
+
+    def spread(self, layer: SparseLayer, scores: Tensor) -> Tensor:
+        """Every weight's score replaced by that of its group; of the layer's shape."""
+
+    def select(self, layer: SparseLayer, scores: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Sorted positions of the best ``count`` weights."""
+
+    def rewire(
+        self,
+        layer: SparseLayer,
+        mask: Tensor,
+        drop_scores: Tensor,
+        grow_scores: Tensor | None,
+        drop: int,
+        grow: int,
+        *,
+        regrow_dropped: bool,
+        generator: torch.Generator,
+    ) -> Rewiring:
+        """Drop and grow within the pattern."""
+
+
+class DensitySchedule(Protocol):
+    """The budget over time, for methods whose density moves."""
+
+    def __call__(self, step: int, total_steps: int, final: float) -> float:
+        """Density in (0, 1] that holds from an update at ``step`` on; ``final`` is the method's."""
+
+    def settles_at(self, total_steps: int) -> int:
+        """The step from which on it is ``final``."""
+
+
+@dataclass(frozen=True)
+class LayerStat:
+    """What a redistribution knows of a layer at an update.
+
+    Attributes:
+        weights: Number of weights.
+        kept: Active ones that the update does not drop.
+        strength: What the redistribution's ``measure`` returned.
+    """
+
+    weights: int
+    kept: int
+    strength: float
+
+
+class Redistribution(Protocol):
+    """Moves budget between layers at updates."""
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Whether ``measure`` reads the gradient, or the grow score's buffer where that observes."""
+
+    def measure(self, view: LayerView) -> float:
+        """A layer's claim, >= 0."""
+
+    def grow_counts(self, stats: Sequence[LayerStat], total: int) -> list[int]:
+        """How ``total`` grown connections are split over the layers."""
+
+
+class Perturbation(Protocol):
+    """Something added to the gradients of active weights at every step."""
+
+    def __call__(self, view: LayerView, lr: float) -> Tensor:
+        """What is added, of the layer's shape; where inactive it does not matter.
+
+        Args:
+            view: The layer; ``gradient`` is ``None``.
+            lr: The optimizer's learning rate for it.
+        """
+
+
+class Amount(Protocol):
+    """How many connections an update drops, where the weights decide and not a fraction."""
+
+    @property
+    def initial_state(self) -> float:
+        """What ``counts`` is given at the first update."""
+
+    def counts(self, views: Sequence[LayerView], scores: Sequence[Tensor], state: float) -> tuple[list[int], float]:
+        """Number to drop in every layer, and the state for the next update.
+
+        Args:
+            views: The layers.
+            scores: Their drop scores.
+            state: What the last update returned.
+        """
 
 
 class Fraction(Protocol):

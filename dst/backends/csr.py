@@ -66,7 +66,14 @@ class Csr:
         """See ``Storage``."""
         return self._modules[name].shape
 
-    def view(self, layer: SparseLayer, generator: torch.Generator, *, gradient: bool = False) -> LayerView:
+    def view(
+        self,
+        layer: SparseLayer,
+        generator: torch.Generator,
+        *,
+        gradient: bool = False,
+        buffer: Tensor | None = None,
+    ) -> LayerView:
         """See ``Storage``."""
         module = self._modules[layer.parameter]
         return LayerView(module.dense_weight(), module.mask(), None, None, generator)
@@ -109,7 +116,14 @@ class Csr:
             return module.grow_candidates(count, exclude=barred, reduce=self._reduce, key=tie_key(ties))
 
         return rewire(
-            active, ranking, layer.weights, draft.count, choose, regrow_dropped=draft.regrow_dropped, generator=ties
+            active,
+            ranking,
+            layer.weights,
+            draft.drop,
+            draft.grow,
+            choose,
+            regrow_dropped=draft.regrow_dropped,
+            generator=ties,
         )
 
     def _reduce(self, tensor: Tensor) -> None:

@@ -7,6 +7,7 @@ weights' dtype does (a fifteenth of one by bool masks), and unlike one it makes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
@@ -38,10 +39,12 @@ class BitMasks:
         else:
             self._tensors[parameter] = _expand(mask, local(parameter.detach()))
 
-    def rewire(self, parameter: nn.Parameter, rewiring: Rewiring) -> None:
-        """Follow a topology update; positions are those of the local part."""
+    def rewire(self, parameter: nn.Parameter, rewiring: Rewiring, mask: Tensor) -> None:
+        """Follow a topology update to ``mask``; positions are those of the local part."""
         if parameter in self._tensors:
             rewiring.apply_(self._tensors[parameter], one=-1)
+        elif rewiring.dropped.numel():
+            self.set(parameter, mask)  # it was wholly active
 
     @torch.no_grad()
     def mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -108,8 +111,8 @@ class Masked:
         generator: torch.Generator,
         *,
         gradient: bool = False,
-        mask: Tensor | None = None,
         buffer: Tensor | None = None,
+        mask: Tensor | None = None,
     ) -> LayerView:
         """See ``Storage``; a mask that is known already need not be gathered once more."""
         parameter = self.parameters[layer.parameter]
@@ -155,7 +158,8 @@ class Masked:
     def decide(self, layer: SparseLayer, draft: Draft) -> Rewiring | None:
         """See ``Storage``."""
         mask, views = self._whole_mask(layer), {}
-        for role, score in draft.scores.items():
+        needed = draft.scores if draft.grow else {"drop": draft.scores["drop"]}
+        for role, score in needed.items():
             view = views[role] = self.view(
                 layer,
                 draft.generator(role),
@@ -165,18 +169,42 @@ class Masked:
             )
             if score.needs_gradient and (view.buffer if score.observes else view.gradient) is None:
                 return None
-        drop, grow, ties = draft.scores["drop"], draft.scores["grow"], draft.generator("ties")
-        sampler = as_sampler(grow)
+        ties = draft.generator("ties")
+        drop_scores = draft.scores["drop"](views["drop"])
+        if draft.condemned is not None:
+            drop_scores = fill_at_(drop_scores.clone(), draft.condemned.to(mask.device), -math.inf)
+        if draft.pattern.is_grouped:
+            grow_scores = draft.scores["grow"](views["grow"]) if draft.grow else None
+            return draft.pattern.rewire(
+                layer,
+                mask,
+                drop_scores,
+                grow_scores,
+                draft.drop,
+                draft.grow,
+                regrow_dropped=draft.regrow_dropped,
+                generator=ties,
+            )
         active = mask.reshape(-1).nonzero().squeeze(1)
-        ranking = drop(views["drop"]).take(active)
 
         def choose(count: int, barred: Tensor) -> Tensor:
+            if count == 0:
+                return barred[:0]
+            grow = draft.scores["grow"]
+            sampler = as_sampler(grow)
             if sampler is not None:
                 return sampler.sample(layer.weights, barred, count, views["grow"].generator)
             return best_free(grow(views["grow"]), count, barred, ties)
 
         return rewire(
-            active, ranking, layer.weights, draft.count, choose, regrow_dropped=draft.regrow_dropped, generator=ties
+            active,
+            drop_scores.take(active),
+            layer.weights,
+            draft.drop,
+            draft.grow,
+            choose,
+            regrow_dropped=draft.regrow_dropped,
+            generator=ties,
         )
 
     def apply(self, layer: SparseLayer, rewiring: Rewiring, optimizer: Optimizer) -> None:
@@ -194,7 +222,8 @@ class Masked:
         for average in self._averages:
             copy = local(average[name].detach())  # it may live on another device
             fill_at_(copy, here.dropped.to(copy.device), 0)
-        self._bits.rewire(parameter, here)
+        self._bits.rewire(parameter, here, self._masks[name])
+        self.active[layer.label] += rewiring.grown.numel() - rewiring.dropped.numel()
 
     def expect_dense_gradient(self, parameters: Collection[nn.Parameter], expected: bool) -> None:
         """See ``Storage``; gradients are always dense."""

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from dst.layers import SparseLayer
 from dst.topology import Rewiring
-from dst.types import LayerView, Score
+from dst.types import LayerView, Pattern, Score
 
 
 @dataclass(frozen=True)
@@ -20,18 +20,24 @@ class Draft:
     """An update of one layer, before it is decided.
 
     Attributes:
-        count: Connections to drop, and then to grow.
-        scores: ``drop`` and ``grow``.
+        drop: Connections to drop.
+        grow: Connections to grow then.
+        scores: ``drop``, and ``grow`` where connections ever grow.
         buffers: Role to what the score's ``observe`` returned last; only of scores that observe.
         generator: Role, or ``"ties"``, to a fresh CPU generator folded from seed, step, layer and it.
         regrow_dropped: As in ``dst.topology.rewire``.
+        pattern: Which weights live and die together.
+        condemned: Sorted positions of active connections that are dropped before any other, int64, or ``None``.
     """
 
-    count: int
+    drop: int
+    grow: int
     scores: Mapping[str, Score]
     buffers: Mapping[str, Tensor]
     generator: Callable[[str], torch.Generator]
     regrow_dropped: bool
+    pattern: Pattern
+    condemned: Tensor | None = None
 
 
 class Storage(Protocol):
@@ -56,8 +62,15 @@ class Storage(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the dense weight."""
 
-    def view(self, layer: SparseLayer, generator: torch.Generator, *, gradient: bool = False) -> LayerView:
-        """The layer at its dense shape, for the scores of a first mask."""
+    def view(
+        self,
+        layer: SparseLayer,
+        generator: torch.Generator,
+        *,
+        gradient: bool = False,
+        buffer: Tensor | None = None,
+    ) -> LayerView:
+        """The layer at its dense shape, for what looks at every position."""
 
     def adopt(self, positions: Mapping[str, Tensor]) -> None:
         """Take over connections: layer label to sorted positions. Inactive weights are zero then."""
