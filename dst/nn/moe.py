@@ -124,7 +124,7 @@ class SwitchFeedForward(nn.Module):
         if self.training and self.jitter:
             tokens = tokens * torch.empty_like(tokens).uniform_(1 - self.jitter, 1 + self.jitter)
         with torch.autocast(tokens.device.type, enabled=False):
-            logits = self.router(tokens.to(self.router.weight.dtype))
+            logits = self.router(tokens.to(next(self.router.parameters()).dtype))
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
 
     def __getstate__(self) -> dict[str, Any]:
