@@ -89,7 +89,8 @@ class Classifier(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
         """Return the batch's mean loss, and what the model's modules add to it."""
-        return sum(auxiliary_losses(self.model), self._loss("train", batch))
+        loss = self._loss("train", batch)
+        return sum(auxiliary_losses(self.model), loss)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         """Measure a batch."""
