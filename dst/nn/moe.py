@@ -108,16 +108,16 @@ class SwitchFeedForward(nn.Module):
         if self.training:
             self.auxiliary_loss = self.balance * load_balancing_loss(probabilities, chosen)
         count, capacity = len(self.experts), self.capacity(len(tokens))
-        # Row i·capacity + p holds the p-th token of expert i; the row behind all experts', those that are dropped.
+        # Row i·capacity + p holds the p-th token of expert i; the row behind all experts', what is dropped, for
+        # which it comes back as zeros.
         sent = functional.one_hot(chosen, count)
         place = (sent.cumsum(0) * sent).sum(1) - 1
-        kept = place < capacity
-        row = torch.where(kept, chosen * capacity + place, count * capacity)
+        row = torch.where(place < capacity, chosen * capacity + place, count * capacity)
         buffer = tokens.new_zeros(count * capacity + 1, tokens.shape[1]).index_copy(0, row, tokens)
         shares = buffer[:-1].view(count, capacity, -1).unbind()
         outputs = torch.cat([expert(share) for expert, share in zip(self.experts, shares, strict=True)])
         outputs = functional.pad(outputs, (0, 0, 0, 1)).index_select(0, row)
-        return (outputs * (gates * kept).to(outputs.dtype).unsqueeze(1)).view(inputs.shape)
+        return (outputs * gates.to(outputs.dtype).unsqueeze(1)).view(inputs.shape)
 
     def _route(self, tokens: Tensor) -> Tensor:
         """Return each token's probabilities of the experts, (tokens, experts), float32 or wider."""

@@ -100,7 +100,8 @@ def metrics_of_digits(config, tmp_path):
 
 def test_a_text_of_ones_own_by_a_relative_path(config, tmp_path, monkeypatch):
     (tmp_path / "rhyme.txt").write_text("the cat sat on the mat, and that was that. " * 200)
-    monkeypatch.chdir(tmp_path)
+    # Hydra may change the directory for a run; paths are from where the command was started.
+    monkeypatch.setattr("dst.run.to_absolute_path", lambda path: str(tmp_path / path))
     summary = run(config(*GPT, "data.path=rhyme.txt", "data.max_chars=null", "optimizer.lr=1e-2"), tmp_path / "run")
     assert summary.test.accuracy > 0.5
 
