@@ -171,7 +171,7 @@ def _task(datamodule: Any) -> Task:
 
 def _check_match(cfg: DictConfig, task: Task) -> None:
     """Refuse a model that is not made for such data, such as a model of text for images."""
-    parameters = inspect.signature(instantiate(cfg.model, _partial_=True, _convert_="all")).parameters
+    parameters = inspect.signature(instantiate(cfg.model, _partial_=True, _convert_="all").func).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return
     if missing := [name for name in task.arguments if name not in parameters]:
