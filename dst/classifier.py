@@ -1,4 +1,4 @@
-"""Image classification as a Lightning module, and its learning-rate schedules."""
+"""Classification, of images or of the next token, as Lightning modules, and their learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchmetrics import Metric
 
 from dst.errors import ConfigurationError
+from dst.nn import auxiliary_losses
 
 OptimizerFactory: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory: TypeAlias = Callable[[Optimizer, int], LRScheduler]
 
 
 class LossAndAccuracy(Metric):
-    """Mean cross-entropy and accuracy over samples; one update costs a few small tensor operations."""
+    """Mean cross-entropy and accuracy over labels; one update costs a few small tensor operations."""
 
     full_state_update = False
     loss: Tensor
@@ -35,10 +36,10 @@ class LossAndAccuracy(Metric):
         self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add a batch: its mean loss (scalar), logits (N, classes) and int labels (N,)."""
-        self.loss += loss.detach().float() * len(labels)
-        self.correct += (logits.detach().argmax(1) == labels).sum()
-        self.count += len(labels)
+        """Add a batch: its mean loss (scalar), logits (…, classes) and int labels (…)."""
+        self.loss += loss.detach().float() * labels.numel()
+        self.correct += (logits.detach().argmax(-1) == labels).sum()
+        self.count += labels.numel()
 
     def compute(self) -> dict[str, Tensor]:
         """Return ``loss`` and ``accuracy``, scalars."""
@@ -48,10 +49,12 @@ class LossAndAccuracy(Metric):
 class Classifier(LightningModule):
     """A model trained by cross-entropy.
 
-    Logs ``train/loss`` and ``train/accuracy`` once an epoch, as they were during it, and ``val/…`` and ``test/…``.
+    Logs ``train/loss`` and ``train/accuracy`` once an epoch, as they were during it, and ``val/…`` and ``test/…``. What
+    modules of the model leave in ``auxiliary_loss`` (see `dst.nn.auxiliary_losses`) is trained on, and not part of the
+    loss that is logged.
 
     Args:
-        model: Maps images (N, C, H, W) to logits (N, classes).
+        model: Maps inputs, such as images (N, C, H, W), to logits (…, classes) for labels (…), such as (N,).
         optimizer: Makes the optimizer from the parameters.
         scheduler: Makes the learning-rate schedule from the optimizer and the number of optimizer steps; it is
             advanced at every step. None for a constant rate.
@@ -66,9 +69,9 @@ class Classifier(LightningModule):
         self.scheduler = scheduler
         self.metrics = nn.ModuleDict({f"{split}_": LossAndAccuracy() for split in ("train", "val", "test")})
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor) -> Tensor:
         """Return the model's logits."""
-        return self.model(images)
+        return self.model(inputs)
 
     def configure_optimizers(self) -> Any:
         """Build the optimizer and, with its length known, the schedule."""
@@ -85,8 +88,9 @@ class Classifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """Return the batch's mean loss."""
-        return self._loss("train", batch)
+        """Return the batch's mean loss, and what the model's modules add to it."""
+        loss = self._loss("train", batch)
+        return sum(auxiliary_losses(self.model), loss)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
         """Measure a batch."""
@@ -109,9 +113,9 @@ class Classifier(LightningModule):
         self._log("test")
 
     def _loss(self, split: str, batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = batch
-        logits = self.model(images)
-        loss = functional.cross_entropy(logits, labels)
+        inputs, labels = batch
+        logits = self.model(inputs)
+        loss = functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
         self._metric(split).update(loss, logits, labels)
         return loss
 
@@ -128,6 +132,24 @@ class Classifier(LightningModule):
         self.log_dict({"step": float(self.trainer.global_step), "epoch": float(self.current_epoch)})
         self.log(f"{split}/loss", values["loss"])
         self.log(f"{split}/accuracy", values["accuracy"], prog_bar=True)
+        for name, value in self.more_metrics(values["loss"]).items():
+            self.log(f"{split}/{name}", value)
+
+    def more_metrics(self, loss: Tensor) -> dict[str, Tensor]:
+        """Return what else is logged of a split, from its mean loss in nats."""
+        return {}
+
+
+class LanguageModel(Classifier):
+    """A model of text, trained to predict every next token.
+
+    As `Classifier`, for tokens (N, T) and logits (N, T, vocabulary): loss and accuracy are means over tokens. Logs
+    ``bits_per_character``, too: the loss to base 2, for vocabularies of characters.
+    """
+
+    def more_metrics(self, loss: Tensor) -> dict[str, Tensor]:
+        """Return bits per character, ``loss / ln 2``."""
+        return {"bits_per_character": loss / math.log(2)}
 
 
 def cosine(optimizer: Optimizer, total_steps: int, *, warmup: float = 0.0, final: float = 0.0) -> LambdaLR:

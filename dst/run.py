@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import logging
 import math
 import os
@@ -27,6 +28,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from dst.allocation import planned_counts
 from dst.checkpoints import load_checkpoint
 from dst.classifier import Classifier
+from dst.data.module import Task, image_task
 from dst.errors import ConfigurationError, StateError
 from dst.layers import SparseLayer, find_layers
 from dst.lightning import SparseTraining
@@ -141,14 +143,15 @@ def build(cfg: DictConfig) -> Parts:
         raise ConfigurationError(f"seed={cfg.seed} must lie in [0, 2**32)")
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     method = _make(cfg.sparsity)
-    root = {"root": to_absolute_path(cfg.data.root)} if "root" in cfg.data else {}
-    datamodule = _make(cfg.data, **root)
+    places = {key: to_absolute_path(cfg.data[key]) for key in ("root", "path") if cfg.data.get(key) is not None}
+    datamodule = _make(cfg.data, **places)
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of a machine find what this one fetched
         datamodule.prepare_data()
         datamodule.setup("fit")
-    task = {"input_shape": datamodule.input_shape, "num_classes": datamodule.num_classes}
+    task = _task(datamodule)
     optimizer, scheduler = _make(cfg.optimizer), _make(cfg.scheduler)
-    module = Classifier(_make(cfg.model, **task), optimizer, scheduler)
+    _check_match(cfg, task)
+    module = task.module(_make(cfg.model, **task.arguments), optimizer, scheduler)
     with _blaming("optimizer, scheduler"):
         trial = optimizer(module.parameters())
         if scheduler is not None:
@@ -156,8 +159,26 @@ def build(cfg: DictConfig) -> Parts:
     layers, _ = find_layers(module, cfg.include, cfg.exclude)
     _check_budget(method, layers)
     with _blaming("model"):
-        macs = layer_macs(module, task["input_shape"])
+        macs = layer_macs(module, task.example)
     return Parts(method, datamodule, module, layers, macs)
+
+
+def _task(datamodule: Any) -> Task:
+    """What the data ask of the model; data modules that only know images' shape and classes are of that task."""
+    task = getattr(datamodule, "task", None)
+    return task if isinstance(task, Task) else image_task(datamodule.input_shape, datamodule.num_classes)
+
+
+def _check_match(cfg: DictConfig, task: Task) -> None:
+    """Refuse a model that is not made for such data, such as a model of text for images."""
+    parameters = inspect.signature(instantiate(cfg.model, _partial_=True, _convert_="all").func).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    if missing := [name for name in task.arguments if name not in parameters]:
+        raise ConfigurationError(
+            f"the model {cfg.model._target_} is not made for {cfg.data._target_}, which describes its task by "
+            f"{' and '.join(task.arguments)}: it takes no {' and no '.join(missing)}; choose another model= or data="
+        )
 
 
 def _check_budget(method: Method, layers: Sequence[SparseLayer]) -> None:

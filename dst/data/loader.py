@@ -1,7 +1,8 @@
-"""A loader over tensors held in memory, whose order is a pure function of the seed and the epoch."""
+"""Loaders over tensors held in memory, whose order is a pure function of the seed and the epoch."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from dst.errors import ConfigurationError, StateError
 Batch = tuple[Tensor, Tensor]
 Augment = Callable[[Tensor, Tensor], Tensor]
 
-_ORDER, _AUGMENT, _SPLIT = range(3)  # independent random streams of one seed
+_ORDER, _AUGMENT, _SPLIT, _OFFSET = range(4)  # independent random streams of one seed
 
 
 def generator(seed: int, *key: int) -> torch.Generator:
@@ -57,10 +58,10 @@ def processes() -> tuple[int, int]:
     return 0, 1
 
 
-class TensorLoader:
-    """Batches of images and labels, each made by one indexed read.
+class Loader(ABC):
+    """Batches of samples that lie in memory; what a batch holds is up to the subclass.
 
-    The order of an epoch depends on ``(seed, epoch)`` alone and augmentation on ``(seed, epoch, batch)``, so
+    The order of an epoch depends on ``(seed, epoch)`` alone and any other randomness on ``(seed, epoch, batch)``, so
     that a position is two integers and resuming is exact. With ``shard`` and ``W`` processes, step ``i`` of
     rank ``r`` holds every ``W``-th sample, from the ``r``-th on, of the ``i``-th global batch of
     ``batch_size * W`` samples: together the processes see what one process with that global batch sees,
@@ -72,19 +73,14 @@ class TensorLoader:
     and restores it.
 
     Args:
-        images: uint8 ``(N, C, H, W)``.
-        labels: int64 ``(N,)``.
-        indices: int64 ``(M,)``, the samples to visit; all when None. The images are not copied.
+        samples: number of samples there are.
+        indices: int64 ``(M,)``, the samples to visit; all when None.
         batch_size: samples per batch and process.
-        scale: float ``(C,)``; a batch is ``image * scale + shift``.
-        shift: float ``(C,)``.
         shuffle: visit the samples in random order.
         drop_last: drop samples that do not fill a (global) batch. Otherwise only those are dropped which
             would give the processes unequal batches.
         shard: read this process's share, rather than everything in every process.
-        seed: of order and augmentation, at least 0.
-        augment: maps a uint8 batch ``(B, C, H, W)`` and random numbers ``(B, 3)``, uniform in [0, 1), to a
-            uint8 batch of the same shape.
+        seed: of everything random, at least 0.
 
     Raises:
         ConfigurationError: if the samples do not make one batch.
@@ -95,25 +91,20 @@ class TensorLoader:
 
     def __init__(
         self,
-        images: Tensor,
-        labels: Tensor,
         *,
+        samples: int,
         batch_size: int,
-        scale: Tensor,
-        shift: Tensor,
         indices: Tensor | None = None,
         shuffle: bool = False,
         drop_last: bool = False,
         shard: bool = False,
         seed: int = 0,
-        augment: Augment | None = None,
     ) -> None:
         self.batch_size = batch_size
         self.epoch = 0
-        self._images, self._labels, self._indices = images, labels, indices
-        self._scale, self._shift = scale.view(-1, 1, 1), shift.view(-1, 1, 1)
-        self._shuffle, self._drop_last, self._shard = shuffle, drop_last, shard
-        self._seed, self._augment = seed, augment
+        self.samples = samples if indices is None else len(indices)  #: to visit, before any are dropped
+        self._indices = indices
+        self._shuffle, self._drop_last, self._shard, self._seed = shuffle, drop_last, shard, seed
         self._read = 0  # batches of this epoch that were handed out
         self._resuming = False
         if not len(self):
@@ -124,13 +115,18 @@ class TensorLoader:
                 + (", hold fewer out for validation or set drop_last to false." if drop_last else ".")
             )
 
-    @property
-    def samples(self) -> int:
-        """Number of samples to visit, before any are dropped."""
-        return len(self._labels if self._indices is None else self._indices)
+    @abstractmethod
+    def _batch(self, chunk: Tensor, epoch: int, number: int) -> Batch:
+        """Return this process's share of a batch.
+
+        Args:
+            chunk: int64, the samples of the global batch.
+            epoch: the epoch.
+            number: the batch's place in it.
+        """
 
     @property
-    def sampler(self) -> TensorLoader:
+    def sampler(self) -> Loader:
         """The object whose ``set_epoch`` Lightning calls: the loader itself."""
         return self
 
@@ -192,6 +188,38 @@ class TensorLoader:
             "samples": self.samples,
             "global_batch": self.batch_size * self._processes()[1],
         }
+
+
+class TensorLoader(Loader):
+    """Batches of images and labels, each made by one indexed read; see `Loader`.
+
+    Args:
+        images: uint8 ``(N, C, H, W)``; they are not copied.
+        labels: int64 ``(N,)``.
+        scale: float ``(C,)``; a batch is ``image * scale + shift``.
+        shift: float ``(C,)``.
+        augment: maps a uint8 batch ``(B, C, H, W)`` and random numbers ``(B, 3)``, uniform in [0, 1), to a
+            uint8 batch of the same shape.
+        **options: what `Loader` takes beside ``samples``.
+
+    Raises:
+        ConfigurationError: if the samples do not make one batch.
+    """
+
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        scale: Tensor,
+        shift: Tensor,
+        augment: Augment | None = None,
+        **options: Any,
+    ) -> None:
+        self._images, self._labels = images, labels
+        self._scale, self._shift = scale.view(-1, 1, 1), shift.view(-1, 1, 1)
+        self._augment = augment
+        super().__init__(samples=len(labels), **options)
 
     def _batch(self, chunk: Tensor, epoch: int, number: int) -> Batch:
         rank, world = self._processes()

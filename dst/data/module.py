@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,11 +12,27 @@ import torch
 from lightning import LightningDataModule, Trainer
 from torch import Tensor
 
+from dst.classifier import Classifier
 from dst.data.augment import crop_and_flip
-from dst.data.loader import Batch, TensorLoader, stratified_split
+from dst.data.loader import Batch, Loader, TensorLoader, stratified_split
 from dst.errors import ConfigurationError, DataError
 
 Split = Literal["train", "test"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What data ask of a model.
+
+    Attributes:
+        arguments: Keyword arguments that the model is built from.
+        example: One input without its values: the shape of a sample, or a batch; see `dst.metrics.flops.layer_macs`.
+        module: The Lightning module that trains such a model, built from the model, optimizer and scheduler.
+    """
+
+    arguments: Mapping[str, Any]
+    example: Sequence[int] | Tensor
+    module: type[Classifier]
 
 
 class ImageDataModule(LightningDataModule, ABC):
@@ -76,6 +93,11 @@ class ImageDataModule(LightningDataModule, ABC):
         self.download, self.seed, self.drop_last = download, seed, drop_last
         self.augment = self.augmentable if augment is None else augment
         self._data: dict[Split, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def task(self) -> Task:
+        """Image classification."""
+        return image_task(self.input_shape, self.num_classes)
 
     @abstractmethod
     def locate(self, *, download: bool) -> Path | None:
@@ -154,8 +176,13 @@ class ImageDataModule(LightningDataModule, ABC):
         return self._data[split]
 
 
-class FitLoader(TensorLoader):
-    """A training loader that makes up for what Lightning's loops get wrong when they resume.
+def image_task(input_shape: Sequence[int], num_classes: int) -> Task:
+    """Return the task of classifying images ``(C, H, W)``."""
+    return Task({"input_shape": input_shape, "num_classes": num_classes}, input_shape, Classifier)
+
+
+class LightningLoader(Loader):
+    """What a training loader does to make up for what Lightning's loops get wrong when they resume; goes before a `Loader`.
 
     The loops count epochs and batches as ready, started, processed and completed. On entering an epoch as many are
     completed as processed, and while it runs one more is ready and started: so it is, except after certain resumes
@@ -213,3 +240,7 @@ class FitLoader(TensorLoader):
 
     def _epochs(self) -> tuple[Any, Any]:
         return self._loops.epoch_progress.current, self._loops.epoch_progress.total
+
+
+class FitLoader(LightningLoader, TensorLoader):
+    """The training loader of images."""

@@ -1,8 +1,25 @@
-"""Small image classifiers: plain modules built from ``input_shape`` (C, H, W) and ``num_classes``."""
+"""Small models: plain modules.
+
+Image classifiers are built from ``input_shape`` (C, H, W) and ``num_classes``, models of text from ``vocab_size`` and ``context``.
+"""
 
 from dst.models.convnet import ConvNet
+from dst.models.gpt import GPT
+from dst.models.gru import GRUCharModel, GRUClassifier
 from dst.models.mlp import MLP, LeNet300100
 from dst.models.resnet import ResNet20
+from dst.models.vit import ViTTiny
 from dst.models.wide_resnet import WRN22_2, WideResNet
 
-__all__ = ["MLP", "WRN22_2", "ConvNet", "LeNet300100", "ResNet20", "WideResNet"]
+__all__ = [
+    "GPT",
+    "MLP",
+    "WRN22_2",
+    "ConvNet",
+    "GRUCharModel",
+    "GRUClassifier",
+    "LeNet300100",
+    "ResNet20",
+    "ViTTiny",
+    "WideResNet",
+]

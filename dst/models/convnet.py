@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dst.models.common import check_positive, check_task, he_init
+from dst.nn import ActivationFactory, relu
 
 
 class ConvNet(nn.Module):
@@ -19,12 +20,16 @@ class ConvNet(nn.Module):
         input_shape: Shape (C, H, W) of one image, H and W at least 4.
         num_classes: Number of classes, at least 2.
         width: Channels w of the first block.
+        activation: Makes a block's activation, in the place of ReLU, from its number of channels; see
+            `dst.nn.activations`.
 
     Raises:
         ConfigurationError: if an argument is out of range.
     """
 
-    def __init__(self, input_shape: Sequence[int], num_classes: int, width: int = 32) -> None:
+    def __init__(
+        self, input_shape: Sequence[int], num_classes: int, width: int = 32, activation: ActivationFactory = relu
+    ) -> None:
         super().__init__()
         (channels, _, _), num_classes = check_task(input_shape, num_classes, min_size=4)
         check_positive(width=width)
@@ -34,13 +39,15 @@ class ConvNet(nn.Module):
         self.bn2 = nn.BatchNorm2d(2 * width)
         self.conv3 = nn.Conv2d(2 * width, 4 * width, 3, padding=1, bias=False)
         self.bn3 = nn.BatchNorm2d(4 * width)
+        self.activations = nn.ModuleList(activation(channels) for channels in (width, 2 * width, 4 * width))
         self.pool = nn.MaxPool2d(2)
         self.classifier = nn.Linear(4 * width, num_classes)
         he_init(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (N, C, H, W) to logits (N, num_classes)."""
-        features = self.pool(self.bn1(self.conv1(images)).relu())
-        features = self.pool(self.bn2(self.conv2(features)).relu())
-        features = self.bn3(self.conv3(features)).relu()
+        first, second, third = self.activations
+        features = self.pool(first(self.bn1(self.conv1(images))))
+        features = self.pool(second(self.bn2(self.conv2(features))))
+        features = third(self.bn3(self.conv3(features)))
         return self.classifier(features.mean((2, 3)))

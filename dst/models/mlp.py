@@ -9,24 +9,28 @@ from math import prod
 from torch import Tensor, nn
 
 from dst.models.common import check_positive, check_task, he_init
+from dst.nn import ActivationFactory, relu
 
 
 class _FullyConnected(nn.Module):
-    """Flatten, then linear layers of the given ``widths`` with ReLU, then a linear classifier."""
+    """Flatten, then linear layers of the given ``widths`` with activations, then a linear classifier."""
 
-    def __init__(self, input_shape: Sequence[int], num_classes: int, widths: Sequence[int]) -> None:
+    def __init__(
+        self, input_shape: Sequence[int], num_classes: int, widths: Sequence[int], activation: ActivationFactory
+    ) -> None:
         super().__init__()
         shape, num_classes = check_task(input_shape, num_classes)
         sizes = [prod(shape), *widths]
         self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
+        self.activations = nn.ModuleList(activation(width) for width in widths)
         self.classifier = nn.Linear(sizes[-1], num_classes)
         he_init(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (N, C, H, W) to logits (N, num_classes)."""
         features = images.flatten(1)
-        for layer in self.hidden:
-            features = layer(features).relu()
+        for layer, activation in zip(self.hidden, self.activations, strict=True):
+            features = activation(layer(features))
         return self.classifier(features)
 
 
@@ -36,13 +40,14 @@ class LeNet300100(_FullyConnected):
     Args:
         input_shape: Shape (C, H, W) of one image.
         num_classes: Number of classes, at least 2.
+        activation: Makes a hidden layer's activation from its number of units; see `dst.nn.activations`.
 
     Raises:
         ConfigurationError: if an argument is out of range.
     """
 
-    def __init__(self, input_shape: Sequence[int], num_classes: int) -> None:
-        super().__init__(input_shape, num_classes, (300, 100))
+    def __init__(self, input_shape: Sequence[int], num_classes: int, activation: ActivationFactory = relu) -> None:
+        super().__init__(input_shape, num_classes, (300, 100), activation)
 
 
 class MLP(_FullyConnected):
@@ -53,11 +58,19 @@ class MLP(_FullyConnected):
         num_classes: Number of classes, at least 2.
         width: Units of every hidden layer.
         depth: Number of hidden layers; the classifier comes on top.
+        activation: Makes a hidden layer's activation from its number of units; see `dst.nn.activations`.
 
     Raises:
         ConfigurationError: if an argument is out of range.
     """
 
-    def __init__(self, input_shape: Sequence[int], num_classes: int, width: int = 1000, depth: int = 3) -> None:
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        width: int = 1000,
+        depth: int = 3,
+        activation: ActivationFactory = relu,
+    ) -> None:
         check_positive(width=width, depth=depth)
-        super().__init__(input_shape, num_classes, [width] * depth)
+        super().__init__(input_shape, num_classes, [width] * depth, activation)

@@ -1,7 +1,32 @@
-"""Truly sparse modules."""
+"""Layers: truly sparse modules, sparse activations, mixtures of experts."""
 
 from __future__ import annotations
 
+from dst.nn.activations import (
+    ActivationFactory,
+    KWinners,
+    TopKReLU,
+    k_winners,
+    relu,
+    top_k_relu,
+    updated_duty_cycle,
+)
+from dst.nn.moe import FeedForward, SwitchFeedForward, auxiliary_losses, load_balancing_loss
 from dst.nn.sparse_linear import FeatureMajorLinear, SparseLinear, remap
 
-__all__ = ["FeatureMajorLinear", "SparseLinear", "remap"]
+__all__ = [
+    "ActivationFactory",
+    "FeatureMajorLinear",
+    "FeedForward",
+    "KWinners",
+    "SparseLinear",
+    "SwitchFeedForward",
+    "TopKReLU",
+    "auxiliary_losses",
+    "k_winners",
+    "load_balancing_loss",
+    "relu",
+    "remap",
+    "top_k_relu",
+    "updated_duty_cycle",
+]

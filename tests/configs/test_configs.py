@@ -10,12 +10,13 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from hydra.utils import get_class, get_method, instantiate
+from hydra.utils import get_class, get_method, get_object, instantiate
 from omegaconf import OmegaConf
 
 import dst
+import dst.models
 from dst.cli import config_dir, register_schema
-from dst.data import ImageDataModule
+from dst.data import ImageDataModule, Text
 from dst.run import _make
 
 CONF = config_dir()
@@ -72,19 +73,62 @@ def test_a_methods_pieces_can_be_exchanged(config, group, name, tmp_path):
         assert piece.densities_by_name == {"*.hidden.*": 0.1, "*": 0.5}
 
 
+IMAGES = {"input_shape": (3, 32, 32), "num_classes": 7}
+TEXT = {"vocab_size": 7, "context": 5}
+
+
 @pytest.mark.parametrize("name", options("model"))
 def test_model(config, name):
-    model = _make(config(f"model={name}").model, input_shape=(3, 32, 32), num_classes=7)
-    assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    cfg = config(f"model={name}").model
+    parameters = inspect.signature(get_class(cfg._target_)).parameters
+    is_text = "vocab_size" in parameters
+    model = _make(cfg, **(TEXT if is_text else IMAGES)).eval()
+    if is_text:
+        assert model(torch.zeros(2, 5, dtype=torch.int64)).shape == (2, 5, 7)
+    else:
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
+    written = {key: value for key, value in cfg.items() if key not in ("_target_", "activation")}
+    coded = {key: p.default for key, p in parameters.items() if key not in {*IMAGES, *TEXT, "activation"}}
+    assert written == coded
+    assert ("activation" in cfg) == ("activation" in parameters)
 
 
-@pytest.mark.parametrize("name", options("data"))
+@pytest.mark.parametrize(
+    "model", [n for n in options("model") if "activation" in (CONF / f"model/{n}.yaml").read_text()]
+)
+@pytest.mark.parametrize("name", options("model/activation"))
+def test_activation(config, model, name):
+    cfg = config(f"model={model}", f"model/activation={name}").model
+    activations = _make(cfg, **IMAGES).activations
+    factory = get_object(cfg.activation._target_)
+    assert {type(activation) for activation in activations} == {type(factory(100))}
+    parameters = list(inspect.signature(factory).parameters.values())[1:]
+    written = {key: value for key, value in cfg.activation.items() if key not in ("_target_", "_partial_")}
+    assert written == {p.name: p.default for p in parameters}
+
+
+def test_a_models_default_activation_is_that_of_the_code(config):
+    for name in ("mlp", "convnet", "lenet_300_100"):
+        assert config(f"model={name}").model.activation._target_ == "dst.nn.relu"
+    assert all(isinstance(a, torch.nn.ReLU) for a in dst.models.MLP(**IMAGES).activations)
+
+
+@pytest.mark.parametrize("name", [name for name in options("data") if name != "text"])
 def test_data(config, name, tmp_path):
     cfg = config(f"data={name}", f"data.root={tmp_path}", "seed=3")
     datamodule = _make(cfg.data)
     assert isinstance(datamodule, ImageDataModule)
     assert (datamodule.root, datamodule.seed) == (tmp_path, 3)
     assert set(cfg.data) - {"_target_"} == set(inspect.signature(ImageDataModule).parameters)
+
+
+def test_text(config, tmp_path):
+    cfg = config("data=text", f"data.path={tmp_path}/a.txt", "seed=3")
+    datamodule = _make(cfg.data)
+    assert isinstance(datamodule, Text)
+    assert (datamodule.path, datamodule.seed) == (tmp_path / "a.txt", 3)
+    written = {key: value for key, value in config("data=text").data.items() if key != "_target_"}
+    assert written == {key: p.default for key, p in inspect.signature(Text).parameters.items()}
 
 
 def test_data_root_comes_from_the_environment(config, monkeypatch):

@@ -19,6 +19,7 @@ CORE = [
     "dst.methods",
     "dst.metrics",
     "dst.models",
+    "dst.nn",
     "dst.optimizer_state",
     "dst.plan",
     "dst.schedules",

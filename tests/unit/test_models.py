@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from dst.errors import ConfigurationError
-from dst.models import MLP, WRN22_2, ConvNet, LeNet300100, ResNet20, WideResNet
+from dst.models import MLP, WRN22_2, ConvNet, GRUClassifier, LeNet300100, ResNet20, WideResNet
 
-MODELS = [LeNet300100, MLP, ConvNet, ResNet20, WRN22_2]
+MODELS = [LeNet300100, MLP, ConvNet, ResNet20, WRN22_2, GRUClassifier]
 CONVOLUTIONAL = [ConvNet, ResNet20, WRN22_2]
 
 

@@ -1,0 +1,90 @@
+"""Vision transformers for small images: Dosovitskiy et al. 2021, Touvron et al. 2021 (DeiT)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dst.errors import ConfigurationError
+from dst.models.common import check_positive, check_task
+from dst.models.transformer import Attention, Block, check_transformer, init_transformer
+from dst.nn import FeedForward
+
+_PATCHES = 4, 2, 1
+_FEWEST = 16  # patches, below which attention has little to do
+
+
+class ViTTiny(nn.Module):
+    """A vision transformer of DeiT-Tiny's width, depth and heads, on patches that suit small images.
+
+    Patches, a linear embedding, learned positions, pre-norm blocks, a norm, the mean over patches, a linear classifier. The
+    mean takes the place of DeiT's class token (Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k"). The
+    learned positions are an embedding, and stay dense.
+
+    Args:
+        input_shape: Shape (C, H, W) of one image.
+        num_classes: Number of classes, at least 2.
+        patch: Side of the square patches, which divides H and W. By default the largest of 4, 2 and 1 that does
+            and makes at least 16 patches of an image: 4 for 28x28 and 32x32, 2 for 8x8; 1 where none does.
+        width: Features of a token, a multiple of ``heads``.
+        depth: Number of blocks.
+        heads: Attention heads of a block.
+        mlp_ratio: Features within the feed-forward network, as a multiple of ``width``.
+        dropout: Probability in [0, 1) of dropping attention weights and what blocks add.
+
+    Raises:
+        ConfigurationError: if an argument is out of range, or the patch does not fit the images.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        patch: int | None = None,
+        width: int = 192,
+        depth: int = 12,
+        heads: int = 3,
+        mlp_ratio: int = 4,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        (channels, height, image_width), num_classes = check_task(input_shape, num_classes)
+        check_transformer(width=width, depth=depth, heads=heads, mlp_ratio=mlp_ratio, dropout=dropout)
+        patch = _default_patch(height, image_width) if patch is None else patch
+        check_positive(patch=patch)
+        if height % patch or image_width % patch:
+            raise ConfigurationError(
+                f"patch={patch} does not divide images of {height}x{image_width} evenly: choose another, or null "
+                "for one that does"
+            )
+        self.patch = patch
+        self.embed = nn.Conv2d(channels, width, patch, stride=patch)
+        self.positions = nn.Embedding((height // patch) * (image_width // patch), width)
+        self.blocks = nn.Sequential(
+            *(
+                Block(
+                    width,
+                    Attention(width, heads, causal=False, dropout=dropout),
+                    FeedForward(width, mlp_ratio * width),
+                    dropout=dropout,
+                )
+                for _ in range(depth)
+            )
+        )
+        self.norm = nn.LayerNorm(width)
+        self.classifier = nn.Linear(width, num_classes)
+        init_transformer(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (N, C, H, W) to logits (N, num_classes)."""
+        tokens = self.embed(images).flatten(2).transpose(1, 2)
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        tokens = self.blocks(tokens + self.positions(places))
+        return self.classifier(self.norm(tokens).mean(1))
+
+
+def _default_patch(height: int, width: int) -> int:
+    fitting = (p for p in _PATCHES if not height % p and not width % p and (height // p) * (width // p) >= _FEWEST)
+    return next(fitting, 1)
