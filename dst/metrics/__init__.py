@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dst.metrics.conventions import CONVENTIONS, Convention
 from dst.metrics.counting import Operations, WeightOperations, count_operations, layer_macs, uncounted
+from dst.metrics.energy import Energy, EnergyMeter
 from dst.metrics.flops import (
     FlopsRow,
     FlopsTable,
@@ -27,6 +28,7 @@ from dst.metrics.health import (
     effective_density,
     effective_masks,
 )
+from dst.metrics.memory import Memory, PeakMemory, predict_memory
 from dst.metrics.meter import FlopsMeter, TrainingFlops
 from dst.metrics.topology import (
     exploration_rate,
@@ -74,6 +76,8 @@ __all__ = [
     "Convention",
     "DeadUnits",
     "EffectiveDensity",
+    "Energy",
+    "EnergyMeter",
     "ExplorationRate",
     "FlopsMeter",
     "FlopsRow",
@@ -84,8 +88,10 @@ __all__ = [
     "MaskChurn",
     "MaskDensity",
     "MaskOverlap",
+    "Memory",
     "NMConformance",
     "Operations",
+    "PeakMemory",
     "TrainingFlops",
     "WeightOperations",
     "chain_effective_masks",
@@ -108,6 +114,7 @@ __all__ = [
     "mask_density",
     "mask_overlap",
     "nm_conformance",
+    "predict_memory",
     "rigl_training_flops",
     "static_training_flops",
     "training_ratio",

@@ -15,10 +15,10 @@ from dst.errors import ConfigurationError
 from dst.models import WRN22_2, ConvNet, LeNet300100
 from tests import small
 
-MODULES = ("topology", "health", "training", "diagnostics")
+DIAGNOSTICS = ("topology", "health", "training", "diagnostics")
 
 
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", [*DIAGNOSTICS, "memory", "energy"])
 def test_examples_of_the_docstrings(name):
     module = importlib.import_module(f"dst.metrics.{name}")
     failed, run = doctest.testmod(module)
@@ -30,7 +30,7 @@ def test_every_diagnostic_has_a_formula_and_an_example():
     for name in metrics.__all__:
         thing = getattr(metrics, name)
         module = getattr(thing, "__module__", "")
-        if module.rpartition(".")[2] in MODULES:
+        if module.rpartition(".")[2] in DIAGNOSTICS:
             assert ".. math::" in thing.__doc__, name
             assert ">>>" in thing.__doc__, name
 
