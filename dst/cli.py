@@ -271,10 +271,41 @@ def inspect(argv: Sequence[str]) -> int:
     return 0
 
 
+def compare(argv: Sequence[str]) -> int:
+    """Print means over seeds, paired differences and Pareto fronts of runs; write them as files where asked to."""
+    import argparse
+
+    from dst.compare import compare as compared
+    from dst.compare import read_runs
+    from dst.summary import show
+
+    parser = argparse.ArgumentParser("dst compare", description="Compare finished runs over seeds.")
+    parser.add_argument("runs", nargs="+", help="folders of runs, or folders that hold such (a sweep's)")
+    parser.add_argument("--baseline", help="label of the group that all others are compared with")
+    parser.add_argument(
+        "--output", type=Path, help="folder for compare.csv, differences.csv, compare.md and compare.html"
+    )
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as done:
+        return int(done.code or 0)
+    try:
+        comparison = compared(read_runs(arguments.runs), arguments.baseline)
+    except ConfigurationError as error:  # data errors are such too
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    show(comparison.renderable())
+    if arguments.output is not None:
+        for path in comparison.write(arguments.output):
+            print(path)
+    return 0
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a network: dst train sparsity=rigl density=0.1 (dst train --help)"),
     "methods": (methods, "list the methods and their settings"),
     "inspect": (inspect, "show a checkpoint's layers, densities and health: dst inspect CKPT"),
+    "compare": (compare, "compare runs over seeds: dst compare RUNS... (dst compare --help)"),
 }
 
 
