@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
@@ -207,7 +206,8 @@ def _state_bytes(optimizer: Optimizer) -> dict[int, tuple[int, int]]:
 def _probe(optimizer: Optimizer, group: Mapping[str, Any], dtype: torch.dtype, device: str) -> tuple[int, int]:
     small = nn.Parameter(torch.ones(3, 5, dtype=dtype, device=device))
     small.grad = torch.ones_like(small)
-    twin = copy.copy(optimizer)
+    twin = object.__new__(type(optimizer))  # copy.copy leaves out what a class adds to Optimizer
+    vars(twin).update(vars(optimizer))
     # Neither hooks nor a scheduler's wrapper of the original may notice this step.
     vars(twin).pop("step", None)
     hooks: Any = OrderedDict()

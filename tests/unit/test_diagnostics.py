@@ -183,6 +183,7 @@ def test_skip_connections_are_followed():
             ),
             (5, 8),
         ),
+        (lambda: nn.Sequential(nn.Linear(9, 9), nn.LayerNorm(9), nn.ReLU(), nn.Linear(9, 2)), (9,)),
         (lambda: nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2)), None),
     ],
 )

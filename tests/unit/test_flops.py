@@ -13,6 +13,7 @@ from dst.errors import ConfigurationError
 from dst.metrics import (
     CONVENTIONS,
     FlopsMeter,
+    Operations,
     count_operations,
     flops_table,
     inference_flops,
@@ -334,6 +335,8 @@ def test_attention_scores_are_products_that_no_mask_makes_cheaper():
     assert operations.products == {"q·k": 2 * 8 * 4, "attn·v": 2 * 8 * 4}
     heads = torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 7, 4), torch.zeros(2, 3, 7, 6)
     assert count_operations(Functional(), heads).products == {"bmm": 3 * 5 * 7 * (4 + 6)}
+    alike = [torch.zeros(2, 3, 5, 4)] * 3  # of shapes that fused attention takes
+    assert count_operations(Functional(), alike) == Operations((), {"bmm": 3 * 5 * 5 * 8}, {}, ())
 
     table = flops_table(operations, {"in_proj_weight[q]": 0.5}, convention="macs", backend="csr")
     rows = {row.name: row for row in table.rows}

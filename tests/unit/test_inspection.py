@@ -193,6 +193,10 @@ def test_a_lightning_run_is_shown_with_all_its_layers(tmp_path, capsys):
     shown = capsys.readouterr().out
     for word in ("net.conv.weight", "net.attention.in_proj_weight[q]", "set", "target 0.2", "dead outputs", "4 of 4"):
         assert word in shown
+    (row,) = [
+        line for line in shown.splitlines() if line.startswith("net.attention.in_proj_weight[q] ") and "8×8" in line
+    ]
+    assert " 64 " in row
     assert all(layer.leaks == 0 for layer in inspect_checkpoint(tmp_path).layers)
 
 

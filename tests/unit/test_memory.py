@@ -58,13 +58,30 @@ def test_optimizer_state_is_that_of_a_real_step(name):
         assert predicted == real
 
 
+def test_optimizers_with_attributes_of_their_own_are_stepped_too():
+    class Scaled(torch.optim.SGD):
+        def __init__(self, params, scale):
+            super().__init__(params, 0.1, momentum=0.9)
+            self.scale = scale
+
+        def step(self, closure=None):
+            self.param_groups[0]["lr"] = 0.1 * self.scale
+            return super().step(closure)
+
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = Scaled(model.parameters(), 3)
+    assert predict_memory(model, (3,), {}, optimizer=optimizer).optimizer_state == 4 * 6
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
 def test_predicting_disturbs_neither_optimizer_nor_sparsifier_nor_scheduler():
     model = small.Small()
     optimizer = small.OPTIMIZERS["adamw"](model.parameters())
     scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
     sparsifier = dst.Sparsifier(model, optimizer, dst.methods.rigl(0.3, update_every=4), total_steps=12)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    predict_memory(model, small.batch(0)[0], {"hidden.weight": 10}, optimizer=optimizer)
+    predicted = predict_memory(model, small.batch(0)[0], {"hidden.weight": 10}, optimizer=optimizer)
+    assert predicted.optimizer_state == 2 * predicted.gradients + 4 * len(list(model.parameters()))
     assert sparsifier.step == 0
     assert not optimizer.state
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
