@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -86,11 +86,13 @@ class FlopsMeter:
         self._theoretical = dict.fromkeys(labels, 0)  # weights that took part in a pass, summed over passes
         self._executed = dict.fromkeys(labels, 0)
         self._steps = 0
-        self._last: tuple[dict[str, int], dict[str, int]] | None = None  # step counts and active weights
+        self._last: tuple[dict[str, int], dict[str, int]] | None = None  # step counts added, and active weights since
+        self._seen: dict[str, int] = {}  # step counts of the last observation
 
     @property
     def steps(self) -> int:
         """Optimizer steps added."""
+        self._settle()
         return self._steps
 
     def add(self, kind: str, active: Mapping[str, int], steps: int = 1) -> None:
@@ -136,22 +138,28 @@ class FlopsMeter:
             StateError: The first call comes after steps were taken, or steps were taken back.
         """
         counts = dict(sparsifier.step_counts)
-        active = _active(sparsifier.layer_table(), self.operations.weights)
+        active = _active(sparsifier.layer_table(), self._theoretical)
         if self._last is None and sum(counts.values()) != self._steps:
             raise StateError(
                 f"{sum(counts.values())} steps ran and the meter knows of {self._steps}: observe the sparsifier before its "
                 "first step, or load the meter's state where you load the sparsifier's"
             )
-        if self._last is not None:
-            before, held = self._last
-            taken = {kind: count - before.get(kind, 0) for kind, count in counts.items()}
-            if min(taken.values()) < 0:
-                raise StateError(
-                    "the sparsifier went back in time: load the meter's state where you load the sparsifier's"
-                )
-            for kind, steps in taken.items():
-                self.add(kind, held, steps)
-        self._last = counts, active
+        if self._last is not None and any(count < self._seen[kind] for kind, count in counts.items()):
+            raise StateError("the sparsifier went back in time: load the meter's state where you load the sparsifier's")
+        self._seen = counts  # while connections' numbers stay, steps are added later, all at once
+        if self._last is None or active != self._last[1]:
+            self._settle()
+            self._last = counts, active
+
+    def _settle(self) -> None:
+        """Add the steps that were seen since the connections' number changed last."""
+        if self._last is None:
+            return
+        (before, held), seen = self._last, self._seen
+        self._last = seen, held
+        for kind, count in seen.items():
+            if count != before[kind]:
+                self.add(kind, held, count - before[kind])
 
     def total(self, convention: str | Convention = "flops") -> TrainingFlops:
         """Operations over all steps and samples.
@@ -167,6 +175,7 @@ class FlopsMeter:
     def layers(self, convention: str | Convention = "flops") -> dict[str, TrainingFlops]:
         """Label, or name of a product without weights, to its operations over all steps and samples."""
         rule = convention_of(convention)
+        self._settle()
         result = {w.label: self._layer(w, rule) for w in self.operations.weights}
         for name, macs in self.operations.products.items():
             cost = float(3 * rule.per_mac * macs * self._steps * self.samples_per_step)
@@ -188,6 +197,7 @@ class FlopsMeter:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that `load_state_dict` needs, as plain values."""
+        self._settle()
         last = None if self._last is None else [dict(part) for part in self._last]
         return {
             "steps": self._steps,
@@ -212,9 +222,9 @@ class FlopsMeter:
         self._executed = dict(state["executed"])
         last = state["last"]
         self._last = None if last is None else (dict(last[0]), dict(last[1]))
+        self._seen = {} if last is None else dict(last[0])
 
 
-def _active(table: Sequence[Mapping[str, Any]], weights: Sequence[WeightOperations]) -> dict[str, int]:
+def _active(table: Sequence[Mapping[str, Any]], labels: Container[str]) -> dict[str, int]:
     """Active weights by label, of the layers that were counted; ones that cost nothing known are left out."""
-    labels = {weight.label for weight in weights}
     return {row["name"]: row["nonzero"] for row in table if row["name"] in labels}
