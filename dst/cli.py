@@ -1,4 +1,4 @@
-"""The command line: ``dst train``, the same as ``train.py``, and ``dst methods``."""
+"""The command line: ``dst train``, the same as ``train.py``, and what looks at runs afterwards."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def _accuracy(value: float | None) -> float:
 
 def methods(argv: Sequence[str]) -> int:
     """Print the methods with what they are and their settings."""
-    import inspect
+    from inspect import getdoc, signature
 
     from rich.table import Table
 
@@ -247,16 +247,65 @@ def methods(argv: Sequence[str]) -> int:
         table.add_column(header)
     for name in module.__all__:
         function = getattr(module, name)
-        knobs = [p for p in inspect.signature(function).parameters if p not in ("density", "backend")]
-        summary = " ".join((inspect.getdoc(function) or "").partition("\n\n")[0].split())
+        knobs = [p for p in signature(function).parameters if p not in ("density", "backend")]
+        summary = " ".join((getdoc(function) or "").partition("\n\n")[0].split())
         table.add_row(name.rstrip("_"), summary, ", ".join(knobs))
     show(table)
+    return 0
+
+
+def inspect(argv: Sequence[str]) -> int:
+    """Print a checkpoint's layers, densities and health, without executing anything that it brings."""
+    from dst.inspection import inspect_checkpoint
+    from dst.summary import show
+
+    if len(argv) != 1 or argv[0].startswith("-"):
+        print("error: dst inspect takes one argument: a checkpoint, a mask file, or a run's folder", file=sys.stderr)
+        return 2
+    try:
+        inspection = inspect_checkpoint(argv[0])
+    except StateError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    show(inspection.renderable())
+    return 0
+
+
+def compare(argv: Sequence[str]) -> int:
+    """Print means over seeds, paired differences and Pareto fronts of runs; write them as files where asked to."""
+    import argparse
+
+    from dst.compare import compare as compared
+    from dst.compare import read_runs
+    from dst.summary import show
+
+    parser = argparse.ArgumentParser("dst compare", description="Compare finished runs over seeds.")
+    parser.add_argument("runs", nargs="+", help="folders of runs, or folders that hold such (a sweep's)")
+    parser.add_argument("--baseline", help="label of the group that all others are compared with")
+    parser.add_argument(
+        "--output", type=Path, help="folder for compare.csv, differences.csv, compare.md and compare.html"
+    )
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as done:
+        return int(done.code or 0)
+    try:
+        comparison = compared(read_runs(arguments.runs), arguments.baseline)
+    except ConfigurationError as error:  # data errors are such too
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    show(comparison.renderable())
+    if arguments.output is not None:
+        for path in comparison.write(arguments.output):
+            print(path)
     return 0
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a network: dst train sparsity=rigl density=0.1 (dst train --help)"),
     "methods": (methods, "list the methods and their settings"),
+    "inspect": (inspect, "show a checkpoint's layers, densities and health: dst inspect CKPT"),
+    "compare": (compare, "compare runs over seeds: dst compare RUNS... (dst compare --help)"),
 }
 
 

@@ -34,7 +34,8 @@ from dst.layers import SparseLayer, find_layers
 from dst.lightning import SparseTraining
 from dst.lottery_run import run_lottery
 from dst.method import Method
-from dst.metrics.flops import inference_ratio, layer_macs, training_ratio
+from dst.metrics.counting import layer_macs
+from dst.metrics.flops import inference_ratio, training_ratio
 from dst.summary import Density, Flops, Quality, Summary, Topology, number
 
 LAST, PREVIOUS = "last", "previous"

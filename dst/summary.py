@@ -136,7 +136,8 @@ class Summary:
         for layer in self.density.layers:
             shape = "×".join(map(str, layer["shape"]))
             counts = f"{layer['weights']:,}", f"{layer['nonzero']:,}", f"{layer['density']:.4f}"
-            layers.add_row(layer["name"], shape, *counts)
+            # Labels hold brackets, which rich would take for its own.
+            layers.add_row(Text(layer["name"]), shape, *counts)
         title = Text(f"\n{self.sparsity}, seed {self.seed}\n", style="bold")
         parts: list[RenderableType] = [title, facts, Text(), layers]
         if folder is not None:

@@ -1,101 +1,22 @@
 """FLOPs of inference and training as functions of the layers' densities.
 
-Convention, that of RigL (Evci et al. 2020, "Rigging the Lottery", appendix H): a multiply-accumulate
-(MAC) is two FLOPs, a layer's cost is proportional to its density, and the backward pass costs twice
-the forward pass. Only weights count: biases, norms, activations, pooling, embedding look-ups and
-attention scores are left out unless passed as ``extra_flops``.
+Two figures stand side by side everywhere: what the sparse network needs in *theory*, and what the hardware really
+*executes*. The masked backend multiplies by its zeros, so it executes the dense network's operations; a backend that
+stores only non-zeros executes those of the sparse one. Conventions are those of ``dst.metrics.conventions``; functions that
+take ``macs`` alone count two FLOPs per multiply-accumulate (MAC), and the backward pass costs twice the forward pass (Evci
+et al. 2020, "Rigging the Lottery", appendix H). What no weight costs, such as attention scores, is passed as ``extra_flops``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
-
-import torch
-from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 
 from dst.errors import ConfigurationError
+from dst.metrics.conventions import Convention, convention_of
+from dst.metrics.counting import Operations
 
 FLOPS_PER_MAC = 2
-
-_WEIGHTS_WITHOUT_MACS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm)
-
-
-def layer_macs(
-    model: nn.Module,
-    example: Tensor | Sequence[Any] | Mapping[str, Any],
-    *,
-    batch_size: int | None = None,
-) -> dict[str, int]:
-    """Measure every weight's MACs per sample by running one example through ``model``.
-
-    The model runs in eval mode without gradients; its training flags, buffers and the random
-    generators end up as they were. It may live on any device, ``meta`` included. A weight is used
-    once per *position*: linear layers per row of the output, convolutions per output pixel, transposed
-    convolutions per input pixel, attention projections and recurrent weights per token. Modules called
-    several times, and weights that several modules share, add up. Norms and embeddings cost 0.
-
-    Args:
-        model: Any module. Counted are Linear, Conv1-3d, ConvTranspose1-3d, MultiheadAttention, RNN, LSTM,
-            GRU and their cells; `uncounted` lists the weights of everything else.
-        example: Shape of one sample, without the batch dimension (then one floating-point sample of
-            zeros is run); or a batched tensor; or the positional arguments of ``forward`` as a
-            sequence; or its keyword arguments as a mapping. Tensors are moved to the model's device.
-        batch_size: Number of samples in ``example``; None takes the first tensor's leading dimension.
-
-    Returns:
-        Name in ``model.named_parameters()`` -> MACs per sample, in that order, for the weights of all
-        counted modules that ran.
-
-    Raises:
-        ConfigurationError: if the model has lazy parameters, or the number of samples is unknown or
-            does not divide what was measured.
-    """
-    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
-    if lazy:
-        raise ConfigurationError(f"parameter {lazy[0]} has no shape yet; run one batch through the model first")
-    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
-    args, kwargs = _forward_arguments(example, first)
-    samples = _count_samples([*args, *kwargs.values()], batch_size)
-
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    totals: dict[str, int] = {}
-
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        for weight, macs in _module_macs(module, args, kwargs, output):
-            # A reparametrised weight is computed, not a parameter: `uncounted` reports its sources.
-            if id(weight) in names:
-                name = names[id(weight)]
-                totals[name] = totals.get(name, 0) + macs
-
-    with _undisturbed(model, first.device), ExitStack() as hooks:
-        for module in model.modules():
-            hooks.callback(module.register_forward_hook(record, with_kwargs=True).remove)
-        model(*args, **kwargs)
-
-    uneven = [name for name, macs in totals.items() if macs % samples]
-    if uneven:
-        raise ConfigurationError(
-            f"the MACs of {uneven[0]} ({totals[uneven[0]]}) are no multiple of the {samples} samples in the "
-            "example's leading dimension; pass the true batch_size"
-        )
-    return {name: totals[name] // samples for name in names.values() if name in totals}
-
-
-def uncounted(model: nn.Module, macs: Mapping[str, int]) -> list[str]:
-    """List the weights that ``macs`` says nothing about, so that no layer is taken for free unnoticed.
-
-    Args:
-        model: The module that was measured.
-        macs: The result of `layer_macs`.
-
-    Returns:
-        Names of the parameters with two or more dimensions that are missing in ``macs``: their modules
-        are of an unsupported type, were not called, or compute their weight from the parameter.
-    """
-    return [name for name, p in model.named_parameters() if p.ndim >= 2 and name not in macs]
 
 
 def inference_flops(macs: Mapping[str, float], densities: Mapping[str, float], extra_flops: float = 0.0) -> float:
@@ -221,82 +142,142 @@ def _dense_flops(macs: Mapping[str, float], extra_flops: float) -> float:
     return flops
 
 
-def _module_macs(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Iterator[tuple[Tensor, int]]:
-    """Yield each weight of ``module`` itself with the MACs of this one call, over the whole batch."""
-    if isinstance(module, nn.Linear):
-        yield module.weight, module.weight.numel() * (output.numel() // module.out_features)
-    elif isinstance(module, _ConvTransposeNd):
-        inputs = _named(("input",), args, kwargs)["input"]
-        yield module.weight, module.weight.numel() * (inputs.numel() // module.in_channels)
-    elif isinstance(module, _ConvNd):
-        yield module.weight, module.weight.numel() * (output.numel() // module.out_channels)
-    elif isinstance(module, nn.MultiheadAttention):
-        call = _named(("query", "key", "value"), args, kwargs)
-        queries = call["query"].numel() // module.embed_dim
-        keys, values = call["key"].numel() // module.kdim, call["value"].numel() // module.vdim
-        if module.in_proj_weight is not None:
-            yield module.in_proj_weight, module.in_proj_weight.numel() // 3 * (queries + keys + values)
-        else:
-            yield module.q_proj_weight, module.q_proj_weight.numel() * queries
-            yield module.k_proj_weight, module.k_proj_weight.numel() * keys
-            yield module.v_proj_weight, module.v_proj_weight.numel() * values
-        # The output projection is applied without calling its module.
-        yield module.out_proj.weight, module.out_proj.weight.numel() * queries
-    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        # `.data` is the tensor itself or, in a PackedSequence, its tokens without padding.
-        tokens = _named(("input",), args, kwargs)["input"].data.numel() // module.input_size
-        for name, weight in module.named_parameters(recurse=False):
-            if name.startswith("weight"):
-                yield weight, weight.numel() * tokens
-    elif isinstance(module, _WEIGHTS_WITHOUT_MACS):
-        yield from ((weight, 0) for weight in module.parameters(recurse=False))
+SPARSE_EXECUTION: dict[str, bool] = {"masked": False, "latent": False, "csr": True}
+"""Backend to whether it skips zeros in the layers that it stores; the others multiply by them."""
 
 
-def _named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return dict(zip(names, args, strict=False)) | kwargs
+@dataclass(frozen=True)
+class FlopsRow:
+    """One weight's operations, or those of a product without weights, per sample.
+
+    Attributes:
+        name: The weight's label, or the product's name.
+        density: Share of active weights; None for products, which no mask makes cheaper.
+        dense: Operations of the dense network.
+        theoretical: Operations that the sparse network needs.
+        executed: Operations that the backend carries out.
+    """
+
+    name: str
+    density: float | None
+    dense: float
+    theoretical: float
+    executed: float
 
 
-def _forward_arguments(example: Any, like: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Turn an example into the arguments of ``forward``, on ``like``'s device (zeros: also of its type)."""
+@dataclass(frozen=True)
+class FlopsTable:
+    """Operations of one forward pass per sample, by layer and over all.
 
-    def move(value: Any) -> Any:
-        return value.to(like.device) if isinstance(value, Tensor) else value
+    A training step costs three times as much in each column (forward, and backward to inputs and to weights), but for
+    steps that need the dense gradient; `dst.metrics.meter.FlopsMeter` adds up what ran.
 
-    if isinstance(example, Tensor):
-        return (move(example),), {}
-    if isinstance(example, Mapping):
-        return (), {name: move(value) for name, value in example.items()}
-    if all(isinstance(size, int) for size in example):
-        return (torch.zeros(1, *example, dtype=like.dtype, device=like.device),), {}
-    return tuple(move(value) for value in example), {}
+    Attributes:
+        convention: What counts as an operation.
+        rows: Weights in the model's order, then products without weights.
+        warnings: What is in no total, in words.
+    """
+
+    convention: Convention
+    rows: tuple[FlopsRow, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def dense(self) -> float:
+        """The dense network's operations."""
+        return sum(row.dense for row in self.rows)
+
+    @property
+    def theoretical(self) -> float:
+        """The operations that the sparse network needs."""
+        return sum(row.theoretical for row in self.rows)
+
+    @property
+    def executed(self) -> float:
+        """The operations that the backend carries out."""
+        return sum(row.executed for row in self.rows)
+
+    def __str__(self) -> str:
+        unit = self.convention.unit
+        header = ("layer", "density", f"dense {unit}", "theoretical", "executed")
+        total = FlopsRow("all", None, self.dense, self.theoretical, self.executed)
+        lines = [header]
+        for row in (*self.rows, total):
+            density = "" if row.density is None else f"{row.density:.4f}"
+            lines.append((row.name, density, f"{row.dense:,.0f}", f"{row.theoretical:,.0f}", f"{row.executed:,.0f}"))
+        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+        text = [
+            "  ".join(
+                c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([f"{unit} per sample: {self.convention.description}", *text, *self.warnings])
 
 
-def _count_samples(values: list[Any], batch_size: int | None) -> int:
-    leading = next((value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim), 0)
-    samples = leading if batch_size is None else batch_size
-    if samples < 1:
-        raise ConfigurationError("the example holds no sample: pass a batched tensor, or batch_size of at least 1")
-    return samples
+def flops_table(
+    operations: Operations,
+    densities: Mapping[str, float],
+    *,
+    convention: str | Convention = "flops",
+    backend: str = "masked",
+    stored: Collection[str] | None = None,
+) -> FlopsTable:
+    """List the operations of one forward pass, dense, theoretical and executed.
+
+    Args:
+        operations: From `dst.metrics.count_operations`.
+        densities: Label or parameter name -> density in [0, 1]; weights that are not named are dense.
+        convention: A name in ``CONVENTIONS``, or a `Convention`.
+        backend: Where weights live; see `SPARSE_EXECUTION`.
+        stored: Labels or parameter names of the layers whose non-zeros alone the backend computes; None takes all that
+            have a density. Of no effect for backends that multiply by zeros.
+
+    Returns:
+        The table.
+
+    Raises:
+        ConfigurationError: A density out of range or of a layer that was not counted, an unknown convention or backend.
+    """
+    rule = convention_of(convention)
+    check_densities(operations, densities)
+    skipping = skips_zeros(operations, backend, densities if stored is None else stored)
+    rows = []
+    for weight in operations.weights:
+        density = densities.get(weight.label, densities.get(weight.parameter, 1.0))
+        fixed = rule.per_output * weight.outputs
+        dense, sparse = (rule.per_mac * weight.macs * share + fixed for share in (1, density))
+        rows.append(FlopsRow(weight.label, density, dense, sparse, sparse if weight.label in skipping else dense))
+    for name, macs in operations.products.items():
+        cost = rule.per_mac * macs
+        rows.append(FlopsRow(name, None, cost, cost, cost))
+    return FlopsTable(rule, tuple(rows), tuple(operations.warnings()))
 
 
-@contextmanager
-def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode without gradients, compilation and fused attention; everything is put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    # Fused encoder layers call no submodule in eval mode, so hooks on these would stay silent.
-    fused = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
-        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m, _ in modes):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            model.eval()
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
-            for module, training in modes:
-                module.training = training
+def check_densities(operations: Operations, densities: Mapping[str, float]) -> None:
+    """Raise ``ConfigurationError`` for a density out of [0, 1], or of a layer that was not counted."""
+    known = {name for weight in operations.weights for name in (weight.label, weight.parameter)}
+    for name, density in densities.items():
+        if name not in known:
+            raise ConfigurationError(f"{name} has a density, and no operator that uses it was counted")
+        if not 0.0 <= density <= 1.0:
+            raise ConfigurationError(f"the density of {name} must lie in [0, 1], got {density!r}")
+
+
+def skips_zeros(operations: Operations, backend: str, stored: Iterable[str]) -> frozenset[str]:
+    """Labels of the weights of which the backend computes the non-zeros alone.
+
+    Args:
+        operations: From `dst.metrics.count_operations`.
+        backend: A name in `SPARSE_EXECUTION`.
+        stored: Labels or parameter names that the backend stores.
+
+    Raises:
+        ConfigurationError: An unknown backend.
+    """
+    if backend not in SPARSE_EXECUTION:
+        raise ConfigurationError(f"backend={backend!r} is unknown; choose from {', '.join(SPARSE_EXECUTION)}")
+    if not SPARSE_EXECUTION[backend]:
+        return frozenset()
+    names = set(stored)
+    return frozenset(w.label for w in operations.weights if w.label in names or w.parameter in names)

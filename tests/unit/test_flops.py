@@ -11,6 +11,11 @@ from torch import nn
 from dst.allocation import ERK
 from dst.errors import ConfigurationError
 from dst.metrics import (
+    CONVENTIONS,
+    FlopsMeter,
+    Operations,
+    count_operations,
+    flops_table,
     inference_flops,
     inference_ratio,
     layer_macs,
@@ -20,6 +25,7 @@ from dst.metrics import (
     uncounted,
 )
 from dst.models import WRN22_2, LeNet300100
+from tests.resnet50 import ResNet50
 
 
 def erk_densities(shapes: dict[str, tuple[int, ...]], density: float) -> dict[str, float]:
@@ -115,7 +121,7 @@ def test_repeated_modules_and_tied_weights_add_up_under_one_name():
     assert layer_macs(nn.Embedding(10, 4), torch.zeros(1, 3, dtype=torch.long)) == {"weight": 0}
 
 
-def test_uncounted_lists_every_weight_without_macs():
+def test_uncounted_lists_every_weight_that_takes_part_in_no_product():
     class Odd(nn.Module):
         def __init__(self):
             super().__init__()
@@ -131,10 +137,9 @@ def test_uncounted_lists_every_weight_without_macs():
 
     model = Odd()
     macs = layer_macs(model, (4,))
-    assert macs == {"used.weight": 16}
+    assert macs == {"bilinear.weight": 64, "used.weight": 16}
     assert uncounted(model, macs) == [
         "position",
-        "bilinear.weight",
         "normed.parametrizations.weight.original0",
         "normed.parametrizations.weight.original1",
         "unused.weight",
@@ -265,24 +270,9 @@ def test_a_linear_network_costs_its_weights():
     assert sum(layer_macs(model, (1, 28, 28)).values()) == 266_200
 
 
-def resnet50_layers() -> dict[str, tuple[tuple[int, ...], int]]:
-    """Name -> (weight shape, output pixels) of ResNet-50 v1.5 on 224x224 images, as RigL counts it.
-
-    The count takes the padding of conv1 twice, hence 115x115 outputs there; strides sit in the 3x3 layers.
-    """
-    layers: dict[str, tuple[tuple[int, ...], int]] = {"conv1": ((64, 3, 7, 7), 115**2)}
-    channels, size = 64, 56
-    for stage, (width, blocks) in enumerate([(64, 3), (128, 4), (256, 6), (512, 3)], start=1):
-        for block in range(blocks):
-            before, size = size, size // (2 if stage > 1 and block == 0 else 1)
-            prefix = f"layer{stage}.{block}"
-            layers[f"{prefix}.conv1"] = ((width, channels, 1, 1), before**2)
-            layers[f"{prefix}.conv2"] = ((width, width, 3, 3), size**2)
-            layers[f"{prefix}.conv3"] = ((4 * width, width, 1, 1), size**2)
-            if block == 0:
-                layers[f"{prefix}.downsample"] = ((4 * width, channels, 1, 1), size**2)
-            channels = 4 * width
-    return layers | {"fc": ((1000, 2048), 1)}
+def resnet50(pad_twice: bool):
+    with torch.device("meta"):
+        return ResNet50(pad_twice)
 
 
 @pytest.mark.parametrize(
@@ -290,19 +280,144 @@ def resnet50_layers() -> dict[str, tuple[tuple[int, ...], int]]:
     [(0.2, 0.4153, 0.2254, 2.09), (0.1, 0.2431, 0.1285, 1.23)],
 )
 def test_resnet50_table_of_rigl(density, erk, uniform, erk_training_5x):
-    layers = resnet50_layers()
-    shapes = {name: shape for name, (shape, _) in layers.items()}
-    macs = {name: prod(shape) * pixels for name, (shape, pixels) in layers.items()}
-    # A dot product of n terms has n - 1 additions, bias and ReLU add one each: 2n + 1 per output.
-    extra = sum(shape[0] * pixels for shape, pixels in layers.values())
-    assert sum(map(prod, shapes.values())) == 25_502_912
-    assert inference_flops(macs, {}, extra) == 8_202_340_776
-
+    operations = count_operations(resnet50(pad_twice=True), (3, 224, 224))
+    assert operations.warnings() == []
+    shapes = {w.label: tuple(resnet50(True).get_parameter(w.label).shape) for w in operations.weights}
+    assert sum(w.weights for w in operations.weights) == 25_502_912
+    by_erk = erk_densities(shapes, density)
+    table = flops_table(operations, by_erk, convention="rigl")
+    assert table.dense == 8_202_340_776
+    assert table.theoretical / table.dense == pytest.approx(erk, abs=5e-5)
+    assert table.executed == table.dense  # the masked backend multiplies by its zeros
     # Uniform leaves the first layer dense.
-    uniform_densities = {name: 1.0 if name == "conv1" else density for name in layers}
-    assert inference_ratio(macs, uniform_densities, extra) == pytest.approx(uniform, abs=5e-5)
-    erk_by_name = erk_densities(shapes, density)
-    assert inference_ratio(macs, erk_by_name, extra) == pytest.approx(erk, abs=5e-5)
+    uniformly = {name: density for name in shapes if name != "conv1.weight"}
+    assert flops_table(operations, uniformly, convention="rigl").theoretical / table.dense == pytest.approx(
+        uniform, abs=5e-5
+    )
     # Five times the schedule, updates every 100 steps.
-    training = 5 * training_ratio(macs, erk_by_name, {"sparse": 100, "dense_gradient": 1}, extra)
-    assert training == pytest.approx(erk_training_5x, abs=5e-3)
+    meter = FlopsMeter(operations)
+    active = {w.label: round(by_erk[w.label] * w.weights) for w in operations.weights}
+    meter.add("sparse", active, 100)
+    meter.add("dense_gradient", active, 1)
+    assert 5 * meter.total("rigl").ratio == pytest.approx(erk_training_5x, abs=5e-3)
+    assert meter.total("rigl").executed_ratio == 1
+
+
+def test_resnet50_without_the_second_padding():
+    operations = count_operations(resnet50(pad_twice=False), (3, 224, 224))
+    assert sum(operations.macs.values()) == 4_089_184_256  # the figure of torchvision's table, 4.09 GMACs
+    assert flops_table(operations, {}, convention="flops").dense == 2 * 4_089_184_256
+
+
+def test_conventions_by_hand():
+    operations = count_operations(nn.Linear(3, 5), (3,))
+    assert flops_table(operations, {}, convention="macs").dense == 15
+    assert flops_table(operations, {}, convention="flops").dense == 30
+    assert flops_table(operations, {}, convention="rigl").dense == 5 * (3 + 2 + 1 + 1)
+    sparse = flops_table(operations, {"weight": 0.2}, convention="rigl", backend="csr")
+    assert (sparse.theoretical, sparse.executed) == (2 * 3 + 5, 2 * 3 + 5)
+    assert flops_table(operations, {"weight": 0.2}, convention="rigl", backend="csr", stored=[]).executed == 35
+    assert sum(CONVENTIONS[name].per_mac for name in ("macs", "flops", "rigl")) == 5
+
+
+def test_attention_scores_are_products_that_no_mask_makes_cheaper():
+    class Functional(nn.Module):
+        def forward(self, q, k, v):
+            return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+    query, memory = torch.zeros(2, 5, 8), torch.zeros(2, 7, 8)
+    for weights in (True, False):
+        arguments = {"query": query, "key": memory, "value": memory, "need_weights": weights}
+        operations = count_operations(nn.MultiheadAttention(8, 2, batch_first=True), arguments)
+        assert operations.products == {"q·k": 5 * 7 * 8, "attn·v": 5 * 7 * 8}
+    with_bias = nn.MultiheadAttention(8, 2, add_bias_kv=True, add_zero_attn=True)  # length first
+    operations = count_operations(with_bias, {"query": query, "key": query, "value": query}, batch_size=5)
+    assert operations.products == {"q·k": 2 * 8 * 4, "attn·v": 2 * 8 * 4}
+    heads = torch.zeros(2, 3, 5, 4), torch.zeros(2, 3, 7, 4), torch.zeros(2, 3, 7, 6)
+    assert count_operations(Functional(), heads).products == {"bmm": 3 * 5 * 7 * (4 + 6)}
+    alike = [torch.zeros(2, 3, 5, 4)] * 3  # of shapes that fused attention takes
+    assert count_operations(Functional(), alike) == Operations((), {"bmm": 3 * 5 * 5 * 8}, {}, ())
+
+    table = flops_table(operations, {"in_proj_weight[q]": 0.5}, convention="macs", backend="csr")
+    rows = {row.name: row for row in table.rows}
+    assert rows["in_proj_weight[q]"].theoretical == rows["in_proj_weight[k]"].theoretical / 2
+    assert rows["q·k"].dense == rows["q·k"].theoretical == rows["q·k"].executed == 64
+
+
+def test_operators_outside_known_modules_are_attributed_or_listed():
+    class Custom(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(6, 4))
+            self.scale = nn.Parameter(torch.ones(6))
+            self.table = nn.Parameter(torch.zeros(9, 4))
+
+        def forward(self, x):
+            y = nn.functional.linear(x, self.weight) * self.scale
+            y = y + torch.einsum("nld,ed->nle", x, self.weight)
+            return torch.fft.fft(y, dim=-1).real.softmax(-1)
+
+    model = nn.Sequential(nn.Linear(4, 4), Custom())
+    operations = count_operations(model, torch.zeros(2, 5, 4))
+    assert operations.macs == {"0.weight": 5 * 16, "1.weight": 2 * 5 * 24}
+    assert [(w.label, w.outputs) for w in operations.weights] == [("0.weight", 20), ("1.weight", 60)]
+    assert list(operations.unknown) == ["aten._fft_r2c in 1"]
+    assert operations.unread == ("1.table",)
+    fft, table = operations.warnings()
+    assert "aten._fft_r2c in 1 ran 1×" in fft
+    assert "1.table was read by no operator" in table
+    assert fft in str(flops_table(operations, {}))
+
+
+def test_custom_operators_and_subclasses_are_not_taken_for_free():
+    @torch.library.custom_op("dst_tests::mystery", mutates_args=())
+    def mystery(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x @ weight
+
+    class LowRank(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.a, self.b = nn.Parameter(torch.zeros(4, 1)), nn.Parameter(torch.zeros(1, 4))
+
+        def forward(self, x):
+            return mystery(super().forward(x) + x @ self.a @ self.b + x @ x.mT, self.weight)
+
+    operations = count_operations(LowRank(), torch.zeros(1, 4, 4))
+    assert operations.macs == {"weight": 64, "a": 16, "b": 16}
+    assert operations.products == {"bmm": 64}
+    assert list(operations.unknown) == ["dst_tests.mystery"]
+
+
+def test_common_networks_have_no_unknown_operator():
+    transformer = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu"), 1)
+    padded = {"src": torch.zeros(2, 5, 8), "src_key_padding_mask": torch.zeros(2, 5, dtype=torch.bool)}
+    features = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.PReLU(), nn.Upsample(scale_factor=2), nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(), nn.Dropout(), nn.Unflatten(1, (4, 8)), nn.LSTM(8, 4, batch_first=True),
+    )  # fmt: skip
+    for model, example in ((transformer, padded), (features, (3, 9, 9)), (WRN22_2((3, 32, 32), 10), (3, 32, 32))):
+        operations = count_operations(model, example)
+        assert operations.warnings() == [], type(model)
+        assert operations.macs
+
+
+def test_embeddings_are_listed_at_no_cost():
+    operations = count_operations(nn.Embedding(10, 4), torch.zeros(1, 3, dtype=torch.long))
+    assert operations.macs == {"weight": 0}
+    assert operations.warnings() == []
+    (row,) = flops_table(operations, {}, convention="rigl").rows
+    assert row.dense == 0
+
+
+def test_table_refuses_what_was_not_counted():
+    operations = count_operations(nn.Linear(3, 5), (3,))
+    for arguments, message in (
+        (({"other": 0.5},), "other has a density"),
+        (({"weight": 1.5},), "density of weight"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            flops_table(operations, *arguments)
+    with pytest.raises(ConfigurationError, match="convention='flop' is unknown; choose from macs, flops, rigl"):
+        flops_table(operations, {}, convention="flop")
+    with pytest.raises(ConfigurationError, match="backend='dense' is unknown"):
+        flops_table(operations, {}, backend="dense")

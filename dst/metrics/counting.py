@@ -1,0 +1,451 @@
+"""Which operations a model runs: multiply-accumulates by weight, products of activations, and what is unknown.
+
+Modules that are known tell by their shapes. Everything else is seen at the level of operators, so that a functional call
+is attributed to the parameter that it reads, a product of two activations is counted by itself, and an operator whose
+cost is unknown is listed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from dst.errors import ConfigurationError
+
+_NORMS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+    nn.RMSNorm,
+)
+_FREE_WEIGHTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
+
+# Operators that conventions leave out, beside views and what PyTorch itself tags as pointwise or as a reduction.
+_FREE_NAMES = """
+_adaptive_avg_pool2d _adaptive_avg_pool3d _assert_async _batch_norm_impl_index _embedding_bag
+_embedding_bag_forward_only _fused_rms_norm _local_scalar_dense _log_softmax _native_batch_norm_legit
+_native_batch_norm_legit_no_training _pack_padded_sequence _pad_packed_sequence _prelu_kernel _reshape_alias
+_safe_softmax _softmax _to_copy _unique2 _unsafe_index _unsafe_view _weight_norm _weight_norm_interface
+adaptive_avg_pool1d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d alias_copy aminmax arange argsort
+avg_pool1d avg_pool2d avg_pool3d batch_norm bernoulli bucketize cat channel_shuffle clone col2im constant_pad_nd
+contiguous copy cudnn_batch_norm cumprod cumsum dropout embedding empty empty_like empty_permuted empty_strided
+equal eye fill flip full full_like gather glu histc im2col index index_put index_select is_nonzero isin item
+kthvalue lift lift_fresh_copy linalg_vector_norm linspace log_softmax logcumsumexp masked_select max
+max_pool2d_with_indices max_pool3d_with_indices median min mode native_batch_norm native_dropout
+native_dropout_backward native_group_norm native_layer_norm new_empty new_empty_strided new_full new_ones new_zeros
+nll_loss2d_forward nll_loss_forward nonzero norm normal one_hot ones ones_like pixel_shuffle pixel_unshuffle prelu
+rand rand_like randint randint_like randn randn_like randperm reflection_pad1d reflection_pad2d repeat
+repeat_interleave replication_pad1d replication_pad2d resize rms_norm roll rrelu_with_noise scalar_tensor scatter
+scatter_add searchsorted set softmax sort stack std std_correction std_mean take topk tril tril_indices triu
+triu_indices unfold_copy uniform unique_dim upsample_bicubic2d upsample_bilinear2d upsample_linear1d
+upsample_nearest1d upsample_nearest2d upsample_nearest3d upsample_trilinear3d var var_mean zero zeros zeros_like
+"""
+_FREE = frozenset(_FREE_NAMES.split())
+
+
+@dataclass(frozen=True)
+class WeightOperations:
+    """What one weight does for one sample.
+
+    Attributes:
+        label: The parameter's name, with the part in brackets where it is one (``attn.in_proj_weight[q]``).
+        parameter: Name in ``model.named_parameters()``.
+        weights: Number of weights.
+        macs: Multiply-accumulates if dense.
+        outputs: Numbers that it yields, each a sum over its inputs.
+    """
+
+    label: str
+    parameter: str
+    weights: int
+    macs: int
+    outputs: int
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What a model runs for one sample.
+
+    Attributes:
+        weights: The weights of all modules that are known, and parameters in functional products, in the model's order.
+        products: MACs of products that no parameter takes part in, and which no mask makes cheaper: of attention
+            ``module: q·k`` and ``module: attn·v``, of others the module's name and the operator.
+        unknown: Operators of unknown cost, by module, and how often they ran. They are in no total.
+        unread: Parameters that no operator read: of modules that did not run, or that compute outside PyTorch. They are
+            in no total.
+    """
+
+    weights: tuple[WeightOperations, ...]
+    products: Mapping[str, int]
+    unknown: Mapping[str, int]
+    unread: tuple[str, ...]
+
+    @property
+    def macs(self) -> dict[str, int]:
+        """Parameter name to MACs per sample of the dense parameter."""
+        totals: dict[str, int] = {}
+        for weight in self.weights:
+            totals[weight.parameter] = totals.get(weight.parameter, 0) + weight.macs
+        return totals
+
+    def warnings(self) -> list[str]:
+        """Say in words what is in no total; empty where everything is known."""
+        lines = [f"{name} ran {n}× and is not counted: its cost is unknown" for name, n in self.unknown.items()]
+        return lines + [f"{name} was read by no operator and is not counted" for name in self.unread]
+
+
+Example = Tensor | Sequence[Any] | Mapping[str, Any]
+"""Shape of one sample; or a batched tensor; or positional arguments of ``forward``; or keyword arguments by name."""
+
+
+def count_operations(model: nn.Module, example: Example, *, batch_size: int | None = None) -> Operations:
+    """Count what ``model`` runs for one sample, by running an example.
+
+    The model runs in eval mode without gradients; its training flags, buffers and the random generators end up as they
+    were. It may live on any device, ``meta`` included. A weight is used once per *position*: linear layers per row of the
+    output, convolutions per output pixel, transposed convolutions per input pixel, attention projections and recurrent
+    weights per token. Modules called several times, and weights that several modules share, add up. Norms and embeddings
+    cost 0. Scores of attention are counted whole, also where a causal mask hides half of them.
+
+    Args:
+        model: Any module. Linear, Bilinear, Conv1-3d, ConvTranspose1-3d, MultiheadAttention, RNN, LSTM, GRU and their
+            cells tell by their shapes; products elsewhere are seen as operators.
+        example: Shape of one sample, without the batch dimension (then one floating-point sample of zeros is run); or a
+            batched tensor; or the positional arguments of ``forward`` as a sequence; or its keyword arguments as a
+            mapping. Tensors are moved to the model's device.
+        batch_size: Number of samples in ``example``; None takes the first tensor's leading dimension.
+
+    Returns:
+        The operations per sample.
+
+    Raises:
+        ConfigurationError: The model has lazy parameters, or the number of samples is unknown or does not divide what
+            was counted.
+    """
+    lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise ConfigurationError(f"parameter {lazy[0]} has no shape yet; run one batch through the model first")
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    args, kwargs = forward_arguments(example, first)
+    samples = _count_samples([*args, *kwargs.values()], batch_size)
+    tally = _Tally(model)
+    with undisturbed(model, first.device), ExitStack() as stack:
+        # Fused attention is one operator that hides its two products.
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        for name, module in model.named_modules():
+            for handle in tally.watch(name, module):
+                stack.callback(handle.remove)
+        stack.enter_context(_Watcher(tally))
+        model(*args, **kwargs)
+    return tally.result(samples)
+
+
+def layer_macs(model: nn.Module, example: Example, *, batch_size: int | None = None) -> dict[str, int]:
+    """Measure every weight's MACs per sample; `count_operations` tells the rest.
+
+    Args:
+        model: As in `count_operations`.
+        example: As in `count_operations`.
+        batch_size: As in `count_operations`.
+
+    Returns:
+        Name in ``model.named_parameters()`` -> MACs per sample, in that order.
+
+    Raises:
+        ConfigurationError: As `count_operations`.
+    """
+    return count_operations(model, example, batch_size=batch_size).macs
+
+
+def uncounted(model: nn.Module, macs: Mapping[str, int]) -> list[str]:
+    """List the weights that ``macs`` says nothing about, so that no layer is taken for free unnoticed.
+
+    Args:
+        model: The module that was measured.
+        macs: The result of `layer_macs`.
+
+    Returns:
+        Names of the parameters with two or more dimensions that are missing in ``macs``: they take part in no product
+        themselves, were not called, or the weight is computed from them.
+    """
+    return [name for name, p in model.named_parameters() if p.ndim >= 2 and name not in macs]
+
+
+@dataclass
+class _Frame:
+    """A module that is running: which parameters its shapes tell about, and of how many products (None: of all)."""
+
+    name: str
+    module: nn.Module | None
+    covered: frozenset[str]
+    products: int | None
+
+    @property
+    def hides_operators(self) -> bool:
+        """Whether the module's shapes tell about all that it runs."""
+        return isinstance(self.module, _NORMS) or (bool(self.covered) and self.products is None)
+
+    def takes(self) -> bool:
+        """Whether the module's shapes tell about one more product."""
+        if not self.covered or self.products == 0:
+            return False
+        if self.products is not None:
+            self.products -= 1
+        return True
+
+
+class _Tally:
+    """What was counted so far, over the whole batch."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.names = {id(p): name for name, p in model.named_parameters()}
+        self.sizes = {name: p.numel() for name, p in model.named_parameters()}
+        self.storages = {_storage(p): name for name, p in model.named_parameters() if p.numel()}
+        self.storages.pop(None, None)
+        self.order = {name: i for i, name in enumerate(self.sizes)}
+        self.weights: dict[str, list[Any]] = {}  # label -> parameter, weights, MACs, outputs
+        self.products: dict[str, int] = {}
+        self.unknown: dict[str, int] = {}
+        self.read: set[str] = set()
+        self.running: list[_Frame] = []
+
+    def watch(self, name: str, module: nn.Module) -> list[Any]:
+        """Hook a module, so that operators know where they run and known modules are counted by their shapes."""
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            weights = [weight for _, weight in _rule_weights(module)]
+            covered = frozenset(self.names[id(w)] for w in weights if id(w) in self.names)
+            # A reparametrised weight is computed, not a parameter: its product is then seen as an operator.
+            known = bool(weights) and all(id(w) in self.names for w in weights)
+            one = isinstance(module, (nn.Linear, _ConvNd))
+            self.running.append(_Frame(name, module, covered if known else frozenset(), 1 if one else None))
+
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            if not self.running.pop().covered:
+                return
+            for part, weight, macs, outputs in _module_operations(module, args, kwargs, output):
+                parameter = self.names[id(weight)]
+                self.read.add(parameter)
+                size = weight.numel() // (3 if part else 1)
+                self.add_weight(parameter + (f"[{part}]" if part else ""), parameter, size, macs, outputs)
+            if isinstance(module, nn.MultiheadAttention):
+                for what, macs in _attention_products(module, args, kwargs).items():
+                    key = f"{name}: {what}" if name else what
+                    self.products[key] = self.products.get(key, 0) + macs
+
+        return [
+            module.register_forward_pre_hook(enter, with_kwargs=True),
+            module.register_forward_hook(leave, with_kwargs=True, prepend=True),
+        ]
+
+    def add_weight(self, label: str, parameter: str, weights: int, macs: int, outputs: int) -> None:
+        entry = self.weights.setdefault(label, [parameter, weights, 0, 0])
+        entry[2] += macs
+        entry[3] += outputs
+
+    def operator(self, packet: Any, free: bool, args: Any, kwargs: Any, output: Any) -> None:
+        """Take an operator into account that is no view."""
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and (name := self.storages.get(_storage(leaf))) is not None:
+                self.read.add(name)
+        frame = self.running[-1] if self.running else _Frame("", None, frozenset(), None)
+        where = f" in {frame.name}" if frame.name else ""
+        if packet in flop_registry:
+            # Biases that are added on the way take no part in the product.
+            added = packet.__name__ in ("addmm", "baddbmm")
+            factors = [self.storages.get(_storage(t)) for t in args[added : added + 2] if isinstance(t, Tensor)]
+            foreign = [name for name in factors if name is not None and name not in frame.covered]
+            if not foreign and frame.takes():
+                return  # counted by the module's shapes
+            macs = flop_registry[packet](*args, **kwargs, out_val=output) // 2
+            if foreign:
+                outputs = sum(t.numel() for t in tree_leaves(output) if isinstance(t, Tensor))
+                self.add_weight(foreign[0], foreign[0], self.sizes[foreign[0]], macs, outputs)
+            else:
+                key = f"{frame.name}: {packet.__name__}" if frame.name else packet.__name__
+                self.products[key] = self.products.get(key, 0) + macs
+        elif not free and not frame.hides_operators:
+            self.unknown[f"{packet}{where}"] = self.unknown.get(f"{packet}{where}", 0) + 1
+
+    def result(self, samples: int) -> Operations:
+        for label, (_, _, macs, _) in self.weights.items():
+            _check_divisible(label, macs, samples)
+        for label, macs in self.products.items():
+            _check_divisible(label, macs, samples)
+        weights = (
+            WeightOperations(label, parameter, size, macs // samples, outputs // samples)
+            for label, (parameter, size, macs, outputs) in self.weights.items()
+        )
+        return Operations(
+            tuple(sorted(weights, key=lambda w: self.order[w.parameter])),
+            {name: macs // samples for name, macs in self.products.items()},
+            self.unknown,
+            tuple(name for name, size in self.sizes.items() if size and name not in self.read),
+        )
+
+
+class _Watcher(TorchDispatchMode):
+    def __init__(self, tally: _Tally) -> None:
+        super().__init__()
+        self.tally = tally
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        if not func.is_view:
+            self.tally.operator(func._overloadpacket, _is_free(func), args, kwargs, output)
+        return output
+
+
+@cache
+def _is_free(operator: Any) -> bool:
+    """Whether conventions leave the operator out."""
+    if operator.namespace not in ("aten", "prim", "prims"):
+        return False
+    packet = operator._overloadpacket
+    name = packet.__name__.removesuffix("_")
+    # In-place variants do not carry all of their originals' tags.
+    original = getattr(torch.ops.aten, name, packet) if name else packet
+    overloads = [operator, *(getattr(original, overload) for overload in original.overloads())]
+    tagged = any(tag.name in ("pointwise", "reduction") for overload in overloads for tag in overload.tags)
+    return tagged or name in _FREE
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """Identity of the memory that a tensor looks at, on meta devices too; None where it has none (sparse layouts)."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return None
+
+
+def _check_divisible(name: str, macs: int, samples: int) -> None:
+    if macs % samples:
+        raise ConfigurationError(
+            f"the MACs of {name} ({macs}) are no multiple of the {samples} samples in the "
+            "example's leading dimension; pass the true batch_size"
+        )
+
+
+def _rule_weights(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """The weights that `_module_operations` tells about; empty for modules that it does not know."""
+    if isinstance(module, (nn.Linear, nn.Bilinear, _ConvNd)):
+        return [("weight", module.weight)]
+    if isinstance(module, nn.MultiheadAttention):
+        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
+        inner = [(name, getattr(module, name)) for name in names if getattr(module, name) is not None]
+        return [*inner, ("out_proj.weight", module.out_proj.weight)]
+    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        return [(n, w) for n, w in module.named_parameters(recurse=False) if n.startswith("weight")]
+    if isinstance(module, _FREE_WEIGHTS):
+        return list(module.named_parameters(recurse=False))
+    return []
+
+
+def _module_operations(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> Iterator[tuple[str, Tensor, int, int]]:
+    """Yield part, weight, MACs and outputs of this one call of ``module`` itself, over the whole batch."""
+
+    def used(weight: Tensor, positions: int, part: str = "") -> tuple[str, Tensor, int, int]:
+        share = 3 if part else 1
+        return part, weight, weight.numel() // share * positions, weight.shape[0] // share * positions
+
+    if isinstance(module, (nn.Linear, nn.Bilinear)):
+        yield used(module.weight, output.numel() // module.out_features)
+    elif isinstance(module, _ConvTransposeNd):
+        inputs = _named(("input",), args, kwargs)["input"]
+        macs = module.weight.numel() * (inputs.numel() // module.in_channels)
+        yield "", module.weight, macs, output.numel()
+    elif isinstance(module, _ConvNd):
+        yield used(module.weight, output.numel() // module.out_channels)
+    elif isinstance(module, nn.MultiheadAttention):
+        call = _named(("query", "key", "value"), args, kwargs)
+        queries = call["query"].numel() // module.embed_dim
+        keys, values = call["key"].numel() // module.kdim, call["value"].numel() // module.vdim
+        if module.in_proj_weight is not None:
+            for part, tokens in (("q", queries), ("k", keys), ("v", values)):
+                yield used(module.in_proj_weight, tokens, part)
+        else:
+            yield used(module.q_proj_weight, queries)
+            yield used(module.k_proj_weight, keys)
+            yield used(module.v_proj_weight, values)
+        # The output projection is applied without calling its module.
+        yield used(module.out_proj.weight, queries)
+    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        # `.data` is the tensor itself or, in a PackedSequence, its tokens without padding.
+        tokens = _named(("input",), args, kwargs)["input"].data.numel() // module.input_size
+        for _, weight in _rule_weights(module):
+            yield used(weight, tokens)
+    else:
+        yield from (("", weight, 0, 0) for _, weight in _rule_weights(module))
+
+
+def _attention_products(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
+    """MACs of scores and of the weighted sum: every query meets every key, in all of ``embed_dim``."""
+    call = _named(("query", "key", "value"), args, kwargs)
+    key = call["key"]
+    length = key.shape[1] if module.batch_first and key.ndim == 3 else key.shape[0]
+    length += (module.bias_k is not None) + module.add_zero_attn
+    macs = call["query"].numel() * length
+    return {"q·k": macs, "attn·v": macs}
+
+
+def _named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def forward_arguments(example: Any, like: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Turn an example into the arguments of ``forward``, on ``like``'s device (zeros: also of its type)."""
+
+    def move(value: Any) -> Any:
+        return value.to(like.device) if isinstance(value, Tensor) else value
+
+    if isinstance(example, Tensor):
+        return (move(example),), {}
+    if isinstance(example, Mapping):
+        return (), {name: move(value) for name, value in example.items()}
+    if all(isinstance(size, int) for size in example):
+        return (torch.zeros(1, *example, dtype=like.dtype, device=like.device),), {}
+    return tuple(move(value) for value in example), {}
+
+
+def _count_samples(values: list[Any], batch_size: int | None) -> int:
+    leading = next((value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim), 0)
+    samples = leading if batch_size is None else batch_size
+    if samples < 1:
+        raise ConfigurationError("the example holds no sample: pass a batched tensor, or batch_size of at least 1")
+    return samples
+
+
+@contextmanager
+def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Eval mode without gradients, compilation and fused attention; everything is put back afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    # Fused encoder layers call no submodule in eval mode, so hooks on these would stay silent.
+    fused = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m, _ in modes):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            model.eval()
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
+            for module, training in modes:
+                module.training = training

@@ -1,0 +1,315 @@
+"""Memory: predicted, split by what needs it, and the measured peak beside it."""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict, defaultdict
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
+
+from dst.errors import ConfigurationError
+from dst.metrics.counting import Example, forward_arguments, undisturbed
+
+_STORES_NON_ZEROS = {"masked": False, "latent": False, "csr": True}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by what needs them.
+
+    Attributes:
+        weights: Parameters and buffers.
+        topology: Masks, or indices of the stored non-zeros.
+        gradients: Of all parameters that are trained.
+        optimizer_state: Momentum and the like.
+        activations: What the forward pass keeps for the backward pass; in inference, the input and output of the layer that
+            has most.
+    """
+
+    weights: int
+    topology: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it at once: an upper bound of the peak but for what kernels and allocators need for themselves."""
+        return self.weights + self.topology + self.gradients + self.optimizer_state + self.activations
+
+    def __str__(self) -> str:
+        parts = {name.replace("_", " "): value for name, value in vars(self).items()} | {"total": self.total}
+        width = max(map(len, parts))
+        return "\n".join(f"{name:<{width}}  {value / 2**20:10.2f} MiB" for name, value in parts.items())
+
+
+def predict_memory(
+    model: nn.Module,
+    example: Example,
+    active: Mapping[str, int],
+    *,
+    backend: str = "masked",
+    optimizer: Optimizer | None = None,
+    dynamic: bool = True,
+    index_bytes: int = 4,
+) -> Memory:
+    """Predict what training, or inference, with so many active weights needs.
+
+    A parameter of n weights of s bytes, a of them active, takes
+
+    ============  ==========================  =======================================================
+    part          masked, latent              csr
+    ============  ==========================  =======================================================
+    weights       n·s                         a·s
+    topology      n (mask) + n·s (its bits)   a·i (columns) + (rows + 1)·i (row starts)
+                  + n (union, if dynamic)
+    gradients     n·s                         a·s
+    state         n per copy of the weights   a per copy of the weights
+    ============  ==========================  =======================================================
+
+    with i the bytes of an index. The bits are kept for parameters that are not wholly active. Masked storage thus needs more
+    than a dense network, which the prediction shows.
+
+    Args:
+        model: The dense model. It is run once on its own device, in training mode if there is an optimizer, and left as it
+            was; on the ``meta`` device nothing is computed.
+        example: A batch, as in `dst.metrics.count_operations`.
+        active: Parameter name -> active weights, of the sparse parameters.
+        backend: "masked", "latent" or "csr".
+        optimizer: The optimizer that will train the model; its state is found by a step on a small parameter. None
+            predicts inference: no gradients, no optimizer state, and masks are not needed.
+        dynamic: Whether the topology moves: the union of all masks is kept then.
+        index_bytes: Bytes i of an index.
+
+    Returns:
+        The prediction.
+
+    Raises:
+        ConfigurationError: An unknown backend, a parameter that does not exist, or more active weights than there are.
+
+    Example:
+        >>> import torch
+        >>> from dst.metrics import predict_memory
+        >>> model = torch.nn.Linear(100, 10, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+        >>> predict_memory(model, torch.zeros(8, 100), {"weight": 50}, backend="csr", optimizer=optimizer)
+        Memory(weights=200, topology=244, gradients=200, optimizer_state=200, activations=3200)
+    """
+    if backend not in _STORES_NON_ZEROS:
+        raise ConfigurationError(f"backend={backend!r} is unknown; choose from {', '.join(_STORES_NON_ZEROS)}")
+    named = dict(model.named_parameters())
+    for name, count in active.items():
+        if name not in named:
+            raise ConfigurationError(f"the model has no parameter {name}")
+        if not 0 <= count <= named[name].numel():
+            raise ConfigurationError(f"{name} has {named[name].numel()} weights; {count} of them cannot be active")
+    training, non_zeros = optimizer is not None, _STORES_NON_ZEROS[backend]
+    state = _state_bytes(optimizer) if optimizer is not None else {}
+    weights = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
+    topology = gradients = optimizer_state = 0
+    for name, parameter in named.items():
+        size = parameter.element_size()
+        stored = active[name] if non_zeros and name in active else parameter.numel()
+        weights += stored * size
+        if name in active and non_zeros:
+            topology += (stored + parameter.shape[0] + 1) * index_bytes
+        elif name in active and training:
+            bits = parameter.numel() * size if active[name] < parameter.numel() else 0
+            topology += parameter.numel() * (1 + dynamic) + bits
+        if training and parameter.requires_grad:
+            gradients += stored * size
+            per_weight, fixed = state.get(id(parameter), (0, 0))
+            optimizer_state += stored * per_weight + fixed
+    return Memory(weights, topology, gradients, optimizer_state, activation_bytes(model, example, training=training))
+
+
+def activation_bytes(model: nn.Module, example: Example, *, training: bool = True) -> int:
+    """Bytes of activations that a forward pass of a batch holds.
+
+    Args:
+        model: Run once on its own device, ``meta`` included, and left as it was.
+        example: A batch, as in `dst.metrics.count_operations`.
+        training: What autograd keeps for the backward pass, each memory once and without parameters and buffers;
+            otherwise the largest sum of a layer's inputs and outputs.
+
+    Returns:
+        The bytes.
+    """
+    first = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    args, kwargs = forward_arguments(example, first)
+    with undisturbed(model, first.device), ExitStack() as stack:
+        if not training:
+            return _largest_layer(model, args, kwargs, stack)
+        model.train()
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # batch statistics change
+        own = {_memory(t) for t in (*model.parameters(), *buffers.values())}
+        kept: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if _memory(tensor) not in own:
+                kept[_memory(tensor)] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+        output = functional_call(model, buffers, args, kwargs)  # alive until here, so that no memory is counted anew
+        del output
+    return sum(kept.values())
+
+
+def _largest_layer(model: nn.Module, args: Any, kwargs: Any, stack: ExitStack) -> int:
+    largest = 0
+
+    def measure(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal largest
+        tensors = [t for t in tree_leaves((args, kwargs, output)) if isinstance(t, Tensor)]
+        memory = {_memory(t): t.untyped_storage().nbytes() for t in tensors}
+        largest = max(largest, sum(memory.values()))
+
+    for module in model.modules():
+        if not any(module.children()):
+            stack.callback(module.register_forward_hook(measure, with_kwargs=True).remove)
+    model(*args, **kwargs)
+    return largest
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _state_bytes(optimizer: Optimizer) -> dict[int, tuple[int, int]]:
+    """Id of each parameter to the optimizer's bytes per weight, and besides, found by stepping a small parameter.
+
+    State that is matched by shape counts per weight; what else there is counts as it is for the small one.
+    """
+    result = {}
+    for group in optimizer.param_groups:
+        known: dict[tuple[torch.dtype, str], tuple[int, int]] = {}
+        for parameter in group["params"]:
+            device = "cpu" if parameter.device.type == "meta" else str(parameter.device)
+            key = parameter.dtype, device
+            if key not in known:
+                known[key] = _probe(optimizer, group, *key)
+            result[id(parameter)] = known[key]
+    return result
+
+
+def _probe(optimizer: Optimizer, group: Mapping[str, Any], dtype: torch.dtype, device: str) -> tuple[int, int]:
+    small = nn.Parameter(torch.ones(3, 5, dtype=dtype, device=device))
+    small.grad = torch.ones_like(small)
+    twin = object.__new__(type(optimizer))  # copy.copy leaves out what a class adds to Optimizer
+    vars(twin).update(vars(optimizer))
+    # Neither hooks nor a scheduler's wrapper of the original may notice this step.
+    vars(twin).pop("step", None)
+    hooks: Any = OrderedDict()
+    vars(twin).update(
+        state=defaultdict(dict),
+        param_groups=[{**group, "params": [small]}],
+        _optimizer_step_pre_hooks=hooks,
+        _optimizer_step_post_hooks=hooks.copy(),
+    )
+    twin.step()
+    tensors = [value for value in twin.state[small].values() if isinstance(value, Tensor)]
+    per_weight = sum(t.element_size() for t in tensors if t.shape == small.shape)
+    return per_weight, sum(t.numel() * t.element_size() for t in tensors if t.shape != small.shape)
+
+
+class PeakMemory:
+    """Measures the peak of memory within a ``with`` block.
+
+    On a CUDA device what PyTorch's allocator handed out; elsewhere the resident memory of the whole process, Python and
+    libraries included: compare `increase` with a prediction, and mind that an allocator hands freed memory out again.
+
+    Args:
+        device: Where the model is.
+
+    Attributes:
+        before: Bytes in use as the block began.
+        peak: Most bytes in use within it.
+        source: What was measured, in words.
+
+    Example:
+        >>> import torch
+        >>> from dst.metrics import PeakMemory
+        >>> with PeakMemory() as memory:
+        ...     _ = torch.ones(2**24).sum()
+        >>> memory.increase >= 0
+        True
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.before = self.peak = 0
+        self.source = ""
+
+    @property
+    def increase(self) -> int:
+        """Peak above what was in use before."""
+        return max(0, self.peak - self.before)
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self.before = torch.cuda.memory_allocated(self.device)
+            self.source = "torch.cuda.max_memory_allocated"
+        else:
+            self.before = resident_bytes()
+            since = "" if _reset_peak() else ", peak since the process began"
+            self.source = f"resident memory{since}" if self.before else "nothing: the system does not tell"
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.peak = torch.cuda.max_memory_allocated(self.device)
+        else:
+            self.peak = max(self.before, _peak_resident_bytes())
+
+
+_STATUS = Path("/proc/self/status")
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now; where the system does not tell, its peak so far."""
+    return _status("VmRSS") or _largest_resident()
+
+
+def _peak_resident_bytes() -> int:
+    return _status("VmHWM") or _largest_resident()
+
+
+def _status(field: str) -> int:
+    try:
+        lines = _STATUS.read_text().splitlines()
+    except OSError:
+        return 0
+    found = next((line.split() for line in lines if line.startswith(f"{field}:")), None)
+    return int(found[1]) * 1024 if found else 0
+
+
+def _largest_resident() -> int:
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return 0
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024
+
+
+def _reset_peak() -> bool:
+    """Let the kernel forget the process's peak; whether it did."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return bool(_status("VmHWM"))

@@ -1,0 +1,230 @@
+"""Training FLOPs of the schedule that ran: every step at the density it ran with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Container, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from dst.errors import ConfigurationError, StateError
+from dst.metrics.conventions import Convention, convention_of
+from dst.metrics.counting import Operations, WeightOperations
+from dst.metrics.flops import skips_zeros
+
+KINDS = ("dense", "sparse", "dense_gradient")
+"""What a step may cost, as ``Sparsifier.step_counts`` names it."""
+
+
+@dataclass(frozen=True)
+class TrainingFlops:
+    """Operations of a training so far, or of one layer's part in it.
+
+    Attributes:
+        dense: As many steps of the dense network.
+        theoretical: What the steps that ran need in theory.
+        executed: What the backend carried out.
+    """
+
+    dense: float
+    theoretical: float
+    executed: float
+
+    @property
+    def ratio(self) -> float:
+        """Theoretical over dense."""
+        return self.theoretical / self.dense
+
+    @property
+    def executed_ratio(self) -> float:
+        """Executed over dense: 1 where zeros are multiplied."""
+        return self.executed / self.dense
+
+
+class FlopsMeter:
+    """Adds up the operations of training steps, exactly, at the densities that they ran with.
+
+    With f_S and f_D a layer's sparse and dense forward cost, an ordinary sparse step costs 3·f_S (forward, backward to inputs,
+    backward to weights), a step that needs the gradient of every weight 2·f_S + f_D, and a dense step 3·f_D (Evci et al.
+    2020, appendix H). Products without weights cost three times their forward pass in every step. Kept are integers, the
+    number of weights that took part in passes, so that a sum over millions of steps is exact.
+
+    ```python
+    meter = FlopsMeter(count_operations(model, (1, 28, 28)), backend=method.backend, samples_per_step=128)
+    meter.observe(sparsifier)                  # before the first step
+    for batch in batches:
+        ...
+        optimizer.step()
+        meter.observe(sparsifier)              # or whenever the connections' number may have changed
+    print(meter.total("rigl").theoretical)
+    ```
+
+    Args:
+        operations: From `dst.metrics.count_operations`, of the dense model.
+        backend: Where weights live; see ``dst.metrics.flops.SPARSE_EXECUTION``.
+        stored: Labels or parameter names of the layers whose non-zeros alone the backend computes; None takes all.
+        samples_per_step: Samples of one optimizer step: batch size times accumulated batches times processes.
+
+    Raises:
+        ConfigurationError: An unknown backend, or a number of samples below 1.
+    """
+
+    def __init__(
+        self,
+        operations: Operations,
+        *,
+        backend: str = "masked",
+        stored: Collection[str] | None = None,
+        samples_per_step: int = 1,
+    ) -> None:
+        if samples_per_step < 1:
+            raise ConfigurationError(f"samples_per_step must be at least 1, got {samples_per_step}")
+        self.operations = operations
+        self.samples_per_step = samples_per_step
+        labels = [weight.label for weight in operations.weights]
+        self._skipping = skips_zeros(operations, backend, labels if stored is None else stored)
+        self._theoretical = dict.fromkeys(labels, 0)  # weights that took part in a pass, summed over passes
+        self._executed = dict.fromkeys(labels, 0)
+        self._steps = 0
+        self._last: tuple[dict[str, int], dict[str, int]] | None = None  # step counts added, and active weights since
+        self._seen: dict[str, int] = {}  # step counts of the last observation
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps added."""
+        self._settle()
+        return self._steps
+
+    def add(self, kind: str, active: Mapping[str, int], steps: int = 1) -> None:
+        """Add steps of one kind.
+
+        Args:
+            kind: "dense", "sparse" or "dense_gradient".
+            active: Label -> active weights during the steps; layers that are not named are dense. Of no effect on dense
+                steps.
+            steps: How many.
+
+        Raises:
+            ConfigurationError: An unknown kind, a negative number, more active weights than there are, or a layer that
+                was not counted.
+        """
+        if kind not in KINDS:
+            raise ConfigurationError(f"unknown kind of step {kind!r}; known are {', '.join(KINDS)}")
+        if steps < 0:
+            raise ConfigurationError(f"the number of {kind!r} steps must not be negative, got {steps}")
+        known = {weight.label: weight.weights for weight in self.operations.weights}
+        for name, count in active.items():
+            if name not in known:
+                raise ConfigurationError(f"{name} has active weights, and no operator that uses it was counted")
+            if not 0 <= count <= known[name]:
+                raise ConfigurationError(f"{name} has {known[name]} weights; {count} of them cannot be active")
+        for label, weights in known.items():
+            sparse = weights if kind == "dense" else active.get(label, weights)
+            passes = 2 * sparse + (weights if kind != "sparse" else sparse)
+            self._theoretical[label] += steps * passes
+            self._executed[label] += steps * (passes if label in self._skipping else 3 * weights)
+        self._steps += steps
+
+    def observe(self, sparsifier: Any) -> None:
+        """Add the steps that a ``Sparsifier`` took since the last call, at the densities it had then.
+
+        Call it before the first step and from then on after every step, or at least after those that changed the number
+        of connections: a step's forward pass runs before its update.
+
+        Args:
+            sparsifier: Anything with ``step_counts`` and ``layer_table()`` as a ``Sparsifier`` has them.
+
+        Raises:
+            StateError: The first call comes after steps were taken, or steps were taken back.
+        """
+        counts = dict(sparsifier.step_counts)
+        active = _active(sparsifier.layer_table(), self._theoretical)
+        if self._last is None and sum(counts.values()) != self._steps:
+            raise StateError(
+                f"{sum(counts.values())} steps ran and the meter knows of {self._steps}: observe the sparsifier before its "
+                "first step, or load the meter's state where you load the sparsifier's"
+            )
+        if self._last is not None and any(count < self._seen[kind] for kind, count in counts.items()):
+            raise StateError("the sparsifier went back in time: load the meter's state where you load the sparsifier's")
+        self._seen = counts  # while connections' numbers stay, steps are added later, all at once
+        if self._last is None or active != self._last[1]:
+            self._settle()
+            self._last = counts, active
+
+    def _settle(self) -> None:
+        """Add the steps that were seen since the connections' number changed last."""
+        if self._last is None:
+            return
+        (before, held), seen = self._last, self._seen
+        self._last = seen, held
+        for kind, count in seen.items():
+            if count != before[kind]:
+                self.add(kind, held, count - before[kind])
+
+    def total(self, convention: str | Convention = "flops") -> TrainingFlops:
+        """Operations over all steps and samples.
+
+        Args:
+            convention: A name in ``CONVENTIONS``, or a `Convention`.
+        """
+        parts = self.layers(convention).values()
+        return TrainingFlops(
+            sum(p.dense for p in parts), sum(p.theoretical for p in parts), sum(p.executed for p in parts)
+        )
+
+    def layers(self, convention: str | Convention = "flops") -> dict[str, TrainingFlops]:
+        """Label, or name of a product without weights, to its operations over all steps and samples."""
+        rule = convention_of(convention)
+        self._settle()
+        result = {w.label: self._layer(w, rule) for w in self.operations.weights}
+        for name, macs in self.operations.products.items():
+            cost = float(3 * rule.per_mac * macs * self._steps * self.samples_per_step)
+            result[name] = TrainingFlops(cost, cost, cost)
+        return result
+
+    def _layer(self, weight: WeightOperations, rule: Convention) -> TrainingFlops:
+        fixed = 3 * self._steps * rule.per_output * weight.outputs
+
+        def cost(passes: int) -> float:
+            macs = Fraction(passes * weight.macs, weight.weights) if weight.weights else 0
+            return float((rule.per_mac * macs + fixed) * self.samples_per_step)
+
+        return TrainingFlops(
+            cost(3 * weight.weights * self._steps),
+            cost(self._theoretical[weight.label]),
+            cost(self._executed[weight.label]),
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that `load_state_dict` needs, as plain values."""
+        self._settle()
+        last = None if self._last is None else [dict(part) for part in self._last]
+        return {
+            "steps": self._steps,
+            "theoretical": dict(self._theoretical),
+            "executed": dict(self._executed),
+            "last": last,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`'s result.
+
+        Raises:
+            StateError: It is of another model, or no such state.
+        """
+        if not {"steps", "theoretical", "executed", "last"} <= state.keys():
+            raise StateError("this is not the state of a FlopsMeter, or it is damaged")
+        if state["theoretical"].keys() != self._theoretical.keys():
+            different = ", ".join(sorted(state["theoretical"].keys() ^ self._theoretical.keys()))
+            raise StateError(f"the state is of a meter of other layers: {different} differ")
+        self._steps = int(state["steps"])
+        self._theoretical = dict(state["theoretical"])
+        self._executed = dict(state["executed"])
+        last = state["last"]
+        self._last = None if last is None else (dict(last[0]), dict(last[1]))
+        self._seen = {} if last is None else dict(last[0])
+
+
+def _active(table: Sequence[Mapping[str, Any]], labels: Container[str]) -> dict[str, int]:
+    """Active weights by label, of the layers that were counted; ones that cost nothing known are left out."""
+    return {row["name"]: row["nonzero"] for row in table if row["name"] in labels}
