@@ -58,6 +58,7 @@ class _Stepper:
     step: int = 0
     announced: str | None = None  # what the step that before_step() prepared costs; None where it was not called
     replaced: bool = False  # whether that step is to have no gradients
+    active: list[int] = field(default_factory=list)  # what that step's forward and backward passes had, per layer
     begun: bool = False  # whether optimizer.step() was entered and has not been counted
     updated_at: int = -1  # the step of the last update: one that was prepared and not taken may be prepared once more
 
@@ -218,8 +219,8 @@ class Sparsifier:
     def work(self) -> dict[str, dict[str, int]]:
         """Active weights, summed over the optimizer steps of each kind: kind to layer label to number.
 
-        What FLOPs of a whole training are made of, whatever its density did: divided by a layer's weights it is the
-        number of dense steps that would have cost as much.
+        What FLOPs of a whole training are made of, whatever its density did (``dst.metrics.FlopsMeter.add_work``). A step
+        counts with the connections that it began with: its forward and backward passes precede an update.
         """
         labels = [layer.label for layer in self.layers]
         return {kind: dict(zip(labels, active, strict=True)) for kind, active in self._counters.work.items()}
@@ -342,6 +343,7 @@ class Sparsifier:
         chosen = [s for s in self._steppers if optimizer is None or s.optimizer is optimizer]
         for stepper in chosen:
             stepper.replaced = False
+            stepper.active = [self._active(self.layers[i]) for i in stepper.layers]
             stepper.announced = self._prepare(stepper)
             for storage in self._storages:
                 storage.mask_gradients(stepper.parameters)
@@ -374,7 +376,7 @@ class Sparsifier:
         if stepper.updated_at == stepper.step:
             reads = reads or any(score.needs_gradient for score in self.method.scores().values())
             stepper.replaced = self.method.replace_step
-        if all(self._active(layer) == layer.weights for layer in self.layers):
+        if all(n == self.layers[i].weights for i, n in zip(stepper.layers, stepper.active, strict=True)):
             return "dense"
         return "dense_gradient" if reads else "sparse"
 
@@ -425,8 +427,8 @@ class Sparsifier:
             )
         self._counters.steps[stepper.announced] += 1
         work = self._counters.work.setdefault(stepper.announced, [0] * len(self.layers))
-        for index in stepper.layers:
-            work[index] += self._active(self.layers[index])
+        for index, active in zip(stepper.layers, stepper.active, strict=True):
+            work[index] += active
         stepper.announced = None
         stepper.step += 1
         self._expect_gradients([stepper])

@@ -108,21 +108,43 @@ class FlopsMeter:
             ConfigurationError: An unknown kind, a negative number, more active weights than there are, or a layer that
                 was not counted.
         """
+        known = {weight.label: weight.weights for weight in self.operations.weights}
+        for name, count in active.items():
+            if not 0 <= count <= known.get(name, count):
+                raise ConfigurationError(f"{name} has {known[name]} weights; {count} of them cannot be active")
+        self._add(kind, {name: count * steps for name, count in active.items()}, steps)
+
+    def add_work(self, work: Mapping[str, Mapping[str, int]], step_counts: Mapping[str, int]) -> None:
+        """Add a whole training, from what a ``Sparsifier`` has kept of it (and its checkpoints hold).
+
+        Args:
+            work: ``sparsifier.work``: kind of step to label to active weights, summed over steps.
+            step_counts: ``sparsifier.step_counts``.
+
+        Raises:
+            ConfigurationError: As `add`.
+        """
+        labels = {weight.label for weight in self.operations.weights}
+        for kind, steps in step_counts.items():
+            active = {k: v for k, v in work.get(kind, {}).items() if k in labels}
+            self._add(kind, active, steps)
+
+    def _add(self, kind: str, active: Mapping[str, int], steps: int) -> None:
+        """Add steps of one kind; ``active`` is summed over them."""
         if kind not in KINDS:
             raise ConfigurationError(f"unknown kind of step {kind!r}; known are {', '.join(KINDS)}")
         if steps < 0:
             raise ConfigurationError(f"the number of {kind!r} steps must not be negative, got {steps}")
         known = {weight.label: weight.weights for weight in self.operations.weights}
-        for name, count in active.items():
+        for name in active:
             if name not in known:
                 raise ConfigurationError(f"{name} has active weights, and no operator that uses it was counted")
-            if not 0 <= count <= known[name]:
-                raise ConfigurationError(f"{name} has {known[name]} weights; {count} of them cannot be active")
         for label, weights in known.items():
-            sparse = weights if kind == "dense" else active.get(label, weights)
-            passes = 2 * sparse + (weights if kind != "sparse" else sparse)
-            self._theoretical[label] += steps * passes
-            self._executed[label] += steps * (passes if label in self._skipping else 3 * weights)
+            dense = weights * steps
+            sparse = dense if kind == "dense" else active.get(label, dense)
+            passes = 2 * sparse + (sparse if kind == "sparse" else dense)
+            self._theoretical[label] += passes
+            self._executed[label] += passes if label in self._skipping else 3 * dense
         self._steps += steps
 
     def observe(self, sparsifier: Any) -> None:
