@@ -158,7 +158,10 @@ class Latent(Masked):
     def follow_mode(self) -> None:
         """Compute with random or with deterministic weights, as the modules are training or not."""
         for name, owner in self._owners.items():
-            if owner.training != self._training[name] and name not in self._stepping:
+            if name in self._stepping:
+                continue
+            # Weights that were loaded may be those of the other mode.
+            if owner.training != self._training[name] or self._versions[name] != self.parameters[name]._version:
                 self._absorb([name])
                 self._training[name] = owner.training
                 self._write([name])

@@ -13,7 +13,7 @@ def l0(
     density: float = 0.1,
     *,
     stop: Duration = 0.75,
-    learning_rate: float = 0.01,
+    learning_rate: float = 0.05,
     penalty: float = 1.0,
     initial: float = 1.5,
     beta: float = 2 / 3,
