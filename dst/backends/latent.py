@@ -374,9 +374,6 @@ class _ModeHook:
         if storage is not None:
             storage.follow_mode()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _ModeHook:
-        return _ModeHook()
-
     def __reduce__(self) -> tuple[type[_ModeHook], tuple[()]]:
         return _ModeHook, ()
 

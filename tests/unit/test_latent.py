@@ -109,6 +109,9 @@ def test_weights_outside_the_backward_set_do_not_move():
             gradient = layer.part(model.get_parameter(layer.parameter).grad)
             assert not gradient[~moved].any()
         optimizer.step()
+        for layer in sparsifier.layers:  # the decay neither
+            gradient = layer.part(model.get_parameter(layer.parameter).grad)
+            assert not gradient[~before[f"{layer.label}/moved"]].any()
         after = sparsifier.state_dict()["latent"]
         for layer in sparsifier.layers:
             moved = before[f"{layer.label}/moved"]
@@ -126,6 +129,20 @@ def test_weights_written_between_steps_become_latent_weights():
     model.load_state_dict({**model.state_dict(), "hidden.weight": other})
     found = sparsifier.state_dict()["latent"]["hidden.weight"]
     assert torch.equal(found, torch.where(written, other, before))
+
+
+def test_averages_are_as_sparse_as_the_model():
+    model, optimizer, sparsifier = build(METHODS["sr_ste"]())
+    average = torch.optim.swa_utils.AveragedModel(model)
+    sparsifier.track_average(average)
+    before = sparsifier.masks
+    for _ in range(6):
+        train(model, optimizer, sparsifier, 1)
+        average.update_parameters(model)
+    train(model, optimizer, sparsifier, 1)
+    assert not same(before, sparsifier.masks)
+    for name, mask in sparsifier.masks.items():
+        assert not average.module.get_parameter(name)[~mask].any()
 
 
 def test_a_step_that_is_left_out_changes_nothing():
