@@ -132,11 +132,11 @@ def test_weights_written_between_steps_become_latent_weights():
 
 
 def test_averages_are_as_sparse_as_the_model():
-    model, optimizer, sparsifier = build(METHODS["sr_ste"]())
+    model, optimizer, sparsifier = build(METHODS["sr_ste"](), "adamw")
     average = torch.optim.swa_utils.AveragedModel(model)
     sparsifier.track_average(average)
     before = sparsifier.masks
-    for _ in range(6):
+    for _ in range(12):
         train(model, optimizer, sparsifier, 1)
         average.update_parameters(model)
     train(model, optimizer, sparsifier, 1)
