@@ -44,6 +44,20 @@ class Magnitude:
 
 
 @dataclass(frozen=True)
+class Importance:
+    """What the method's relaxation ranks latent weights by: their magnitude, or a learned score (``dst.relaxations``)."""
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Never."""
+        return False
+
+    def scores(self, view: LayerView) -> Tensor:
+        """Float, of the layer's shape."""
+        return scores.Importance()(view)
+
+
+@dataclass(frozen=True)
 class Snip:
     """Connection sensitivity abs(g · w) (Lee et al. 2019, equation 6, https://arxiv.org/abs/1810.02340).
 

@@ -129,7 +129,7 @@ class SparseTraining(Callback):
             raise ConfigurationError(f"{strategy} {_REFUSED_STRATEGIES[strategy]}")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        if self.method.backend != "masked":
+        if self.method.backend == "csr":
             device = trainer.strategy.root_device
             if device.type != "cpu" or strategy == "ModelParallelStrategy":
                 raise ConfigurationError(

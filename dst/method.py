@@ -13,6 +13,7 @@ from dst import allocation as allocations
 from dst import init as inits
 from dst import patterns, schedules, scores
 from dst.errors import ConfigurationError
+from dst.relaxations import Relaxation, StraightThrough
 from dst.types import (
     Allocation,
     Amount,
@@ -29,7 +30,7 @@ from dst.types import (
     check_duration,
 )
 
-BACKENDS = ("masked", "csr")
+BACKENDS = ("masked", "csr", "latent")
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,11 @@ class Method:
         perturb: Added to the gradients of active weights at every step; ``None`` for nothing.
         grown_warmup: Steps over which the optimizer's change of a grown weight rises linearly to the full one.
         lottery: Levels of iterative pruning with rewinding: several fits, driven by ``dst.lottery``.
+        relaxation: What the network sees of latent weights, where inactive weights live on (``dst.relaxations``). The
+            topology is then updated behind the optimizer's step, from the weights that the next forward pass sees.
         backend: Where weights live: ``"masked"`` keeps ordinary parameters with zeros in place, ``"csr"`` stores and
-            computes non-zeros alone, on the CPU (``dst.prepare`` makes its layers).
+            computes non-zeros alone, on the CPU (``dst.prepare`` makes its layers). Methods with a relaxation have
+            ``"latent"``: ordinary parameters with zeros in place, and the latent weights beside them.
 
     Raises:
         ConfigurationError: A value out of range or a combination that cannot work.
@@ -113,6 +117,7 @@ class Method:
     perturb: Perturbation | None = None
     grown_warmup: int = 0
     lottery: LotterySchedule | None = None
+    relaxation: Relaxation | None = None
     backend: str = "masked"
 
     def __post_init__(self) -> None:
@@ -135,6 +140,15 @@ class Method:
             raise ConfigurationError(f"{self.name}: rescale_init needs a mask from step 0, not at {self.sparsify_at}")
         if self.lottery is not None and dynamic:
             raise ConfigurationError(f"{self.name}: lottery levels have fixed masks; use clock=Never()")
+        if self.relaxation is not None:
+            self._check_relaxation(self.relaxation, dynamic)
+            object.__setattr__(self, "backend", "latent")
+        elif any(isinstance(x, (inits.Importance, scores.Importance)) for x in (self.init, self.drop, self.grow)):
+            raise ConfigurationError(f"{self.name}: Importance is that of latent weights, which need a relaxation")
+        elif self.backend == "latent":
+            raise ConfigurationError(
+                f'{self.name}: backend="latent" needs a relaxation, which says what the network sees of latent weights'
+            )
         if self.backend == "csr" and self.density < 1 and (reason := self._needs_inactive_weights()):
             raise ConfigurationError(
                 f'{self.name}: backend="csr" stores only non-zeros, and {reason}; use backend="masked"'
@@ -175,6 +189,31 @@ class Method:
         """The budget that an update at ``step`` keeps to, in (0, 1]."""
         return self.density if self.schedule is None else self.schedule(step, total_steps, self.density)
 
+    def _check_relaxation(self, relaxation: Relaxation, dynamic: bool) -> None:
+        kind = type(relaxation).__name__
+        if self.backend == "csr":
+            raise ConfigurationError(
+                f'{self.name}: backend="csr" stores only non-zeros, and {kind} keeps inactive weights; use '
+                'backend="masked" (latent weights beside ordinary parameters)'
+            )
+        if self.lottery is not None or self.rescale_init:
+            other = "lottery levels" if self.lottery is not None else "rescale_init"
+            raise ConfigurationError(f"{self.name}: {other} and {kind} do not go together: its weights live on")
+        if relaxation.until_mask and (dynamic or self.sparsify_at == 0):
+            raise ConfigurationError(
+                f"{self.name}: {kind} learns what is active until sparsify_at, which must be above 0, and leaves a fixed "
+                "mask; use clock=Never()"
+            )
+        if dynamic and self.replace_step:
+            raise ConfigurationError(
+                f"{self.name}: {kind} updates the topology behind the step and cannot replace it; use replace_step=False"
+            )
+        if isinstance(relaxation, StraightThrough) and (relaxation.backward_density or 1) < self.density:
+            raise ConfigurationError(
+                f"{self.name}: backward_density={relaxation.backward_density} must be at least density={self.density:g}: "
+                "active weights are always moved"
+            )
+
     def _needs_inactive_weights(self) -> str | None:
         """Why the method cannot do with non-zeros alone, or ``None``."""
         if self.lottery is not None:
@@ -202,6 +241,16 @@ class Method:
     def is_dynamic(self) -> bool:
         """Whether the topology is ever updated."""
         return not isinstance(self.clock, schedules.Never)
+
+    @property
+    def moves_inactive(self) -> bool:
+        """Whether inactive weights are trained too once there is a mask, by a gradient beyond the active weights'."""
+        return self.relaxation is not None and not self.relaxation.until_mask and self.density < 1
+
+    @property
+    def updates_after_step(self) -> bool:
+        """Whether the topology is updated behind the optimizer's step rather than before it."""
+        return self.relaxation is not None
 
     def scores(self) -> Mapping[str, Score]:
         """The scores by role, those that are set."""

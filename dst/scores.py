@@ -31,7 +31,7 @@ class _Stateless:
     def observes(self) -> bool:
         return False
 
-    def observe(self, buffer: Tensor | None, gradient: Tensor) -> Tensor:
+    def observe(self, buffer: Tensor | None, view: LayerView) -> Tensor:
         raise TypeError(f"{type(self).__name__} keeps no buffer")
 
 
@@ -115,8 +115,10 @@ class Momentum(_Stateless):
         """Always."""
         return True
 
-    def observe(self, buffer: Tensor | None, gradient: Tensor) -> Tensor:
+    def observe(self, buffer: Tensor | None, view: LayerView) -> Tensor:
         """``beta * buffer + (1 - beta) * gradient``, in float32 or wider."""
+        gradient = view.gradient
+        assert gradient is not None
         if buffer is None:
             buffer = torch.zeros_like(gradient, dtype=torch.promote_types(gradient.dtype, torch.float32))
         return buffer.lerp_(gradient.to(buffer.dtype), 1 - self.beta)
@@ -141,3 +143,15 @@ class Random(_Stateless):
     def sample(self, size: int, barred: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """Draw positions directly, with memory in proportion to what is barred."""
         return random_free(size, barred, count, generator)
+
+
+@dataclass(frozen=True)
+class Importance(_Stateless):
+    """What the method's relaxation ranks latent weights by: their magnitude, or a learned score (``dst.relaxations``)."""
+
+    active_only: ClassVar[bool] = False  # only storage of latent weights knows it
+
+    def __call__(self, view: LayerView) -> Tensor:
+        """Float, of the layer's shape."""
+        assert view.importance is not None
+        return view.importance

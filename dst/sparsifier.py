@@ -291,7 +291,7 @@ class Sparsifier:
         return self._reads_inactive(next(s for s in self._steppers if any(p is parameter for p in s.parameters)))
 
     def _reads_inactive(self, stepper: _Stepper) -> bool:
-        if not self._sparsified:
+        if not self._sparsified or self._moves_inactive(stepper):
             return True
         scores = self.method.scores().values()
         if any(score.observes for score in scores):
@@ -299,6 +299,10 @@ class Sparsifier:
         # An update that does not take the place of the step is followed by one that moves the grown connections.
         reads = not self.method.replace_step or any(score.needs_gradient for score in scores)
         return reads and self._is_due(stepper)
+
+    def _moves_inactive(self, stepper: _Stepper) -> bool:
+        """Whether inactive weights are trained that may become active."""
+        return self.method.moves_inactive and stepper.step < self.method.clock.stop_step(self.total_steps)
 
     def _is_due(self, stepper: _Stepper) -> bool:
         """Whether the step to come updates the topology; once it has, it does not where it is tried again."""
@@ -370,9 +374,9 @@ class Sparsifier:
         if not self._sparsified:
             return "dense"
         observing = self._observe(stepper)
-        if self._is_due(stepper):
+        reads = observing or self._moves_inactive(stepper)
+        if not self.method.updates_after_step and self._is_due(stepper):
             self._update(stepper)
-        reads = observing
         if stepper.updated_at == stepper.step:
             reads = reads or any(score.needs_gradient for score in self.method.scores().values())
             stepper.replaced = self.method.replace_step
@@ -391,31 +395,35 @@ class Sparsifier:
             self._warming.begin(stepper.parameters, self._names)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
-            self._leave_out(stepper)
+            self._begin(stepper)
             return None
 
         def followed_up() -> Any:
             result = closure()
-            self._leave_out(stepper)
+            self._begin(stepper)
             return result
 
         if "closure" in kwargs:
             return args, {**kwargs, "closure": followed_up}
         return (args[0], followed_up, *args[2:]), kwargs
 
-    def _leave_out(self, stepper: _Stepper) -> None:
+    def _begin(self, stepper: _Stepper) -> None:
+        """Gradients are there, and the optimizer is about to use them."""
         if stepper.replaced:
             for group in stepper.optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
+        for storage in self._storages:
+            storage.begin_step(stepper.optimizer, stepper.parameters)
 
+    @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step post-hook: weights that are inactive are zero again, and the clock advances."""
         stepper = next(s for s in self._steppers if s.optimizer is optimizer)
         if self._warming is not None and stepper.begun:
             self._warming.end(self._parameters, stepper.step)
         for storage in self._storages:
-            storage.mask_weights(stepper.parameters)
+            storage.end_step(stepper.parameters, stepper.step + stepper.begun, self._sparsify_step)
         self._originals = []
         if not stepper.begun:
             return  # the step of a class within that of its subclass has told already
@@ -425,6 +433,8 @@ class Sparsifier:
                 "optimizer.step() ran without sparsifier.before_step(): call it between backward() and step(), "
                 "or finalize() the sparsifier when sparse training is over"
             )
+        if self._sparsified and self.method.updates_after_step and self._is_due(stepper):
+            self._update(stepper)  # the mask of the next forward pass is that of the weights it will see
         self._counters.steps[stepper.announced] += 1
         work = self._counters.work.setdefault(stepper.announced, [0] * len(self.layers))
         for index, active in zip(stepper.layers, stepper.active, strict=True):
@@ -439,6 +449,7 @@ class Sparsifier:
         for storage in self._storages:
             storage.mask_weights(parameters)
             storage.expect_dense_gradient(parameters, False)
+            storage.release()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -804,11 +815,12 @@ class Sparsifier:
         if self._gradients_are_usable(stepper):
             for index in stepper.layers:
                 layer = self.layers[index]
-                gradient = self._parameters[layer.parameter].grad
-                if gradient is not None:
-                    for role, score in observers.items():
-                        key = (role, layer.label)
-                        self._buffers[key] = score.observe(self._buffers.get(key), layer.part(whole(gradient)))
+                for role, score in observers.items():
+                    key = (role, layer.label)
+                    generator = folded_generator(self.seed, role, stepper.step, layer.label)
+                    view = self._home[layer.parameter].view(layer, generator, gradient=True)
+                    if view.gradient is not None:
+                        self._buffers[key] = score.observe(self._buffers.get(key), view)
         return True
 
     def _gradients_are_usable(self, stepper: _Stepper, every_layer: bool = False) -> bool:
@@ -859,6 +871,7 @@ class Sparsifier:
             "union": {n: union for storage in self._storages for n, union in storage.union_state().items()},
             "buffers": {role + "/" + label: b.clone() for (role, label), b in self._buffers.items()},
             "collected": {n: c for storage in self._storages for n, c in storage.collected_state().items()},
+            "latent": {n: t for storage in self._storages for n, t in storage.latent_state().items()},
         }
 
     @torch.no_grad()
@@ -882,6 +895,7 @@ class Sparsifier:
         self._sparsified = bool(state["sparsified"])
         for storage in self._storages:
             storage.load(state["masks"], state["union"])
+            storage.load_latent(state["latent"], int(state["steps"][0]))
         self._buffers = {}
         for key, buffer in state["buffers"].items():
             role, _, label = key.partition("/")
@@ -912,7 +926,18 @@ class Sparsifier:
             raise StateError("this is not the state of a dst Sparsifier, or it is damaged")
         if state["format"] != STATE_FORMAT:
             raise StateError(f"the state has format {state['format']}; this version of dst reads {STATE_FORMAT}")
-        for key in ("method", "masks", "union", "buffers", "step_counts", "collected", "budgets", "work", "warming"):
+        for key in (
+            "method",
+            "masks",
+            "union",
+            "buffers",
+            "step_counts",
+            "collected",
+            "budgets",
+            "work",
+            "warming",
+            "latent",
+        ):
             if not isinstance(state[key], Mapping):
                 raise StateError(f"the state is damaged: {key} is no mapping")
         # Every backend reads what another has saved.
@@ -934,6 +959,7 @@ class Sparsifier:
         self._check_masks(state["masks"], "the checkpoint")
         self._check_table(state)
         self._check_buffers(state)
+        self._check_latent(state)
         if state["total_steps"] != self.total_steps:
             logger.warning(
                 "the checkpoint's schedules were laid out for %s steps and go on for %d",
@@ -975,6 +1001,14 @@ class Sparsifier:
                 raise StateError("the state is damaged: densities must lie in (0, 1]")
         if not isinstance(state["updated_at"], list) or len(state["updated_at"]) != len(state["steps"]):
             raise StateError("the state is damaged: steps and updated_at do not belong together")
+
+    def _check_latent(self, state: Mapping[str, Any]) -> None:
+        """What storages keep beside the parameters has names and shapes that follow from the model and the method."""
+        masked = bool(state["sparsified"])
+        here = {name: shape for s in self._storages for name, shape in s.latent_shapes(masked).items()}
+        saved = {n: tuple(t.shape) if isinstance(t, Tensor) else None for n, t in state["latent"].items()}
+        if off := sorted(n for n in here.keys() | saved.keys() if here.get(n, ...) != saved.get(n, ...)):
+            raise StateError(f"the checkpoint's latent weights do not fit the model: {', '.join(off)}")
 
     def _check_masks(
         self, masks: Mapping[str, Tensor], source: str, fits: Callable[[Tensor, tuple[int, ...]], bool] = is_mask

@@ -65,12 +65,13 @@ class LayerView:
     """What a score may look at; all tensors have the layer's shape.
 
     Attributes:
-        weight: The layer's weights, detached; zeros where inactive.
+        weight: The layer's weights, detached; zeros where inactive, or latent weights where the backend keeps them.
         mask: Bool, True where active.
         gradient: The dense gradient (accumulated, reduced over ranks, unscaled, unclipped), or ``None`` where the
             score did not ask for it.
         buffer: What the score's ``observe`` returned last, or ``None``.
         generator: A CPU generator folded from seed, step and layer, for random scores.
+        importance: What a relaxation ranks latent weights by, or ``None`` where there is none.
     """
 
     weight: Tensor
@@ -78,6 +79,7 @@ class LayerView:
     gradient: Tensor | None
     buffer: Tensor | None
     generator: torch.Generator
+    importance: Tensor | None = None
 
 
 @runtime_checkable
@@ -95,8 +97,11 @@ class Score(Protocol):
     def __call__(self, view: LayerView) -> Tensor:
         """Score every position of the layer; float, of the layer's shape."""
 
-    def observe(self, buffer: Tensor | None, gradient: Tensor) -> Tensor:
-        """Return the buffer after seeing this step's dense gradient; may update ``buffer`` in place."""
+    def observe(self, buffer: Tensor | None, view: LayerView) -> Tensor:
+        """Return the buffer after seeing this step's weights and dense gradient; may update ``buffer`` in place.
+
+        ``view.gradient`` is there, and ``view.buffer`` is not.
+        """
 
 
 @runtime_checkable

@@ -37,9 +37,19 @@ METHODS: dict[str, Callable[[], Method]] = {
     "watching_twice": lambda: methods.set_(
         DENSITY, update_every=5, drop=Momentum(0.5), grow=Momentum(0.9), replace_step=False
     ),
+    "top_kast": lambda: methods.top_kast(DENSITY, backward_density=0.5, decay=0.01),
+    "top_kast_at_times": lambda: methods.top_kast(DENSITY, update_every=5, stop=0.75, allocation=ER(), init=Snip()),
+    "sr_ste": lambda: methods.sr_ste(DENSITY, decay=0.05),
+    "str": lambda: methods.str_(DENSITY, stop=0.5, initial=-3.0),
+    "movement": lambda: methods.movement(DENSITY, start=3),
+    "movement_soft": lambda: methods.movement(DENSITY, soft=True, stop=0.5, learning_rate=0.2),
+    "l0": lambda: methods.l0(DENSITY, stop=0.5, learning_rate=0.1),
     "gradient_drop": lambda: methods.set_(DENSITY, update_every=4, drop=Gradient(), grow=Random()),
 }
 """Name to factory of a method that one ``Sparsifier`` can train."""
+
+LATENT = [name for name, make in METHODS.items() if make().relaxation is not None]
+"""Names of the methods that keep latent weights."""
 
 DYNAMIC = [name for name, make in METHODS.items() if make().is_dynamic]
 """Names of the methods whose topology is updated."""

@@ -9,6 +9,7 @@ from torch.distributed import ProcessGroup
 
 from dst.backends import csr
 from dst.backends.csr import Csr
+from dst.backends.latent import Latent
 from dst.backends.masked import Masked
 from dst.backends.storage import Draft, Storage
 from dst.errors import ConfigurationError
@@ -16,7 +17,7 @@ from dst.layers import Selector, SparseLayer, sparse_modules
 from dst.method import Method
 from dst.types import as_sampler
 
-__all__ = ["Csr", "Draft", "Masked", "Storage", "open_storages", "prepare"]
+__all__ = ["Csr", "Draft", "Latent", "Masked", "Storage", "open_storages", "prepare"]
 
 
 def prepare(
@@ -96,7 +97,9 @@ def open_storages(
                 f"{layer.parameter} was drawn by dst.prepare(seed={drawn}), and this is seed={seed}: give both the same"
             )
     storages: list[Storage] = []
-    if masked:
+    if masked and method.relaxation is not None and method.density < 1:
+        storages.append(Latent(model, masked, method.relaxation, density=method.density, seed=seed))
+    elif masked:
         storages.append(Masked({x.parameter: named[x.parameter] for x in masked}, masked))
     if stored:
         storages.append(Csr({x.parameter: modules[x.parameter] for x in stored}, stored, group))

@@ -174,6 +174,26 @@ class Csr:
     def mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:
         """See ``Storage``: there is nothing inactive."""
 
+    def begin_step(self, optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> None:
+        """See ``Storage``: parameters hold what the optimizer moves."""
+
+    def end_step(self, parameters: Collection[nn.Parameter], step: int, steps: int) -> None:
+        """See ``Storage``: there is nothing inactive."""
+
+    def release(self) -> None:
+        """See ``Storage``: there is nothing to remove."""
+
+    def latent_state(self) -> dict[str, Tensor]:
+        """See ``Storage``: nothing is kept elsewhere."""
+        return {}
+
+    def latent_shapes(self, masked: bool) -> dict[str, tuple[int, ...]]:
+        """See ``Storage``."""
+        return {}
+
+    def load_latent(self, saved: Mapping[str, Tensor], step: int) -> None:
+        """See ``Storage``."""
+
     def mask_optimizer_state(self, optimizer: Optimizer) -> None:
         """See ``Storage``: there is nothing inactive."""
 

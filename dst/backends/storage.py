@@ -105,6 +105,30 @@ class Storage(Protocol):
     def mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:
         """Set inactive weights to zero."""
 
+    def begin_step(self, optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> None:
+        """Let parameters and gradients be what the optimizer moves, as its step begins; without effect a second time."""
+
+    def end_step(self, parameters: Collection[nn.Parameter], step: int, steps: int) -> None:
+        """Let parameters be what the network computes with, behind the optimizer's step: inactive weights are zero.
+
+        Args:
+            parameters: The optimizer's.
+            step: The number of the step to come.
+            steps: When the first mask is made.
+        """
+
+    def release(self) -> None:
+        """Leave the model as it is to be used without this storage."""
+
+    def latent_state(self) -> dict[str, Tensor]:
+        """What is kept beside the parameters, by name, for a checkpoint."""
+
+    def latent_shapes(self, masked: bool) -> dict[str, tuple[int, ...]]:
+        """The names and shapes of ``latent_state``, before or after the first mask is made."""
+
+    def load_latent(self, saved: Mapping[str, Tensor], step: int) -> None:
+        """Go on from ``latent_state`` at a step; follows ``load``."""
+
     def mask_optimizer_state(self, optimizer: Optimizer) -> None:
         """Set an optimizer's state of inactive weights to zero."""
 

@@ -28,6 +28,13 @@ METHODS = {
     "sparse_from_scratch": dst.methods.sparse_from_scratch(0.1),
 }
 
+LATENT = {
+    "top_kast": dst.methods.top_kast(0.1, update_every=2),
+    "movement": dst.methods.movement(0.1, start=4),
+    "str": dst.methods.str_(0.1, initial=-4.0),
+    "l0": dst.methods.l0(0.1),
+}
+
 
 class Net(nn.Module):
     """A linear layer whose rows do not divide by the processes, attention (a weight in three parts) and a head."""
@@ -71,7 +78,7 @@ def train(rank: int, world: int, name: str, how: str, optimizer: str = "adamw") 
         made: torch.optim.Optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
     else:
         made = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
-    sparsifier = dst.Sparsifier(wrapped, made, METHODS[name], total_steps=STEPS)
+    sparsifier = dst.Sparsifier(wrapped, made, {**METHODS, **LATENT}[name], total_steps=STEPS)
     communication = SparseAllReduce(sparsifier)
     if how == "hook":
         assert isinstance(wrapped, DistributedDataParallel)
@@ -121,6 +128,18 @@ def test_two_processes_equal_one(name: str, how: str) -> None:
     check_equal(one, several)
     if METHODS[name].is_dynamic:
         assert one["updates"] > 3
+
+
+@pytest.mark.parametrize("how", ["ddp", "hook"])
+@pytest.mark.parametrize("name", LATENT)
+def test_two_processes_with_latent_weights_equal_one(name: str, how: str) -> None:
+    check_equal(train(0, 1, name, "single"), run(train, 2, name, how))
+
+
+def test_latent_weights_that_are_spread_over_processes_are_refused() -> None:
+    for result in run(train, 2, "top_kast", "fsdp2"):
+        assert isinstance(result, dst.ConfigurationError)
+        assert "first.weight is spread over processes" in str(result)
 
 
 @pytest.mark.parametrize("how", ["ddp", "fsdp2"])

@@ -1,0 +1,71 @@
+"""Movement pruning, hard and soft."""
+
+from __future__ import annotations
+
+from dst import init as inits
+from dst import scores
+from dst.allocation import Global, Uniform
+from dst.method import Method
+from dst.relaxations import Movement
+from dst.schedules import Constant, Every
+from dst.types import Allocation, Duration
+
+
+def movement(
+    density: float = 0.1,
+    *,
+    soft: bool = False,
+    update_every: Duration = 1,
+    start: Duration = 0.1,
+    stop: Duration = 0.75,
+    learning_rate: float = 0.01,
+    threshold: float = 0.1,
+    penalty: float = 1.0,
+    allocation: Allocation | None = None,
+    backend: str = "latent",
+) -> Method:
+    """Movement pruning (Sanh et al. 2020, https://arxiv.org/abs/2005.07683): keep the weights that move away from zero.
+
+    Scores S are learned with the gradient dL/dW' ⊙ W. Hard: training is dense until ``start``, then active are the best
+    scores of every layer, chosen anew every step until ``stop``. Soft: active is where sigmoid(S) exceeds ``threshold``.
+
+    Deviations: hard, the density drops at ``start`` at once. Soft, the authors choose the penalty and take what
+    results; here S is pushed, by the same amount everywhere, so that the density follows a cubic schedule, and at
+    ``stop`` the mask is fixed: the best scores of the network, exactly as many as the budget has.
+
+    Args:
+        density: Target density, in (0, 1].
+        soft: The variant with a threshold.
+        update_every: Steps between selections, for the hard variant.
+        start: When the hard variant's first mask is made, from the scores so far.
+        stop: When the mask is fixed.
+        learning_rate: Adam's, of S.
+        threshold: The soft variant's, on sigmoid(S), in (0, 0.5).
+        penalty: The soft variant's λ, times the mean of sigmoid(S) of each layer, >= 0.
+        allocation: How the budget is split; by default uniformly for the hard variant, one threshold for the soft one.
+        backend: Latent weights beside ordinary parameters, whatever is given but ``"csr"``, which is refused.
+    """
+    if soft:
+        return Method(
+            name="movement",
+            density=density,
+            allocation=allocation if allocation is not None else Global(),
+            init=inits.Importance(),
+            sparsify_at=stop,
+            relaxation=Movement(learning_rate, threshold, penalty),
+            backend=backend,
+        )
+    return Method(
+        name="movement",
+        density=density,
+        allocation=allocation if allocation is not None else Uniform(),
+        init=inits.Importance(),
+        sparsify_at=start,
+        drop=scores.Importance(),
+        grow=scores.Importance(),
+        clock=Every(update_every, start, stop),
+        fraction=Constant(1.0),
+        replace_step=False,
+        relaxation=Movement(learning_rate),
+        backend=backend,
+    )

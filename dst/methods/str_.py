@@ -1,0 +1,46 @@
+"""STR: soft threshold reparameterization."""
+
+from __future__ import annotations
+
+from dst import init as inits
+from dst.allocation import Global
+from dst.method import Method
+from dst.relaxations import LearnedThreshold
+from dst.types import Allocation, Duration
+
+
+def str_(
+    density: float = 0.1,
+    *,
+    stop: Duration = 0.75,
+    initial: float = -8.0,
+    decay: float = 1e-4,
+    allocation: Allocation | None = None,
+    backend: str = "latent",
+) -> Method:
+    """Soft threshold reparameterization (Kusupati et al. 2020, https://arxiv.org/abs/2002.03231).
+
+    The network computes with sign(w) · relu(abs(w) − sigmoid(s)), and every layer's s is learned.
+
+    Deviations: the authors find the initial s and its weight decay for each density and take what results. Here s is
+    pushed, by the same amount in all layers, so that the density follows a cubic schedule, and at ``stop`` the mask is
+    fixed: the largest effective weights of the network, exactly as many as the budget has. Training goes on with them,
+    without a threshold. s is moved by plain gradient descent at the optimizer's learning rate.
+
+    Args:
+        density: Target density, in (0, 1].
+        stop: When the mask is fixed, above 0.
+        initial: s at the start.
+        decay: Weight decay of s, >= 0.
+        allocation: How the budget is split when the mask is fixed; by default one threshold for the network.
+        backend: Latent weights beside ordinary parameters, whatever is given but ``"csr"``, which is refused.
+    """
+    return Method(
+        name="str",
+        density=density,
+        allocation=allocation if allocation is not None else Global(),
+        init=inits.Importance(),
+        sparsify_at=stop,
+        relaxation=LearnedThreshold(initial, decay),
+        backend=backend,
+    )
