@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,14 @@ from torch.utils.hooks import RemovableHandle
 
 from dst.errors import ConfigurationError
 from dst.kernels import Engine, Kernels, Pattern, engine
-from dst.kernels.native import Plan
+from dst.kernels.native import ChainLayer, Plan
 from dst.topology import random_indices, without
 
 _COMPUTED = (torch.float32, torch.float64)
+
+# Which values a copy by rows was made from: an alias, which keeps their address from being used anew, the address, and
+# autograd's version of them.
+RowKey: TypeAlias = tuple[Tensor, int, int]
 _TILE_ROWS = 256
 
 
@@ -103,8 +107,9 @@ class SparseLinear(nn.Module):
         self._engine: Engine = engine()
         self._pattern = self._new_pattern(indices)
         self._row_values: Tensor | None = None
-        self._row_key: tuple[int, int] | None = None
+        self._row_key: RowKey | None = None
         self._plan: Plan | None = None
+        self._plan_bias: int | None = None
         self._stash: list[tuple[Tensor, Tensor]] | None = None
         self._stashed = 0
         self._stash_hook: RemovableHandle | None = None
@@ -261,30 +266,57 @@ class SparseLinear(nn.Module):
         # `fresh`: weights change in every training step, and not all who change them leave a trace (`values.data`).
         # Weights made inside inference mode carry no version.
         fresh = fresh or values.is_inference()
-        key = (values.data_ptr(), 0 if fresh else values._version)
         held = self._row_values
         if held is None or held.shape != values.shape or held.dtype != values.dtype:
             # Outside inference mode even if called inside it: training will write to this memory.
             with torch.inference_mode(False):
                 held = torch.empty(values.shape, dtype=values.dtype)
             self._row_values, self._row_key = held, None
-        if fresh or key != self._row_key:
+        key = self._row_key
+        if fresh or key is None or key[1:] != (values.data_ptr(), values._version):
             self._plan = None
             self._engine.refresh(self._pattern, values, held)
-            self._row_key = None if fresh else key
+            self._row_key = None if fresh else (values.detach(), values.data_ptr(), values._version)
         return held
+
+    def chain_layer(self) -> tuple[ChainLayer, RowKey, int | None] | None:
+        """Prepare the layer for a `dst.kernels.native.Plan`.
+
+        Returns:
+            The plan's layer, and what `follows` asks for; None where the layer has to be computed by `forward`: in
+            training, without compiled kernels, in 16-bit types, and for values or a bias that the kernels cannot read.
+        """
+        values, bias = self._parameters["values"], self._parameters["bias"]
+        # Values made inside inference mode carry no version to follow.
+        if self.training or not isinstance(self._engine, Kernels) or not readable(values, (self.nnz,)):
+            return None
+        if values is None or values.is_inference() or values.dtype not in _COMPUTED:
+            return None
+        if bias is not None and not (readable(bias, (self.out_features,)) and bias.dtype is values.dtype):
+            return None
+        rows = self._row_ordered(values.detach(), fresh=False)
+        shift = None if bias is None else bias.detach()
+        layer = ChainLayer(self.out_features, self.in_features, self._pattern, rows, shift, self.relu)
+        return layer, cast(RowKey, self._row_key), None if shift is None else shift.data_ptr()
+
+    def follows(self, key: RowKey | None, bias: int | None) -> bool:
+        """Whether the copy by rows made under ``key`` still is the layer's, and its bias still at that address."""
+        held, shift = self._parameters["values"], self._parameters["bias"]
+        return (
+            key is not None
+            and self._row_key is key
+            and held is not None
+            and held.data_ptr() == key[1]
+            and held._version == key[2]
+            and bias == (None if shift is None else shift.data_ptr())
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(*, in_features)``."""
-        if self._plan is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-            held = self._parameters["values"]
-            shift = self._parameters["bias"]
-            if (
-                held is not None
-                and self._row_key == (held.data_ptr(), held._version)
-                and self._plan.bias == (None if shift is None else shift.data_ptr())
-            ):
-                single = self._plan.run(x)
+        plan = self._plan
+        if plan is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+            if self.follows(self._row_key, self._plan_bias):
+                single = plan.run(x)
                 if single is not None:
                     return single
         if x.shape[-1] != self.in_features:
@@ -316,15 +348,24 @@ class SparseLinear(nn.Module):
         ):
             y = cast(Tensor, _Apply.apply(x, values, bias, self))
         else:
-            # Converted values are new memory at every call: their version says nothing about the weights.
-            fresh = self.training or values is not self.values
-            rows = self._row_ordered(values.detach(), fresh=fresh)
-            if x.shape[0] == 1 and not fresh and isinstance(self._engine, Kernels):
-                self._plan = self._engine.plan(self._pattern, rows, bias, self.relu)
-            y = self._engine.forward(self._pattern, rows, self._engine.feature_major(x.detach()), bias, self.relu)
+            y = self._evaluate(x.detach(), values.detach(), bias)
         if len(lead) != 1:
             y = y.view(*lead, self.out_features)
         return y if y.dtype == wanted else y.to(wanted)
+
+    def _evaluate(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        # Converted values are new memory at every call: their version says nothing about the weights.
+        converted = values.dtype is not self.values.dtype
+        if self._plan is None or not self.follows(self._row_key, self._plan_bias):
+            prepared = None if converted else self.chain_layer()
+            self._plan = None
+            if prepared is not None:
+                self._plan, self._plan_bias = cast(Kernels, self._engine).plan([prepared[0]]), prepared[2]
+        y = None if self._plan is None else self._plan.run(x)
+        if y is None:
+            rows = self._row_ordered(values, fresh=self.training or converted)
+            y = self._engine.forward(self._pattern, rows, self._engine.feature_major(x), bias, self.relu)
+        return y
 
     # ------------------------------------------------------------------------------------------ topology
     def collect_dense_gradient(self, collect: bool = True) -> None:
@@ -566,6 +607,13 @@ class FeatureMajorLinear(nn.Linear):
         if self.bias is None:
             return torch.mm(self.weight, x.t()).t()
         return torch.addmm(self.bias.unsqueeze(1), self.weight, x.t()).t()
+
+
+def readable(tensor: Tensor | None, shape: tuple[int, ...]) -> bool:
+    """Whether the kernels can read ``tensor`` where it is, as a contiguous one of this shape."""
+    return type(tensor) in (Tensor, nn.Parameter) and bool(
+        tensor is not None and tensor.is_cpu and tensor.shape == shape and tensor.is_contiguous()
+    )
 
 
 def remap(entries: Tensor, source: Tensor) -> Tensor:

@@ -1,0 +1,259 @@
+"""Fast inference: a chain of sparse and dense linear layers computed in one call."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from dst.errors import ConfigurationError
+from dst.kernels import Kernels
+from dst.kernels.native import ChainLayer, Plan
+from dst.nn.sparse_linear import FeatureMajorLinear, RowKey, SparseLinear, readable
+
+_DENSE = (nn.Linear, FeatureMajorLinear)
+_RELU = (torch.relu, torch.relu_, functional.relu, functional.relu_)
+
+
+class _Prepared(NamedTuple):
+    """A plan and what it was made from; one object, so that threads see all of it or nothing.
+
+    Attributes:
+        plan: the chain in one call.
+        sparse: each sparse layer with its key, its bias's address and its own ReLU.
+        dense: each dense layer with the addresses of its weight and bias.
+    """
+
+    plan: Plan
+    sparse: list[tuple[SparseLinear, RowKey, int | None, bool]]
+    dense: list[tuple[nn.Linear, int, int | None]]
+
+
+class InferenceChain(nn.Module):
+    """A model that is a chain of linear layers, with its evaluation computed in one call; see `optimize_for_inference`.
+
+    Attributes:
+        model: the model given, whose parameters these are.
+
+    Shape:
+        - Input: what ``model`` takes; ``(batch, in_features)``, or more dimensions where it flattens them, is fast.
+        - Output: as ``model``'s: ``(batch, out_features)`` whose storage is feature-major.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = False
+        chain = _Chain(model)
+        self._layers, self._flattens = chain.layers, chain.flattens
+        self._dropouts, self._places, self._hooks = chain.dropouts, chain.places, chain.hooks
+        self._prepared: _Prepared | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the model."""
+        if not (torch.is_grad_enabled() or self.training or torch.is_autocast_enabled("cpu")):
+            prepared = self._prepared
+            if prepared is None or not self._is_current(prepared):
+                prepared = self._prepared = self._prepare()
+            if prepared is not None:
+                y = prepared.plan.run(x.flatten(1) if self._flattens and x.dim() > 2 else x)
+                if y is not None:
+                    return y
+        output: Tensor = self.model(x)
+        return output
+
+    def _is_current(self, prepared: _Prepared) -> bool:
+        """Whether the plan still computes what the model would."""
+        for layer, key, shift, relu in prepared.sparse:
+            if layer.relu is not relu or not layer.follows(key, shift):
+                return False
+        for dense, address, shift in prepared.dense:
+            held = dense._parameters
+            weight, bias = held["weight"], held["bias"]
+            if weight is None or weight.data_ptr() != address:
+                return False
+            if shift != (None if bias is None else bias.data_ptr()):
+                return False
+        return self._is_same_model()
+
+    def _is_same_model(self) -> bool:
+        for children, name, module in self._places:
+            if children.get(name) is not module:
+                return False
+        for dropout in self._dropouts:
+            if dropout.training:
+                return False
+        return not any(self._hooks)
+
+    def _prepare(self) -> _Prepared | None:
+        """Plan the chain as it is now; None where only the modules themselves can compute it."""
+        sparse: list[tuple[SparseLinear, RowKey, int | None, bool]] = []
+        dense: list[tuple[nn.Linear, int, int | None]] = []
+        layers: list[ChainLayer] = []
+        for module, relu in self._layers:
+            if isinstance(module, SparseLinear):
+                prepared = module.chain_layer()
+                if prepared is None:
+                    return None
+                layer, key, shift = prepared
+                sparse.append((module, key, shift, module.relu))
+                layers.append(layer._replace(relu=layer.relu or relu))
+            else:
+                plain = _dense_layer(module, relu)
+                if plain is None:
+                    return None
+                bias = None if plain.bias is None else plain.bias.data_ptr()
+                dense.append((module, plain.values.data_ptr(), bias))
+                layers.append(plain)
+        if not self._is_same_model() or len({layer.values.dtype for layer in layers}) > 1:
+            return None
+        if any(a.rows != b.columns for a, b in zip(layers, layers[1:], strict=False)):
+            return None
+        # Sparse layers are there and said that their engine is the compiled one.
+        kernels = next(m._engine for m, _ in self._layers if isinstance(m, SparseLinear))
+        return _Prepared(kernels.plan(layers), sparse, dense) if isinstance(kernels, Kernels) else None
+
+    def train(self, mode: bool = True) -> InferenceChain:
+        """Switch between training and evaluation, as every module does."""
+        self._prepared = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What is found out about the model is found anew in the copy: it names the copy's own modules.
+        derived = ("_prepared", "_layers", "_flattens", "_dropouts", "_places", "_hooks")
+        return {key: value for key, value in self.__dict__.items() if key not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        chain = _Chain(self.model)
+        self._layers, self._flattens = chain.layers, chain.flattens
+        self._dropouts, self._places, self._hooks = chain.dropouts, chain.places, chain.hooks
+        self._prepared = None
+
+
+def optimize_for_inference(model: nn.Module) -> InferenceChain:
+    """Let a model that is a chain of linear layers be evaluated in one call.
+
+    A chain is made of `SparseLinear`, ``nn.Linear``, ReLU (module, function or method), dropout (nothing in evaluation)
+    and flattening before the first layer; ``nn.Sequential`` and ``forward`` methods alike, as ``torch.fx`` follows them.
+    The results are those of the modules up to rounding: in small batches it is calls, not arithmetic, that this saves.
+
+    The result shares the model's parameters and follows them: steps of an optimizer, ``load_state_dict`` and changes of
+    topology are seen at the next call. Wherever one call cannot give what the modules would, the model itself computes:
+    with gradients enabled, in training, under autocast, in 16-bit types, with forward hooks, after a layer was replaced
+    by another one, and without compiled kernels. Writes through ``values.data`` need `SparseLinear.refresh`, as ever.
+
+    Several threads may call the result at the same time.
+
+    Args:
+        model: the model, in evaluation mode; left as it is.
+
+    Returns:
+        A module to call in its place under ``torch.inference_mode()`` or ``torch.no_grad()``.
+
+    Raises:
+        ConfigurationError: the model is in training mode, is no such chain, or has no sparse layer.
+    """
+    if model.training:
+        raise ConfigurationError("the model is in training mode; call model.eval() before optimize_for_inference")
+    return InferenceChain(model)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, SparseLinear | FeatureMajorLinear) or super().is_leaf_module(m, module_qualified_name)
+
+
+class _Chain:
+    """What a model computes, where it is a chain.
+
+    Attributes:
+        layers: linear modules in order, each with whether ReLU follows.
+        flattens: whether the input is flattened first.
+        dropouts: modules that do nothing only in evaluation.
+        places: where each module that the model calls is held: ``(children of its parent, name, module)``.
+        hooks: the dicts of forward hooks of every module; one call knows nothing of hooks.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers: list[tuple[SparseLinear | nn.Linear, bool]] = []
+        self.flattens = False
+        self.dropouts: list[nn.Module] = []
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        try:
+            # A root that is itself one layer would be traced into.
+            nodes = list(_Tracer().trace(nn.Sequential(model) if isinstance(model, SparseLinear) else model).nodes)
+        except Exception as error:
+            raise ConfigurationError(
+                f"{type(model).__name__} cannot be followed ({error}); optimize_for_inference takes chains of linear layers"
+            ) from error
+        if isinstance(model, SparseLinear):
+            self._modules = {"0": model}
+        self._follow(nodes)
+        if not any(isinstance(module, SparseLinear) for module, _ in self.layers):
+            raise ConfigurationError("the model has no sparse layer: there is nothing to optimize")
+        for (a, _), (b, _) in zip(self.layers, self.layers[1:], strict=False):
+            if a.out_features != b.in_features:
+                raise ConfigurationError(f"a layer with {a.out_features} outputs precedes one with {b.in_features} inputs")
+        held = [m for m in model.modules()]
+        self.places = [(m._modules, name, child) for m in held for name, child in m._modules.items()]
+        self.hooks = [hooks for m in held for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+
+    def _follow(self, nodes: list[fx.Node]) -> None:
+        if len(nodes) < 2 or nodes[0].op != "placeholder" or nodes[-1].op != "output":
+            raise ConfigurationError("the model takes no input; optimize_for_inference takes chains of linear layers")
+        for before, node in zip(nodes, nodes[1:], strict=False):
+            if node.all_input_nodes != [before] or node.args[:1] != (before,):
+                raise ConfigurationError(
+                    f"{node} does not follow {before} alone; optimize_for_inference takes chains of linear layers"
+                )
+            if node.op != "output" and not self._take(node):
+                target = self._modules[str(node.target)] if node.op == "call_module" else node.target
+                kind = type(target).__name__ if isinstance(target, nn.Module) else getattr(target, "__name__", target)
+                raise ConfigurationError(
+                    f"{node} is {kind}; optimize_for_inference takes linear layers, ReLU, dropout, and flattening first"
+                )
+
+    def _take(self, node: fx.Node) -> bool:
+        """Add one operation; False where it is none of a chain's."""
+        if node.op == "call_module":
+            module = self._modules[str(node.target)]
+            if type(module) in (SparseLinear, *_DENSE):
+                assert isinstance(module, SparseLinear | nn.Linear)
+                self.layers.append((module, False))
+                return True
+            if isinstance(module, nn.Dropout):
+                self.dropouts.append(module)
+                return True
+            if type(module) is nn.Flatten:
+                return self._flatten(module.start_dim, module.end_dim)
+            return type(module) is nn.Identity or (type(module) is nn.ReLU and self._relu())
+        if node.target in _RELU or (node.op == "call_method" and node.target in ("relu", "relu_")):
+            return self._relu()
+        if node.target is torch.flatten or (node.op == "call_method" and node.target == "flatten"):
+            names = dict(zip(("start_dim", "end_dim"), node.args[1:], strict=False)) | node.kwargs
+            return self._flatten(names.get("start_dim", 0), names.get("end_dim", -1))
+        return False
+
+    def _relu(self) -> bool:
+        if self.layers:
+            self.layers[-1] = (self.layers[-1][0], True)
+        return bool(self.layers)
+
+    def _flatten(self, first: Any, last: Any) -> bool:
+        # Activations between layers are flat already if the input was.
+        self.flattens = self.flattens or not self.layers
+        return (first, last) == (1, -1)
+
+
+def _dense_layer(module: nn.Linear, relu: bool) -> ChainLayer | None:
+    """A dense layer for a plan, or None where the kernels cannot read its parameters."""
+    weight, bias = module._parameters["weight"], module._parameters["bias"]
+    if weight is None or weight.dim() != 2 or not readable(weight, tuple(weight.shape)):
+        return None
+    if bias is not None and not (readable(bias, weight.shape[:1]) and bias.dtype is weight.dtype):
+        return None
+    shift = None if bias is None else bias.detach()
+    return ChainLayer(weight.shape[0], weight.shape[1], None, weight.detach(), shift, relu)
