@@ -14,6 +14,7 @@ from torch import Tensor
 from dst.kernels.pattern import Pattern, split_flat
 
 ABI = 6
+_threads = torch.get_num_threads
 ISA = ("portable", "avx2", "avx512")
 _SIGNATURES = {
     "dst_forward": [
@@ -38,7 +39,7 @@ _SIGNATURES = {
     "dst_gather": [c_int, c_int64, c_void_p, c_void_p, c_void_p, c_int],
     "dst_transpose_pattern": [c_int, c_int64, c_int64, *[c_void_p] * 5],
     "dst_match_patterns": [c_int, c_int64, *[c_void_p] * 7],
-    "dst_run_chain": [c_int, c_void_p, c_int64, c_void_p, c_int64, c_int, c_int64, c_void_p, c_int64, c_int],
+    "dst_run_chain": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64],
     "dst_merge": [c_int64, c_void_p, c_int64, c_void_p, c_void_p],
     "dst_grow_update": [c_int, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 4, *[c_void_p] * 5],
     "dst_grow_finish": [c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
@@ -68,7 +69,7 @@ class Kernels:
         for name, types in _SIGNATURES.items():
             function = getattr(self._library, name)
             function.argtypes = types
-            function.restype = c_int if name == "dst_run_chain" else None
+            function.restype = c_int64 if name == "dst_run_chain" else None
         self._forward = self._library.dst_forward
         self._backward = self._library.dst_backward
         self._gradient = self._library.dst_gradient
@@ -233,6 +234,10 @@ class _LayerFields(ctypes.Structure):
     )
 
 
+class _ChainFields(ctypes.Structure):
+    _fields_ = (("is_double", c_int64), ("count", c_int64), ("layers", c_void_p))
+
+
 def _fields(layer: ChainLayer) -> _LayerFields:
     pattern = layer.pattern
     return _LayerFields(
@@ -254,11 +259,10 @@ class Plan:
         # The memory lives as long as the plan, even where a parameter was given other storage since.
         self._keep = tuple(layers)
         self._dtype = layers[0].values.dtype
-        self._double = int(self._dtype is torch.float64)
         self._columns, self._rows = layers[0].columns, layers[-1].rows
-        self._count = len(layers)
-        self._fields = (_LayerFields * self._count)(*map(_fields, layers))
-        self._address = ctypes.addressof(self._fields)
+        self._fields = (_LayerFields * len(layers))(*map(_fields, layers))
+        self._chain = _ChainFields(self._dtype is torch.float64, len(layers), ctypes.addressof(self._fields))
+        self._address = ctypes.addressof(self._chain)
         self._call = library.dst_run_chain
 
     def run(self, x: Tensor) -> Tensor | None:
@@ -273,20 +277,22 @@ class Plan:
         Raises:
             MemoryError: no memory for the activations.
         """
-        if type(x) is not Tensor or x.dtype is not self._dtype or x.dim() != 2 or not x.is_cpu:
+        # With nothing in the caches every function of torch that is called costs microseconds, so there are few here.
+        if type(x) is not Tensor or x.dtype is not self._dtype or not x.is_cpu:
             return None
-        batch, columns = x.shape
-        if columns != self._columns:
+        shape = x.shape
+        if len(shape) != 2 or shape[1] != self._columns:
             return None
+        batch, columns = shape
         stride, across = x.stride()
-        batch_major = across == 1 and stride >= columns
-        if batch == 1 or not (batch_major or (stride == 1 and across >= batch)):
-            x, stride, batch_major = x.contiguous(), columns, True
-        y = torch.empty_strided((batch, self._rows), (1, batch or 1), dtype=self._dtype)
-        if self._call(
-            self._double, self._address, self._count, x.data_ptr(), stride if batch_major else across, batch_major, batch,
-            y.data_ptr(), batch, torch.get_num_threads(),
-        ):  # fmt: skip
+        batch_major = 1
+        if across != 1 or stride < columns:
+            if stride == 1 and across >= batch > 1:
+                stride, batch_major = across, 0
+            else:
+                x, stride = x.contiguous(), columns
+        y = x.new_empty_strided((batch, self._rows), (1, batch or 1))
+        if self._call(self._address, x.data_ptr(), stride, batch_major, batch, y.data_ptr(), _threads()):
             raise MemoryError(f"no memory for the activations of {batch} examples")
         return y
 

@@ -160,6 +160,12 @@ struct dst_layer {
     int64_t sparse, wide, rows, columns, relu;
     const void *pointers, *indices, *values, *bias;
 };
+
+// Layers, each as wide as the one before it.
+struct dst_chain {
+    int64_t is_double, count;
+    const dst_layer* layers;
+};
 }
 
 namespace {
@@ -255,8 +261,8 @@ void run_layer(const dst_layer& l, const T* x, int64_t x_stride, T* y, int64_t y
 }
 
 template <class T>
-int run_chain(const dst_layer* layers, int64_t count, const T* x, int64_t x_stride, int batch_major, int64_t batch, T* y,
-              int64_t y_stride, int threads) {
+int run_chain(const dst_layer* layers, int64_t count, const T* x, int64_t x_stride, bool batch_major, int64_t batch, T* y,
+              int threads) {
     static thread_local Scratch scratch;
     if (batch <= 0) return 0;
     constexpr int64_t line = 64 / sizeof(T);
@@ -289,7 +295,7 @@ int run_chain(const dst_layer* layers, int64_t count, const T* x, int64_t x_stri
         for (int64_t i = 0; i < count; ++i) {
             const bool last = i + 1 == count;
             T* out = last ? y + b : sides[next];
-            const int64_t out_stride = last ? y_stride : lanes;
+            const int64_t out_stride = last ? batch : lanes;
             run_layer<T>(layers[i], in, in_stride, out, out_stride, lanes, threads);
             in = out;
             in_stride = out_stride;
@@ -459,14 +465,16 @@ void dst_forward(int is_double, int wide, int64_t rows, int64_t columns, const i
                             y_stride, batch, (const float*)bias, relu != 0, threads}, wide);
 }
 
-// Run a batch through `count` >= 1 layers, each as wide as the one before it, in one call: with small batches what
-// surrounds a layer's call costs more than its arithmetic. The input is batch-major (example b at x + b * x_stride) or
-// feature-major (feature f at x + f * x_stride), the output feature-major. Returns 0, or 1 without memory for scratch.
-int dst_run_chain(int is_double, const dst_layer* layers, int64_t count, const void* x, int64_t x_stride, int batch_major,
-                  int64_t batch, void* y, int64_t y_stride, int threads) {
-    if (is_double)
-        return run_chain<double>(layers, count, (const double*)x, x_stride, batch_major, batch, (double*)y, y_stride, threads);
-    return run_chain<float>(layers, count, (const float*)x, x_stride, batch_major, batch, (float*)y, y_stride, threads);
+// Run a batch through one or more layers in one call: with small batches what surrounds a layer's call costs more than its
+// arithmetic. The input is batch-major (example b at x + b * x_stride) or feature-major (feature f at x + f * x_stride), a
+// single example contiguous; the output is feature-major, [out, batch]. Returns 0, or 1 without memory for scratch.
+int64_t dst_run_chain(const dst_chain* chain, const void* x, int64_t x_stride, int64_t batch_major, int64_t batch, void* y,
+                      int64_t threads) {
+    if (chain->is_double)
+        return run_chain<double>(chain->layers, chain->count, (const double*)x, x_stride, batch_major != 0, batch, (double*)y,
+                                 int(threads));
+    return run_chain<float>(chain->layers, chain->count, (const float*)x, x_stride, batch_major != 0, batch, (float*)y,
+                            int(threads));
 }
 
 void dst_backward(int is_double, int wide, int64_t rows, int64_t columns, const int32_t* pointers, const void* indices,

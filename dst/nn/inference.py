@@ -11,7 +11,7 @@ from torch.nn import functional
 from dst.errors import ConfigurationError
 from dst.kernels import Kernels
 from dst.kernels.native import ChainLayer, Plan
-from dst.nn.sparse_linear import FeatureMajorLinear, RowKey, SparseLinear, readable
+from dst.nn.sparse_linear import FeatureMajorLinear, RowKey, SparseLinear, is_autocast, is_grad_enabled, readable
 
 _DENSE = (nn.Linear, FeatureMajorLinear)
 _RELU = (torch.relu, torch.relu_, functional.relu, functional.relu_)
@@ -53,7 +53,7 @@ class InferenceChain(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the model."""
-        if not (torch.is_grad_enabled() or self.training or torch.is_autocast_enabled("cpu")):
+        if not (is_grad_enabled() or is_autocast() or self.training):
             prepared = self._prepared
             if prepared is None or not self._is_current(prepared):
                 prepared = self._prepared = self._prepare()
@@ -79,8 +79,9 @@ class InferenceChain(nn.Module):
         return self._is_same_model()
 
     def _is_same_model(self) -> bool:
-        for children, name, module in self._places:
-            if children.get(name) is not module:
+        for children, expected in self._places:
+            # Equal lists hold the same objects: modules compare by identity.
+            if [*children.values()] != expected:
                 return False
         for dropout in self._dropouts:
             if dropout.training:
@@ -173,7 +174,7 @@ class _Chain:
         layers: linear modules in order, each with whether ReLU follows.
         flattens: whether the input is flattened first.
         dropouts: modules that do nothing only in evaluation.
-        places: where each module that the model calls is held: ``(children of its parent, name, module)``.
+        places: of every module with children, where it holds them and which they are.
         hooks: the dicts of forward hooks of every module; one call knows nothing of hooks.
     """
 
@@ -198,7 +199,7 @@ class _Chain:
             if a.out_features != b.in_features:
                 raise ConfigurationError(f"a layer with {a.out_features} outputs precedes one with {b.in_features} inputs")
         held = [m for m in model.modules()]
-        self.places = [(m._modules, name, child) for m in held for name, child in m._modules.items()]
+        self.places = [(m._modules, [*m._modules.values()]) for m in held if m._modules]
         self.hooks = [hooks for m in held for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def _follow(self, nodes: list[fx.Node]) -> None:

@@ -18,6 +18,12 @@ from dst.topology import random_indices, without
 
 _COMPUTED = (torch.float32, torch.float64)
 
+# Fast in evaluation, where calls cost more than arithmetic; torch has no public form of the second that is.
+is_grad_enabled = torch.is_grad_enabled
+is_autocast: Callable[[], bool] = getattr(
+    torch._C, "_is_any_autocast_enabled", lambda: torch.is_autocast_enabled("cpu")
+)
+
 # Which values a copy by rows was made from: an alias, which keeps their address from being used anew, the address, and
 # autograd's version of them.
 RowKey: TypeAlias = tuple[Tensor, int, int]
@@ -314,11 +320,10 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(*, in_features)``."""
         plan = self._plan
-        if plan is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-            if self.follows(self._row_key, self._plan_bias):
-                single = plan.run(x)
-                if single is not None:
-                    return single
+        if plan is not None and not (is_grad_enabled() or is_autocast()) and self.follows(self._row_key, self._plan_bias):
+            planned = plan.run(x)
+            if planned is not None:
+                return planned
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the last dimension of the input is {x.shape[-1]}; this layer takes {self.in_features}")
         values: Tensor = self.values
