@@ -20,6 +20,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 #include <vector>
 #if defined(__x86_64__)
@@ -793,6 +794,7 @@ void forward_rows(const Forward<T>& a, int64_t from, int64_t to, int64_t lane, i
 template <class T>
 struct Eight {
     typedef T V __attribute__((vector_size(8 * sizeof(T))));
+    using Bit = typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type;
 };
 
 template <class T>
@@ -813,25 +815,48 @@ DST_INLINE typename Eight<T>::V pick(const T* x, const int32_t* i) {
     return typename Eight<T>::V{x[i[0]], x[i[1]], x[i[2]], x[i[3]], x[i[4]], x[i[5]], x[i[6]], x[i[7]]};
 }
 
+// The first n of eight lanes; zero in the others, whatever they hold.
+template <class V, class M>
+DST_INLINE V keep(V a, M mask) {
+    static_assert(sizeof(V) == sizeof(M), "one mask lane a lane");
+    return V(M(a) & mask);
+}
+
 // ---- forward for a single example: x is a contiguous vector
 template <class T, class I>
 void forward_vector(const Forward<T>& a, int64_t from, int64_t to) {
     using V = typename Eight<T>::V;
+    typedef typename Eight<T>::Bit Bit;
+    typedef Bit M __attribute__((vector_size(8 * sizeof(T))));
+    constexpr Bit bits[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
     const I* indices = static_cast<const I*>(a.indices);
-    const T* x = a.x;
+    // Locals: stores to y could change what `a` refers to, as far as the compiler knows.
+    const T *x = a.x, *values = a.values, *bias = a.bias;
+    const int32_t* pointers = a.pointers;
+    T* y = a.y;
+    const int64_t y_stride = a.y_stride, all = pointers[a.rows];
+    const bool relu = a.relu;
+    int64_t j = pointers[from];
     for (int64_t r = from; r < to; ++r) {
-        V sums{};
-        int64_t j = a.pointers[r];
-        const int64_t end = a.pointers[r + 1];
+        V sums{}, w;
+        const int64_t end = pointers[r + 1];
         for (; j + 8 <= end; j += 8) {
-            V w;
-            std::memcpy(&w, a.values + j, sizeof w);
+            std::memcpy(&w, values + j, sizeof w);
             sums += w * pick<T>(x, indices + j);
         }
-        T sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-        for (; j < end; ++j) sum += a.values[j] * x[indices[j]];
-        if (a.bias) sum += a.bias[r];
-        a.y[r * a.y_stride] = a.relu && sum <= T(0) ? T(0) : sum;
+        T rest = 0;
+        if (j + 8 <= all) {  // what follows belongs to the next rows; single steps would be mispredicted
+            M mask;
+            std::memcpy(&mask, bits + 8 - (end - j), sizeof mask);
+            std::memcpy(&w, values + j, sizeof w);
+            sums += keep(w, mask) * keep(pick<T>(x, indices + j), mask);
+        } else {
+            for (; j < end; ++j) rest += values[j] * x[indices[j]];
+        }
+        j = end;
+        T sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7])) + rest;
+        if (bias) sum += bias[r];
+        y[r * y_stride] = relu && sum <= T(0) ? T(0) : sum;
     }
 }
 

@@ -11,7 +11,17 @@ from torch.nn import functional
 from dst.errors import ConfigurationError
 from dst.kernels import Kernels
 from dst.kernels.native import ChainLayer, Plan
-from dst.nn.sparse_linear import FeatureMajorLinear, RowKey, SparseLinear, is_autocast, is_grad_enabled, readable
+from dst.nn.sparse_linear import (
+    FeatureMajorLinear,
+    RowKey,
+    SparseLinear,
+    Watched,
+    is_autocast,
+    is_grad_enabled,
+    readable,
+    unchanged,
+    watch,
+)
 
 _DENSE = (nn.Linear, FeatureMajorLinear)
 _RELU = (torch.relu, torch.relu_, functional.relu, functional.relu_)
@@ -22,13 +32,13 @@ class _Prepared(NamedTuple):
 
     Attributes:
         plan: the chain in one call.
-        sparse: each sparse layer with its key, its bias's address and its own ReLU.
-        dense: each dense layer with the addresses of its weight and bias.
+        keys: of the sparse layers' values in row order.
+        watched: where the parameters were.
     """
 
     plan: Plan
-    sparse: list[tuple[SparseLinear, RowKey, int | None, bool]]
-    dense: list[tuple[nn.Linear, int, int | None]]
+    keys: list[RowKey]
+    watched: list[Watched]
 
 
 class InferenceChain(nn.Module):
@@ -48,37 +58,42 @@ class InferenceChain(nn.Module):
         self.training = False
         chain = _Chain(model)
         self._layers, self._flattens = chain.layers, chain.flattens
-        self._dropouts, self._places, self._hooks = chain.dropouts, chain.places, chain.hooks
+        self._dropouts, self._places = chain.dropouts, chain.places
+        self._hooks = [*chain.hooks, self._forward_hooks, self._forward_pre_hooks]
         self._prepared: _Prepared | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Apply the model."""
-        if not (is_grad_enabled() or is_autocast() or self.training):
-            prepared = self._prepared
-            if prepared is None or not self._is_current(prepared):
-                prepared = self._prepared = self._prepare()
-            if prepared is not None:
-                y = prepared.plan.run(x.flatten(1) if self._flattens and x.dim() > 2 else x)
-                if y is not None:
-                    return y
-        output: Tensor = self.model(x)
-        return output
+        if not (args or kwargs):
+            y = self._run(x)
+            if y is not None:
+                return y
+        return super().__call__(x, *args, **kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Let the model compute, module by module."""
+        return self.model(*args, **kwargs)
+
+    def _run(self, x: Tensor) -> Tensor | None:
+        """Apply the model in one call, or return None where that would not be the same."""
+        if is_grad_enabled() or is_autocast() or self.training:
+            return None
+        prepared = self._prepared
+        if prepared is None or not self._is_current(prepared):
+            prepared = self._prepared = self._prepare()
+            if prepared is None:
+                return None
+        return prepared.plan.run(x.flatten(1) if self._flattens and x.dim() > 2 else x)
 
     def _is_current(self, prepared: _Prepared) -> bool:
         """Whether the plan still computes what the model would."""
-        for layer, key, shift, relu in prepared.sparse:
-            if layer.relu is not relu or not layer.follows(key, shift):
+        for key in prepared.keys:
+            if not key.valid:
                 return False
-        for dense, address, shift in prepared.dense:
-            held = dense._parameters
-            weight, bias = held["weight"], held["bias"]
-            if weight is None or weight.data_ptr() != address:
-                return False
-            if shift != (None if bias is None else bias.data_ptr()):
-                return False
-        return self._is_same_model()
+        return unchanged(prepared.watched) and self._is_plain()
 
-    def _is_same_model(self) -> bool:
+    def _is_plain(self) -> bool:
+        """Whether the model's modules are those it was made of, without hooks and with dropout off."""
         for children, expected in self._places:
             # Equal lists hold the same objects: modules compare by identity.
             if [*children.values()] != expected:
@@ -90,31 +105,31 @@ class InferenceChain(nn.Module):
 
     def _prepare(self) -> _Prepared | None:
         """Plan the chain as it is now; None where only the modules themselves can compute it."""
-        sparse: list[tuple[SparseLinear, RowKey, int | None, bool]] = []
-        dense: list[tuple[nn.Linear, int, int | None]] = []
+        keys: list[RowKey] = []
+        watched: list[Watched] = []
         layers: list[ChainLayer] = []
         for module, relu in self._layers:
             if isinstance(module, SparseLinear):
                 prepared = module.chain_layer()
                 if prepared is None:
                     return None
-                layer, key, shift = prepared
-                sparse.append((module, key, shift, module.relu))
+                layer, key = prepared
+                keys.append(key)
+                watched += watch(module, "values", key), watch(module, "bias")
                 layers.append(layer._replace(relu=layer.relu or relu))
             else:
-                plain = _dense_layer(module, relu)
-                if plain is None:
+                dense = _dense_layer(module, relu)
+                if dense is None:
                     return None
-                bias = None if plain.bias is None else plain.bias.data_ptr()
-                dense.append((module, plain.values.data_ptr(), bias))
-                layers.append(plain)
-        if not self._is_same_model() or len({layer.values.dtype for layer in layers}) > 1:
+                watched += watch(module, "weight"), watch(module, "bias")
+                layers.append(dense)
+        if not self._is_plain() or len({layer.values.dtype for layer in layers}) > 1:
             return None
         if any(a.rows != b.columns for a, b in zip(layers, layers[1:], strict=False)):
             return None
-        # Sparse layers are there and said that their engine is the compiled one.
+        # Sparse layers are there, and said that their engine is the compiled one.
         kernels = next(m._engine for m, _ in self._layers if isinstance(m, SparseLinear))
-        return _Prepared(kernels.plan(layers), sparse, dense) if isinstance(kernels, Kernels) else None
+        return _Prepared(kernels.plan(layers), keys, watched) if isinstance(kernels, Kernels) else None
 
     def train(self, mode: bool = True) -> InferenceChain:
         """Switch between training and evaluation, as every module does."""
@@ -130,7 +145,8 @@ class InferenceChain(nn.Module):
         super().__setstate__(state)
         chain = _Chain(self.model)
         self._layers, self._flattens = chain.layers, chain.flattens
-        self._dropouts, self._places, self._hooks = chain.dropouts, chain.places, chain.hooks
+        self._dropouts, self._places = chain.dropouts, chain.places
+        self._hooks = [*chain.hooks, self._forward_hooks, self._forward_pre_hooks]
         self._prepared = None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -24,9 +24,43 @@ is_autocast: Callable[[], bool] = getattr(
     torch._C, "_is_any_autocast_enabled", lambda: torch.is_autocast_enabled("cpu")
 )
 
-# Which values a copy by rows was made from: an alias, which keeps their address from being used anew, the address, and
-# autograd's version of them.
-RowKey: TypeAlias = tuple[Tensor, int, int]
+# Parameters of a module, the name of one, its address or None, and where it matters autograd's version of it.
+Watched: TypeAlias = tuple[Mapping[str, Tensor | None], str, int | None, int | None]
+
+
+class RowKey:
+    """Which values a copy by rows was made from.
+
+    Attributes:
+        source: an alias of the values, which keeps their address from being used for others.
+        address: where they were.
+        version: autograd's version of them.
+        valid: whether the copy still holds them, as far as the layer was told.
+    """
+
+    __slots__ = ("address", "source", "valid", "version")
+
+    def __init__(self, values: Tensor):
+        self.source, self.address, self.version, self.valid = values.detach(), values.data_ptr(), values._version, True
+
+
+def watch(module: nn.Module, name: str, key: RowKey | None = None) -> Watched:
+    """Note where a parameter is, for `unchanged`; with ``key`` also the version that it has there."""
+    held = module._parameters[name]
+    return module._parameters, name, None if held is None else held.data_ptr(), None if key is None else key.version
+
+
+def unchanged(watched: Iterable[Watched]) -> bool:
+    """Whether all parameters are where they were, and those with a version as they were."""
+    for parameters, name, address, version in watched:
+        held = parameters[name]
+        if held is None or address is None:
+            if held is not address:
+                return False
+        elif held.data_ptr() != address or (version is not None and held._version != version):
+            return False
+    return True
+
 _TILE_ROWS = 256
 
 
@@ -106,7 +140,7 @@ class SparseLinear(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        self.in_features, self.out_features, self.relu = in_features, out_features, relu
+        self.in_features, self.out_features, self._relu = in_features, out_features, relu
         dtype = dtype or (torch.get_default_dtype() if values is None else values.dtype)
         if not dtype.is_floating_point:
             raise ConfigurationError(f"dtype={dtype}: weights are floating-point numbers")
@@ -115,7 +149,7 @@ class SparseLinear(nn.Module):
         self._row_values: Tensor | None = None
         self._row_key: RowKey | None = None
         self._plan: Plan | None = None
-        self._plan_bias: int | None = None
+        self._watched: tuple[Watched, ...] = ()
         self._stash: list[tuple[Tensor, Tensor]] | None = None
         self._stashed = 0
         self._stash_hook: RemovableHandle | None = None
@@ -261,7 +295,19 @@ class SparseLinear(nn.Module):
     # ------------------------------------------------------------------------------------------ computing
     def refresh(self) -> None:
         """Forget the copy by rows; only needed after writing through ``values.data`` during evaluation."""
+        if self._row_key is not None:
+            self._row_key.valid = False
         self._row_key = self._plan = None
+
+    @property
+    def relu(self) -> bool:
+        """Whether ReLU is applied to the output."""
+        return self._relu
+
+    @relu.setter
+    def relu(self, relu: bool) -> None:
+        self.refresh()
+        self._relu = relu
 
     def train(self, mode: bool = True) -> SparseLinear:
         """Switch between training and evaluation, as every module does."""
@@ -277,25 +323,26 @@ class SparseLinear(nn.Module):
             # Outside inference mode even if called inside it: training will write to this memory.
             with torch.inference_mode(False):
                 held = torch.empty(values.shape, dtype=values.dtype)
-            self._row_values, self._row_key = held, None
+            self._row_values = held
+            self.refresh()
         key = self._row_key
-        if fresh or key is None or key[1:] != (values.data_ptr(), values._version):
-            self._plan = None
+        if fresh or key is None or (key.address, key.version) != (values.data_ptr(), values._version):
+            self.refresh()
             self._engine.refresh(self._pattern, values, held)
-            self._row_key = None if fresh else (values.detach(), values.data_ptr(), values._version)
+            self._row_key = None if fresh else RowKey(values)
         return held
 
-    def chain_layer(self) -> tuple[ChainLayer, RowKey, int | None] | None:
+    def chain_layer(self) -> tuple[ChainLayer, RowKey] | None:
         """Prepare the layer for a `dst.kernels.native.Plan`.
 
         Returns:
-            The plan's layer, and what `follows` asks for; None where the layer has to be computed by `forward`: in
+            The plan's layer and what tells when it is outdated; None where the layer has to be computed by `forward`: in
             training, without compiled kernels, in 16-bit types, and for values or a bias that the kernels cannot read.
         """
         values, bias = self._parameters["values"], self._parameters["bias"]
-        # Values made inside inference mode carry no version to follow.
         if self.training or not isinstance(self._engine, Kernels) or not readable(values, (self.nnz,)):
             return None
+        # Values made inside inference mode carry no version to follow.
         if values is None or values.is_inference() or values.dtype not in _COMPUTED:
             return None
         if bias is not None and not (readable(bias, (self.out_features,)) and bias.dtype is values.dtype):
@@ -303,24 +350,12 @@ class SparseLinear(nn.Module):
         rows = self._row_ordered(values.detach(), fresh=False)
         shift = None if bias is None else bias.detach()
         layer = ChainLayer(self.out_features, self.in_features, self._pattern, rows, shift, self.relu)
-        return layer, cast(RowKey, self._row_key), None if shift is None else shift.data_ptr()
-
-    def follows(self, key: RowKey | None, bias: int | None) -> bool:
-        """Whether the copy by rows made under ``key`` still is the layer's, and its bias still at that address."""
-        held, shift = self._parameters["values"], self._parameters["bias"]
-        return (
-            key is not None
-            and self._row_key is key
-            and held is not None
-            and held.data_ptr() == key[1]
-            and held._version == key[2]
-            and bias == (None if shift is None else shift.data_ptr())
-        )
+        return layer, cast(RowKey, self._row_key)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(*, in_features)``."""
         plan = self._plan
-        if plan is not None and not (is_grad_enabled() or is_autocast()) and self.follows(self._row_key, self._plan_bias):
+        if plan is not None and not (is_grad_enabled() or is_autocast()) and unchanged(self._watched):
             planned = plan.run(x)
             if planned is not None:
                 return planned
@@ -361,11 +396,12 @@ class SparseLinear(nn.Module):
     def _evaluate(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         # Converted values are new memory at every call: their version says nothing about the weights.
         converted = values.dtype is not self.values.dtype
-        if self._plan is None or not self.follows(self._row_key, self._plan_bias):
+        if self._plan is None or not unchanged(self._watched):
             prepared = None if converted else self.chain_layer()
             self._plan = None
             if prepared is not None:
-                self._plan, self._plan_bias = cast(Kernels, self._engine).plan([prepared[0]]), prepared[2]
+                self._watched = watch(self, "values", prepared[1]), watch(self, "bias")
+                self._plan = cast(Kernels, self._engine).plan([prepared[0]])
         y = None if self._plan is None else self._plan.run(x)
         if y is None:
             rows = self._row_ordered(values, fresh=self.training or converted)
@@ -505,7 +541,8 @@ class SparseLinear(nn.Module):
         new = self._new_pattern(indices)
         source = self._engine.match(self._pattern, new)
         # Memory of the old row copy goes first: at the peak there is one copy less.
-        self._row_values = self._row_key = self._plan = None
+        self.refresh()
+        self._row_values = None
         self._pattern = new
         self.values.grad = None
         self.values.data = remap(self.values.data, source)
@@ -540,7 +577,8 @@ class SparseLinear(nn.Module):
                 return
             columns = torch.repeat_interleave(torch.arange(self.in_features), pointers.diff())
             self._pattern = self._new_pattern((rows * self.in_features + columns).sort().values)
-            self._row_values = self._row_key = self._plan = None
+            self.refresh()
+            self._row_values = None
             if self.values.numel() != self.nnz:
                 self.values.grad = None
                 self.values.data = self.values.data.new_zeros(self.nnz)
@@ -574,7 +612,9 @@ class SparseLinear(nn.Module):
         memo[id(self)] = new
         # The pattern is immutable and the engine is the process's: both are shared. The copy by rows is made anew.
         shared = {"_pattern", "_engine"}
-        fresh = {"_row_values": None, "_row_key": None, "_plan": None, "_stash": None, "_stash_hook": None}
+        fresh = {
+            "_row_values": None, "_row_key": None, "_plan": None, "_watched": (), "_stash": None, "_stash_hook": None,
+        }  # fmt: skip
         for key, value in self.__dict__.items():
             new.__dict__[key] = fresh[key] if key in fresh else value if key in shared else copy.deepcopy(value, memo)
         return new
@@ -582,7 +622,7 @@ class SparseLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         derived = dict.fromkeys(("_engine", "_row_values", "_row_key", "_plan", "_stash", "_stash_hook"))
         # Flat indices travel: pickle knows no 16-bit unsigned tensors, and another machine may have another engine.
-        return {**self.__dict__, **derived, "_pattern": self._pattern.flat()}
+        return {**self.__dict__, **derived, "_watched": (), "_pattern": self._pattern.flat()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
