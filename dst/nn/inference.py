@@ -13,7 +13,6 @@ from dst.kernels import Kernels
 from dst.kernels.native import ChainLayer, Plan
 from dst.nn.sparse_linear import (
     FeatureMajorLinear,
-    RowKey,
     SparseLinear,
     Watched,
     is_autocast,
@@ -32,12 +31,10 @@ class _Prepared(NamedTuple):
 
     Attributes:
         plan: the chain in one call.
-        keys: of the sparse layers' values in row order.
-        watched: where the parameters were.
+        watched: where the parameters were, and which values.
     """
 
     plan: Plan
-    keys: list[RowKey]
     watched: list[Watched]
 
 
@@ -79,33 +76,26 @@ class InferenceChain(nn.Module):
         if is_grad_enabled() or is_autocast() or self.training:
             return None
         prepared = self._prepared
-        if prepared is None or not self._is_current(prepared):
+        if prepared is None or not (unchanged(prepared.watched) and self._drops_nothing()):
             prepared = self._prepared = self._prepare()
             if prepared is None:
                 return None
         return prepared.plan.run(x.flatten(1) if self._flattens and x.dim() > 2 else x)
 
-    def _is_current(self, prepared: _Prepared) -> bool:
-        """Whether the plan still computes what the model would."""
-        for key in prepared.keys:
-            if not key.valid:
-                return False
-        return unchanged(prepared.watched) and self._is_plain()
-
-    def _is_plain(self) -> bool:
-        """Whether the model's modules are those it was made of, without hooks and with dropout off."""
-        for children, expected in self._places:
-            # Equal lists hold the same objects: modules compare by identity.
-            if [*children.values()] != expected:
-                return False
+    def _drops_nothing(self) -> bool:
         for dropout in self._dropouts:
             if dropout.training:
                 return False
-        return not any(self._hooks)
+        return True
+
+    def _is_plain(self) -> bool:
+        """Whether the model's modules are those it was made of, without hooks and with dropout off."""
+        # Equal lists hold the same objects: modules compare by identity.
+        same = all([*children.values()] == expected for children, expected in self._places)
+        return same and not any(self._hooks) and self._drops_nothing()
 
     def _prepare(self) -> _Prepared | None:
         """Plan the chain as it is now; None where only the modules themselves can compute it."""
-        keys: list[RowKey] = []
         watched: list[Watched] = []
         layers: list[ChainLayer] = []
         for module, relu in self._layers:
@@ -114,7 +104,6 @@ class InferenceChain(nn.Module):
                 if prepared is None:
                     return None
                 layer, key = prepared
-                keys.append(key)
                 watched += watch(module, "values", key), watch(module, "bias")
                 layers.append(layer._replace(relu=layer.relu or relu))
             else:
@@ -129,7 +118,7 @@ class InferenceChain(nn.Module):
             return None
         # Sparse layers are there, and said that their engine is the compiled one.
         kernels = next(m._engine for m, _ in self._layers if isinstance(m, SparseLinear))
-        return _Prepared(kernels.plan(layers), keys, watched) if isinstance(kernels, Kernels) else None
+        return _Prepared(kernels.plan(layers), watched) if isinstance(kernels, Kernels) else None
 
     def train(self, mode: bool = True) -> InferenceChain:
         """Switch between training and evaluation, as every module does."""
@@ -159,8 +148,10 @@ def optimize_for_inference(model: nn.Module) -> InferenceChain:
 
     The result shares the model's parameters and follows them: steps of an optimizer, ``load_state_dict`` and changes of
     topology are seen at the next call. Wherever one call cannot give what the modules would, the model itself computes:
-    with gradients enabled, in training, under autocast, in 16-bit types, with forward hooks, after a layer was replaced
-    by another one, and without compiled kernels. Writes through ``values.data`` need `SparseLinear.refresh`, as ever.
+    with gradients enabled, in training, under autocast, in 16-bit types, with forward hooks, with a layer in the place of
+    another, and without compiled kernels. Hooks and replaced layers are looked for at the first call after ``eval`` or
+    after weights changed: looking at every call would cost as much as a layer. Writes through ``values.data`` need
+    `SparseLinear.refresh`, as ever.
 
     Several threads may call the result at the same time.
 

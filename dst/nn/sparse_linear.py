@@ -24,9 +24,6 @@ is_autocast: Callable[[], bool] = getattr(
     torch._C, "_is_any_autocast_enabled", lambda: torch.is_autocast_enabled("cpu")
 )
 
-# Parameters of a module, the name of one, its address or None, and where it matters autograd's version of it.
-Watched: TypeAlias = tuple[Mapping[str, Tensor | None], str, int | None, int | None]
-
 
 class RowKey:
     """Which values a copy by rows was made from.
@@ -44,20 +41,24 @@ class RowKey:
         self.source, self.address, self.version, self.valid = values.detach(), values.data_ptr(), values._version, True
 
 
+# Parameters of a module, the name of one, its address or None, and the key of the copy that was made of it if any.
+Watched: TypeAlias = tuple[Mapping[str, Tensor | None], str, int | None, RowKey | None]
+
+
 def watch(module: nn.Module, name: str, key: RowKey | None = None) -> Watched:
-    """Note where a parameter is, for `unchanged`; with ``key`` also the version that it has there."""
+    """Note where a parameter is, for `unchanged`; with ``key`` also what a copy was made from."""
     held = module._parameters[name]
-    return module._parameters, name, None if held is None else held.data_ptr(), None if key is None else key.version
+    return module._parameters, name, None if held is None else held.data_ptr(), key
 
 
 def unchanged(watched: Iterable[Watched]) -> bool:
-    """Whether all parameters are where they were, and those with a version as they were."""
-    for parameters, name, address, version in watched:
+    """Whether all parameters are where they were, and those that were copied are as they were."""
+    for parameters, name, address, key in watched:
         held = parameters[name]
         if held is None or address is None:
             if held is not address:
                 return False
-        elif held.data_ptr() != address or (version is not None and held._version != version):
+        elif held.data_ptr() != address or (key is not None and not (key.valid and held._version == key.version)):
             return False
     return True
 
