@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -76,17 +77,14 @@ class InferenceChain(nn.Module):
         if is_grad_enabled() or is_autocast() or self.training:
             return None
         prepared = self._prepared
-        if prepared is None or not (unchanged(prepared.watched) and self._drops_nothing()):
+        if prepared is None or not unchanged(prepared.watched) or (self._dropouts and not self._drops_nothing()):
             prepared = self._prepared = self._prepare()
             if prepared is None:
                 return None
         return prepared.plan.run(x.flatten(1) if self._flattens and x.dim() > 2 else x)
 
     def _drops_nothing(self) -> bool:
-        for dropout in self._dropouts:
-            if dropout.training:
-                return False
-        return True
+        return not any(dropout.training for dropout in self._dropouts)
 
     def _is_plain(self) -> bool:
         """Whether the model's modules are those it was made of, without hooks and with dropout off."""
@@ -114,7 +112,7 @@ class InferenceChain(nn.Module):
                 layers.append(dense)
         if not self._is_plain() or len({layer.values.dtype for layer in layers}) > 1:
             return None
-        if any(a.rows != b.columns for a, b in zip(layers, layers[1:], strict=False)):
+        if any(a.rows != b.columns for a, b in pairwise(layers)):
             return None
         # Sparse layers are there, and said that their engine is the compiled one.
         kernels = next(m._engine for m, _ in self._layers if isinstance(m, SparseLinear))
@@ -202,17 +200,19 @@ class _Chain:
         self._follow(nodes)
         if not any(isinstance(module, SparseLinear) for module, _ in self.layers):
             raise ConfigurationError("the model has no sparse layer: there is nothing to optimize")
-        for (a, _), (b, _) in zip(self.layers, self.layers[1:], strict=False):
+        for (a, _), (b, _) in pairwise(self.layers):
             if a.out_features != b.in_features:
-                raise ConfigurationError(f"a layer with {a.out_features} outputs precedes one with {b.in_features} inputs")
-        held = [m for m in model.modules()]
+                raise ConfigurationError(
+                    f"a layer with {a.out_features} outputs precedes one with {b.in_features} inputs"
+                )
+        held = list(model.modules())
         self.places = [(m._modules, [*m._modules.values()]) for m in held if m._modules]
         self.hooks = [hooks for m in held for hooks in (m._forward_hooks, m._forward_pre_hooks)]
 
     def _follow(self, nodes: list[fx.Node]) -> None:
         if len(nodes) < 2 or nodes[0].op != "placeholder" or nodes[-1].op != "output":
             raise ConfigurationError("the model takes no input; optimize_for_inference takes chains of linear layers")
-        for before, node in zip(nodes, nodes[1:], strict=False):
+        for before, node in pairwise(nodes):
             if node.all_input_nodes != [before] or node.args[:1] != (before,):
                 raise ConfigurationError(
                     f"{node} does not follow {before} alone; optimize_for_inference takes chains of linear layers"

@@ -62,6 +62,7 @@ def unchanged(watched: Iterable[Watched]) -> bool:
             return False
     return True
 
+
 _TILE_ROWS = 256
 
 

@@ -121,7 +121,9 @@ def test_large_activations_are_cut(shape):
 @needs_compiler
 def test_non_finite_inputs_stay_where_they_are():
     # Output 0 reads inputs 0 to 9, output 1 inputs 10 to 19, and so on in turns: the ends of rows meet the next row's.
-    flat = torch.tensor([row * 20 + column for row in range(5) for column in range(10 * (row % 2), 10 * (row % 2) + 10)])
+    flat = torch.tensor(
+        [row * 20 + column for row in range(5) for column in range(10 * (row % 2), 10 * (row % 2) + 10)]
+    )
     chain = optimize_for_inference(SparseLinear(20, 5, flat, torch.ones(50), bias=False, relu=True).eval())
     for bad in (torch.nan, torch.inf):
         for column in (0, 9, 10, 19):
