@@ -286,7 +286,7 @@ class Plan:
         batch, columns = shape
         stride, across = x.stride()
         batch_major = 1
-        if across != 1 or stride < columns:
+        if across != 1:
             if stride == 1 and across >= batch > 1:
                 stride, batch_major = across, 0
             else:
