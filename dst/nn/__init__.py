@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dst.nn.inference import InferenceChain, optimize_for_inference
 from dst.nn.sparse_linear import FeatureMajorLinear, SparseLinear, remap
 
-__all__ = ["FeatureMajorLinear", "SparseLinear", "remap"]
+__all__ = ["FeatureMajorLinear", "InferenceChain", "SparseLinear", "optimize_for_inference", "remap"]
