@@ -29,6 +29,7 @@ from torch.nn import functional
 
 from dst import kernels
 from dst.kernels import TorchKernels
+from dst.nn import optimize_for_inference
 from dst.nn.sparse_linear import FeatureMajorLinear, SparseLinear, remap
 
 _SWEEP = torch.zeros(24 << 20)
@@ -157,6 +158,15 @@ def bench_steps(rows: list[dict[str, object]], quick: bool) -> None:
                        **others)  # fmt: skip
 
 
+def inference_models(widths: Sequence[int], density: float) -> dict[str, nn.Module]:
+    """Return the dense network and the sparse one, as modules and as one call, for evaluation."""
+    return {
+        "dense": dense_mlp(widths).eval(),
+        "modules": sparse_mlp(widths, density).eval(),
+        "fused": optimize_for_inference(sparse_mlp(widths, density).eval()),
+    }
+
+
 def bench_inference(rows: list[dict[str, object]], quick: bool) -> None:
     """Time inference on one thread, batch 1 and 64."""
     before = torch.get_num_threads()
@@ -166,19 +176,17 @@ def bench_inference(rows: list[dict[str, object]], quick: bool) -> None:
         for batch, goals in ((1, {0.1: 4.0, 0.05: 5.0}), (64, {0.1: 4.5, 0.05: None})):
             x = torch.randn(batch, 784)
             for density, goal in goals.items():
-                models = {"dense": dense_mlp(widths).eval(), "sparse": sparse_mlp(widths, density).eval()}
-                tiny = {
-                    "dense": dense_mlp([784, 4, 4, 4, 10]).eval(),
-                    "sparse": sparse_mlp([784, 4, 4, 4, 10], 0.5).eval(),
-                }
+                models = inference_models(widths, density)
+                tiny = inference_models([784, 4, 4, 4, 10], 0.5)
                 with torch.inference_mode():
                     calls = {k: partial(m, x) for k, m in models.items()}
                     cold = measure(calls, 31 if quick else 201)
-                    t = measure(calls, 31 if quick else 201, before={k: partial(m, x) for k, m in tiny.items()})
-                # The headline ratio is the fully cold one, as in every other table; warm code is shown beside it.
-                report(rows, table="inference", batch=batch, density=density, dense_us=cold["dense"] * 1e6,
-                       sparse_us=cold["sparse"] * 1e6, ratio=cold["dense"] / cold["sparse"], goal=goal,
-                       ratio_warm_code=t["dense"] / t["sparse"])  # fmt: skip
+                    warm = measure(calls, 31 if quick else 201, before={k: partial(m, x) for k, m in tiny.items()})
+                for name, path in (("fused", "optimize_for_inference"), ("modules", "module by module")):
+                    # The headline ratio is the fully cold one, as in every other table; warm code is shown beside it.
+                    report(rows, table="inference", path=path, batch=batch, density=density,
+                           dense_us=cold["dense"] * 1e6, sparse_us=cold[name] * 1e6, ratio=cold["dense"] / cold[name],
+                           goal=goal, ratio_warm_code=warm["dense"] / warm[name])  # fmt: skip
     finally:
         torch.set_num_threads(before)
 

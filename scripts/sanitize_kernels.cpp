@@ -67,6 +67,47 @@ void check(int64_t rows, int64_t columns, int64_t batch, double density) {
                     sum += double(row_values[j]) * double(x[int64_t(column_indices[j]) * batch + b]);
                 expect(near(y[r * batch + b], std::max(sum, 0.0)), "forward", rows, columns, batch);
             }
+        // The same layer between a dense one and a dense head, in one call, from either order of the input.
+        const int64_t inputs = 5, outputs = 6;
+        auto first = random_block<T>(columns * inputs), head = random_block<T>(outputs * rows), raw = random_block<T>(inputs * batch);
+        auto raw_major = block<T>(inputs * batch), chained = block<T>(outputs * batch);
+        for (int64_t f = 0; f < inputs; ++f)
+            for (int64_t b = 0; b < batch; ++b) raw_major[b * inputs + f] = raw[f * batch + b];
+        const dst_layer layers[3] = {
+            {0, 0, columns, inputs, 1, nullptr, nullptr, first.get(), nullptr},
+            {1, wide, rows, columns, 1, row_pointers.get(), column_indices.get(), row_values.get(), bias.get()},
+            {0, 0, outputs, rows, 0, nullptr, nullptr, head.get(), head.get()},
+        };
+        const dst_chain chain = {is_double, 3, layers};
+        std::vector<double> hidden(columns * batch), after(rows * batch);
+        for (int64_t c = 0; c < columns; ++c)
+            for (int64_t b = 0; b < batch; ++b) {
+                double sum = 0;
+                for (int64_t f = 0; f < inputs; ++f) sum += double(first[c * inputs + f]) * double(raw[f * batch + b]);
+                hidden[c * batch + b] = std::max(sum, 0.0);
+            }
+        for (int64_t r = 0; r < rows; ++r)
+            for (int64_t b = 0; b < batch; ++b) {
+                double sum = bias[r];
+                for (int32_t j = row_pointers[r]; j < row_pointers[r + 1]; ++j)
+                    sum += double(row_values[j]) * hidden[int64_t(column_indices[j]) * batch + b];
+                after[r * batch + b] = std::max(sum, 0.0);
+            }
+        for (int batch_major = 0; batch_major < 2; ++batch_major) {
+            dst_run_chain(&chain, batch_major ? raw_major.get() : raw.get(), batch_major ? inputs : batch, batch_major, batch,
+                          chained.get(), threads);
+            for (int64_t o = 0; o < outputs; ++o)
+                for (int64_t b = 0; b < batch; ++b) {
+                    double sum = head[o], size = 0;
+                    for (int64_t r = 0; r < rows; ++r) {
+                        const double part = double(head[o * rows + r]) * after[r * batch + b];
+                        sum += part;
+                        size += std::fabs(part);
+                    }
+                    const double gap = std::fabs(double(chained[o * batch + b]) - sum);
+                    expect(gap <= (sizeof(T) == 4 ? 1e-4 : 1e-11) * (1 + size), "chain", rows, columns, batch);
+                }
+        }
         auto g = random_block<T>(rows * batch), masked = block<T>(rows * batch), bias_gradient = block<T>(rows);
         dst_gradient(is_double, rows, batch, g.get(), rows, 1, y.get(), batch, masked.get(), bias_gradient.get(), threads);
         for (int64_t r = 0; r < rows; ++r) {

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_double, c_float, c_int, c_int64, c_void_p
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dst.kernels.pattern import Pattern, split_flat
 
-ABI = 5
+ABI = 6
+_threads = torch.get_num_threads
 ISA = ("portable", "avx2", "avx512")
 _SIGNATURES = {
     "dst_forward": [
@@ -36,7 +39,7 @@ _SIGNATURES = {
     "dst_gather": [c_int, c_int64, c_void_p, c_void_p, c_void_p, c_int],
     "dst_transpose_pattern": [c_int, c_int64, c_int64, *[c_void_p] * 5],
     "dst_match_patterns": [c_int, c_int64, *[c_void_p] * 7],
-    "dst_forward_plan": [c_void_p, c_void_p, c_void_p, c_int],
+    "dst_run_chain": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64],
     "dst_merge": [c_int64, c_void_p, c_int64, c_void_p, c_void_p],
     "dst_grow_update": [c_int, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 4, *[c_void_p] * 5],
     "dst_grow_finish": [c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
@@ -66,7 +69,7 @@ class Kernels:
         for name, types in _SIGNATURES.items():
             function = getattr(self._library, name)
             function.argtypes = types
-            function.restype = None
+            function.restype = c_int64 if name == "dst_run_chain" else None
         self._forward = self._library.dst_forward
         self._backward = self._library.dst_backward
         self._gradient = self._library.dst_gradient
@@ -195,44 +198,102 @@ class Kernels:
         )  # fmt: skip
         return gx, gv, gb, gt
 
-    def plan(self, pattern: Pattern, row_values: Tensor, bias: Tensor | None, relu: bool) -> Plan:
-        """Prepare forward passes of single examples; the tensors must outlive the plan's use."""
-        return Plan(self._library, pattern, row_values, bias, relu)
+    def plan(self, layers: Sequence[ChainLayer]) -> Plan:
+        """Prepare forward passes through ``layers``; their tensors must not be resized or moved while it is used."""
+        return Plan(self._library, layers)
 
     def top_k(self, k: int, dtype: torch.dtype, key: int) -> NativeTopK:
         """Return an empty running top-k for tiles of ``dtype``, its ties broken by ``key``."""
         return NativeTopK(self._library, k, dtype, key)
 
 
-class _PlanFields(ctypes.Structure):
+class ChainLayer(NamedTuple):
+    """One layer of a `Plan`, sparse or dense, computing ``W x + bias`` and then ReLU where asked.
+
+    Attributes:
+        rows: output features.
+        columns: input features.
+        pattern: where the non-zeros are; None for a dense layer.
+        values: of a sparse layer its values in row order, ``[nnz]``; of a dense one its weight, ``[rows, columns]``.
+        bias: ``[rows]`` or None. All tensors are contiguous, detached and of one type, float32 or float64.
+        relu: apply ReLU.
+    """
+
+    rows: int
+    columns: int
+    pattern: Pattern | None
+    values: Tensor
+    bias: Tensor | None
+    relu: bool
+
+
+class _LayerFields(ctypes.Structure):
     _fields_ = (
-        *((name, c_int64) for name in ("is_double", "wide", "rows", "columns", "relu")),
+        *((name, c_int64) for name in ("sparse", "wide", "rows", "columns", "relu")),
         *((name, c_void_p) for name in ("pointers", "indices", "values", "bias")),
     )
 
 
-class Plan:
-    """The forward pass of a layer for one example at a time, with as little around the arithmetic as Python allows."""
+class _ChainFields(ctypes.Structure):
+    _fields_ = (("is_double", c_int64), ("count", c_int64), ("layers", c_void_p))
 
-    def __init__(self, library: ctypes.CDLL, pattern: Pattern, row_values: Tensor, bias: Tensor | None, relu: bool):
-        # Detached: if a parameter's storage is replaced, this one lives on until the owner notices by `bias`.
-        self._keep = (pattern, row_values, None if bias is None else bias.detach())
-        self.bias = None if bias is None else bias.data_ptr()
-        self._dtype = row_values.dtype
-        self._rows, self._columns = pattern.rows, pattern.columns
-        self._fields = _PlanFields(
-            row_values.dtype is torch.float64, pattern.wide, pattern.rows, pattern.columns, relu,
-            pattern.row_pointers.data_ptr(), pattern.column_indices.data_ptr(), row_values.data_ptr(), self.bias,
-        )  # fmt: skip
-        self._address = ctypes.addressof(self._fields)
-        self._call = library.dst_forward_plan
+
+def _fields(layer: ChainLayer) -> _LayerFields:
+    pattern = layer.pattern
+    return _LayerFields(
+        pattern is not None, pattern is not None and pattern.wide, layer.rows, layer.columns, layer.relu,
+        None if pattern is None else pattern.row_pointers.data_ptr(),
+        None if pattern is None else pattern.column_indices.data_ptr(),
+        layer.values.data_ptr(), None if layer.bias is None else layer.bias.data_ptr(),
+    )  # fmt: skip
+
+
+class Plan:
+    """The forward pass through a chain of layers in one call, with as little around the arithmetic as Python allows.
+
+    Weights and biases are read where they are when it runs: changes in place are seen, except that values in row order
+    are the owner's to refresh.
+    """
+
+    def __init__(self, library: ctypes.CDLL, layers: Sequence[ChainLayer]):
+        # The memory lives as long as the plan, even where a parameter was given other storage since.
+        self._keep = tuple(layers)
+        self._dtype = layers[0].values.dtype
+        self._columns, self._rows = layers[0].columns, layers[-1].rows
+        self._fields = (_LayerFields * len(layers))(*map(_fields, layers))
+        self._chain = _ChainFields(self._dtype is torch.float64, len(layers), ctypes.addressof(self._fields))
+        self._address = ctypes.addressof(self._chain)
+        self._call = library.dst_run_chain
 
     def run(self, x: Tensor) -> Tensor | None:
-        """Return the output ``[1, rows]`` for ``x`` ``[1, columns]``, or None if ``x`` is anything else."""
-        if x.shape != (1, self._columns) or x.dtype is not self._dtype or not x.is_contiguous() or not x.is_cpu:
+        """Return the output ``[batch, rows]``, strides ``(1, batch)``.
+
+        Args:
+            x: ``[batch, columns]``, any strides.
+
+        Returns:
+            The output, or None where ``x`` is of another shape, type or device.
+
+        Raises:
+            MemoryError: no memory for the activations.
+        """
+        # With nothing in the caches every function of torch that is called costs microseconds, so there are few here.
+        if type(x) is not Tensor or x.dtype is not self._dtype or not x.is_cpu:
             return None
-        y = torch.empty((1, self._rows), dtype=self._dtype)
-        self._call(self._address, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+        shape = x.shape
+        if len(shape) != 2 or shape[1] != self._columns:
+            return None
+        batch, columns = shape
+        stride, across = x.stride()
+        batch_major = 1
+        if across != 1:
+            if stride == 1 and across >= batch > 1:
+                stride, batch_major = across, 0
+            else:
+                x, stride = x.contiguous(), columns
+        y = x.new_empty_strided((batch, self._rows), (1, batch or 1))
+        if self._call(self._address, x.data_ptr(), stride, batch_major, batch, y.data_ptr(), _threads()):
+            raise MemoryError(f"no memory for the activations of {batch} examples")
         return y
 
 

@@ -17,8 +17,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 #include <vector>
 #if defined(__x86_64__)
@@ -66,6 +68,21 @@ struct Backward {
     int64_t gx_stride;
     T* gv;
     int64_t batch;
+    int threads;
+};
+
+// A dense layer: weight [rows, columns], row-major.
+template <class T>
+struct Dense {
+    int64_t rows, columns;
+    const T* weight;
+    const T* x;
+    int64_t x_stride;
+    T* y;
+    int64_t y_stride;
+    int64_t batch;
+    const T* bias;
+    bool relu;
     int threads;
 };
 
@@ -137,6 +154,21 @@ inline int64_t balanced_cut(const int32_t* pointers, int64_t rows, int64_t targe
 #undef DST_LEVEL
 
 // ------------------------------------------------------------------------------------------------ C ABI
+extern "C" {
+// One layer of a chain: sparse (row-ordered `values` with `pointers` and `indices`) or dense (`values` is the row-major
+// weight, the other two are not read); `bias` may be null.
+struct dst_layer {
+    int64_t sparse, wide, rows, columns, relu;
+    const void *pointers, *indices, *values, *bias;
+};
+
+// Layers, each as wide as the one before it.
+struct dst_chain {
+    int64_t is_double, count;
+    const dst_layer* layers;
+};
+}
+
 namespace {
 
 int detect() {
@@ -165,6 +197,15 @@ void run_forward(const Forward<T>& a, int wide) {
 }
 
 template <class T>
+void run_dense(const Dense<T>& a) {
+#ifdef DST_X86
+    if (level() == 2) return avx512::dense<T>(a);
+    if (level() == 1) return avx2::dense<T>(a);
+#endif
+    portable::dense<T>(a);
+}
+
+template <class T>
 void run_backward(const Backward<T>& a, int wide) {
 #ifdef DST_X86
     if (level() == 2) return wide ? avx512::backward<T, int32_t>(a) : avx512::backward<T, uint16_t>(a);
@@ -181,6 +222,89 @@ void run_gradient(int64_t features, int64_t batch, const T* g, int64_t g_stride,
     if (level() == 1) return avx2::gradient<T>(features, batch, g, g_stride, batch_major, y, y_stride, out, bias, threads);
 #endif
     return portable::gradient<T>(features, batch, g, g_stride, batch_major, y, y_stride, out, bias, threads);
+}
+
+// Activations between the layers of a chain: one buffer a thread, kept from call to call while it is small. New memory of
+// this size would be mapped, zeroed and unmapped by the system at every call.
+constexpr int64_t kScratchBytes = 16 << 20;
+
+struct Scratch {
+    char* data = nullptr;
+    int64_t size = 0;
+
+    ~Scratch() { std::free(data); }
+
+    char* reserve(int64_t bytes) {
+        if (bytes > size) {
+            std::free(data);
+            data = static_cast<char*>(std::malloc(size_t(bytes)));
+            size = data ? bytes : 0;
+        }
+        return data;
+    }
+
+    void trim() {
+        if (size <= kScratchBytes) return;
+        std::free(data);
+        data = nullptr;
+        size = 0;
+    }
+};
+
+template <class T>
+void run_layer(const dst_layer& l, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t batch, int threads) {
+    if (l.sparse)
+        run_forward<T>({l.rows, l.columns, (const int32_t*)l.pointers, l.indices, (const T*)l.values, x, x_stride, y, y_stride,
+                        batch, (const T*)l.bias, l.relu != 0, threads}, int(l.wide));
+    else
+        run_dense<T>({l.rows, l.columns, (const T*)l.values, x, x_stride, y, y_stride, batch, (const T*)l.bias, l.relu != 0,
+                      threads});
+}
+
+template <class T>
+int run_chain(const dst_layer* layers, int64_t count, const T* x, int64_t x_stride, bool batch_major, int64_t batch, T* y,
+              int threads) {
+    static thread_local Scratch scratch;
+    if (batch <= 0) return 0;
+    constexpr int64_t line = 64 / sizeof(T);
+    const bool transpose = batch_major && batch > 1;
+    int64_t widest = transpose ? layers[0].columns : 0;
+    for (int64_t i = 0; i + 1 < count; ++i) widest = std::max(widest, layers[i].rows);
+    // The batch is cut so that scratch stays small and activations in the caches, but never so thin that streaming the
+    // weights anew for every piece would cost more than the arithmetic.
+    int64_t piece = kScratchBytes / int64_t(2 * sizeof(T)) / std::max<int64_t>(1, widest) / 128 * 128;
+    piece = std::min(batch, std::max<int64_t>(128, piece));
+    const int64_t side = (widest * piece + line - 1) / line * line;
+    char* memory = scratch.reserve(int64_t(sizeof(T)) * (2 * side + line));
+    if (!memory) return 1;
+    T* sides[2];
+    sides[0] = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+    sides[1] = sides[0] + side;
+    for (int64_t b = 0; b < batch; b += piece) {
+        const int64_t lanes = std::min(piece, batch - b);
+        const T* in = batch_major ? x + b * x_stride : x + b;
+        int64_t in_stride = x_stride;
+        int next = 0;
+        if (batch == 1) {
+            in_stride = 1;
+        } else if (transpose) {
+            run_gradient<T>(layers[0].columns, lanes, in, x_stride, 1, nullptr, 0, sides[0], nullptr, threads);
+            in = sides[0];
+            in_stride = lanes;
+            next = 1;
+        }
+        for (int64_t i = 0; i < count; ++i) {
+            const bool last = i + 1 == count;
+            T* out = last ? y + b : sides[next];
+            const int64_t out_stride = last ? batch : lanes;
+            run_layer<T>(layers[i], in, in_stride, out, out_stride, lanes, threads);
+            in = out;
+            in_stride = out_stride;
+            next ^= 1;
+        }
+    }
+    scratch.trim();
+    return 0;
 }
 
 template <class T>
@@ -321,7 +445,7 @@ void grow_update(T* tile, int64_t n, int64_t base, const int64_t* exclude, int64
 extern "C" {
 
 // Version of this interface; the loader refuses a library built from another one.
-int dst_abi() { return 5; }
+int dst_abi() { return 6; }
 
 // Instruction set in use: 0 portable, 1 AVX2, 2 AVX-512. `dst_set_isa` lowers it (for tests); it never raises it above
 // what the machine has.
@@ -342,16 +466,16 @@ void dst_forward(int is_double, int wide, int64_t rows, int64_t columns, const i
                             y_stride, batch, (const float*)bias, relu != 0, threads}, wide);
 }
 
-// A layer's forward pass for single examples, its arguments fixed beforehand: at batch 1 passing them costs as much as
-// the arithmetic.
-struct dst_plan {
-    int64_t is_double, wide, rows, columns, relu;
-    const void *pointers, *indices, *values, *bias;
-};
-
-void dst_forward_plan(const dst_plan* p, const void* x, void* y, int threads) {
-    dst_forward(int(p->is_double), int(p->wide), p->rows, p->columns, (const int32_t*)p->pointers, p->indices, p->values, x, 1,
-                y, 1, 1, p->bias, int(p->relu), threads);
+// Run a batch through one or more layers in one call: with small batches what surrounds a layer's call costs more than its
+// arithmetic. The input is batch-major (example b at x + b * x_stride) or feature-major (feature f at x + f * x_stride), a
+// single example contiguous; the output is feature-major, [out, batch]. Returns 0, or 1 without memory for scratch.
+int64_t dst_run_chain(const dst_chain* chain, const void* x, int64_t x_stride, int64_t batch_major, int64_t batch, void* y,
+                      int64_t threads) {
+    if (chain->is_double)
+        return run_chain<double>(chain->layers, chain->count, (const double*)x, x_stride, batch_major != 0, batch, (double*)y,
+                                 int(threads));
+    return run_chain<float>(chain->layers, chain->count, (const float*)x, x_stride, batch_major != 0, batch, (float*)y,
+                            int(threads));
 }
 
 void dst_backward(int is_double, int wide, int64_t rows, int64_t columns, const int32_t* pointers, const void* indices,
@@ -595,6 +719,17 @@ struct Simd {
 };
 #endif
 
+// Static shares of the iterations; small work does not enter OpenMP, whose entry costs even one thread.
+template <class F>
+inline void in_parallel(int64_t n, int threads, int64_t work, const F& body) {
+    if (threads <= 1 || work <= kSerialWork) {
+        for (int64_t i = 0; i < n; ++i) body(i);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < n; ++i) body(i);
+}
+
 template <class F>
 inline void over_rows(int64_t rows, const int32_t* pointers, int64_t batch, int threads, const F& body) {
     if (rows <= 0) return;
@@ -659,6 +794,7 @@ void forward_rows(const Forward<T>& a, int64_t from, int64_t to, int64_t lane, i
 template <class T>
 struct Eight {
     typedef T V __attribute__((vector_size(8 * sizeof(T))));
+    using Bit = typename std::conditional<sizeof(T) == 4, int32_t, int64_t>::type;
 };
 
 template <class T>
@@ -679,25 +815,48 @@ DST_INLINE typename Eight<T>::V pick(const T* x, const int32_t* i) {
     return typename Eight<T>::V{x[i[0]], x[i[1]], x[i[2]], x[i[3]], x[i[4]], x[i[5]], x[i[6]], x[i[7]]};
 }
 
+// The first n of eight lanes; zero in the others, whatever they hold.
+template <class V, class M>
+DST_INLINE V keep(V a, M mask) {
+    static_assert(sizeof(V) == sizeof(M), "one mask lane a lane");
+    return V(M(a) & mask);
+}
+
 // ---- forward for a single example: x is a contiguous vector
 template <class T, class I>
 void forward_vector(const Forward<T>& a, int64_t from, int64_t to) {
     using V = typename Eight<T>::V;
+    typedef typename Eight<T>::Bit Bit;
+    typedef Bit M __attribute__((vector_size(8 * sizeof(T))));
+    constexpr Bit bits[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
     const I* indices = static_cast<const I*>(a.indices);
-    const T* x = a.x;
+    // Locals: stores to y could change what `a` refers to, as far as the compiler knows.
+    const T *x = a.x, *values = a.values, *bias = a.bias;
+    const int32_t* pointers = a.pointers;
+    T* y = a.y;
+    const int64_t y_stride = a.y_stride, all = pointers[a.rows];
+    const bool relu = a.relu;
+    int64_t j = pointers[from];
     for (int64_t r = from; r < to; ++r) {
-        V sums{};
-        int64_t j = a.pointers[r];
-        const int64_t end = a.pointers[r + 1];
+        V sums{}, w;
+        const int64_t end = pointers[r + 1];
         for (; j + 8 <= end; j += 8) {
-            V w;
-            std::memcpy(&w, a.values + j, sizeof w);
+            std::memcpy(&w, values + j, sizeof w);
             sums += w * pick<T>(x, indices + j);
         }
-        T sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
-        for (; j < end; ++j) sum += a.values[j] * x[indices[j]];
-        if (a.bias) sum += a.bias[r];
-        a.y[r * a.y_stride] = a.relu && sum <= T(0) ? T(0) : sum;
+        T rest = 0;
+        if (j + 8 <= all) {  // what follows belongs to the next rows; single steps would be mispredicted
+            M mask;
+            std::memcpy(&mask, bits + 8 - (end - j), sizeof mask);
+            std::memcpy(&w, values + j, sizeof w);
+            sums += keep(w, mask) * keep(pick<T>(x, indices + j), mask);
+        } else {
+            for (; j < end; ++j) rest += values[j] * x[indices[j]];
+        }
+        j = end;
+        T sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7])) + rest;
+        if (bias) sum += bias[r];
+        y[r * y_stride] = relu && sum <= T(0) ? T(0) : sum;
     }
 }
 
@@ -725,6 +884,91 @@ void forward(const Forward<T>& a) {
             forward_tile<T, I, kMostVectors>(a, from, to, lane, (lanes + width - 1) / width, int(lanes % width));
         }
     });
+}
+
+// ---- a dense layer: R rows of the weight share every load of the input
+template <class T, int R, int NV, bool TAIL>
+void dense_rows(const Dense<T>& a, int64_t from, int64_t to, int64_t lane, int tail) {
+    using S = Simd<T>;
+    using V = typename S::V;
+    const T* x = a.x + lane;
+    for (int64_t r = from; r < to; r += R) {
+        const T* w = a.weight + r * a.columns;
+        V sum[R][NV];
+        for (int q = 0; q < R; ++q)
+            for (int k = 0; k < NV; ++k) sum[q][k] = S::set(a.bias ? a.bias[r + q] : T(0));
+        for (int64_t c = 0; c < a.columns; ++c) {
+            const T* row = x + c * a.x_stride;
+            V in[NV];
+            for (int k = 0; k < NV; ++k)
+                in[k] = TAIL && k == NV - 1 ? S::load(row + k * S::W, tail) : S::load(row + k * S::W);
+            for (int q = 0; q < R; ++q) {
+                const V scale = S::set(w[q * a.columns + c]);
+                for (int k = 0; k < NV; ++k) sum[q][k] = S::fma(scale, in[k], sum[q][k]);
+            }
+        }
+        for (int q = 0; q < R; ++q) {
+            T* y = a.y + (r + q) * a.y_stride + lane;
+            for (int k = 0; k < NV; ++k) {
+                const V s = a.relu ? S::positive(sum[q][k]) : sum[q][k];
+                if (TAIL && k == NV - 1) S::store(y + k * S::W, s, tail);
+                else S::store(y + k * S::W, s);
+            }
+        }
+    }
+}
+
+template <class T, int R, int NV>
+void dense_tile(const Dense<T>& a, int64_t from, int64_t to, int64_t lane, int64_t vectors, int tail) {
+    if constexpr (NV > 0) {
+        if (vectors != NV) return dense_tile<T, R, NV - 1>(a, from, to, lane, vectors, tail);
+        if (tail) dense_rows<T, R, NV, true>(a, from, to, lane, tail);
+        else dense_rows<T, R, NV, false>(a, from, to, lane, 0);
+    }
+}
+
+// A single example: x is a contiguous vector.
+template <class T>
+void dense_vector(const Dense<T>& a, int64_t from, int64_t to) {
+    using S = Simd<T>;
+    using V = typename S::V;
+    for (int64_t r = from; r < to; ++r) {
+        const T* w = a.weight + r * a.columns;
+        V sums[4];
+        for (int q = 0; q < 4; ++q) sums[q] = S::zero();
+        int64_t c = 0;
+        for (; c + 4 * S::W <= a.columns; c += 4 * S::W)
+            for (int q = 0; q < 4; ++q) sums[q] = S::fma(S::load(w + c + q * S::W), S::load(a.x + c + q * S::W), sums[q]);
+        for (; c < a.columns; c += S::W) {
+            const int n = int(std::min<int64_t>(S::W, a.columns - c));
+            if (n == S::W) sums[0] = S::fma(S::load(w + c), S::load(a.x + c), sums[0]);
+            else sums[0] = S::fma(S::load(w + c, n), S::load(a.x + c, n), sums[0]);
+        }
+        T parts[4];
+        S::sum4(sums[0], sums[1], sums[2], sums[3], parts);
+        T sum = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+        if (a.bias) sum += a.bias[r];
+        a.y[r * a.y_stride] = a.relu && sum <= T(0) ? T(0) : sum;
+    }
+}
+
+template <class T>
+void dense(const Dense<T>& a) {
+    if (a.batch <= 0) return;
+    constexpr int most = 4, group = kMostVectors >= 8 ? 4 : 2;  // sums that fit into the registers
+    constexpr int64_t width = Simd<T>::W;
+    const bool vector = a.batch == 1 && a.x_stride == 1;
+    const auto body = [&](int64_t i) {
+        const int64_t from = i * group, to = std::min<int64_t>(a.rows, from + group);
+        if (vector) return dense_vector<T>(a, from, to);
+        for (int64_t lane = 0; lane < a.batch; lane += most * width) {
+            const int64_t lanes = std::min<int64_t>(a.batch - lane, most * width), vectors = (lanes + width - 1) / width;
+            const int tail = int(lanes % width);
+            if (to - from == group) dense_tile<T, group, most>(a, from, to, lane, vectors, tail);
+            else dense_tile<T, 1, most>(a, from, to, lane, vectors, tail);
+        }
+    };
+    in_parallel((a.rows + group - 1) / group, a.threads, a.rows * a.columns * a.batch, body);
 }
 
 // ---- backward: one column of W; every row of the output gradient is loaded once and feeds the input gradient (times
@@ -830,8 +1074,7 @@ void gradient(int64_t features, int64_t batch, const T* g, int64_t g_stride, int
     using S = Simd<T>;
     constexpr int64_t block = 64 / sizeof(T);
     const int64_t blocks = (features + block - 1) / block;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && features * batch > kSerialWork)
-    for (int64_t i = 0; i < blocks; ++i) {
+    const auto body = [&](int64_t i) {
         const int64_t from = i * block, to = std::min(features, from + block);
         if (batch_major) {
             for (int64_t b = 0; b < batch; ++b) {
@@ -839,7 +1082,7 @@ void gradient(int64_t features, int64_t batch, const T* g, int64_t g_stride, int
                 for (int64_t f = from; f < to; ++f) out[f * batch + b] = row[f];
             }
         }
-        if (batch_major && !y && !bias) continue;
+        if (batch_major && !y && !bias) return;
         for (int64_t f = from; f < to; ++f) {
             const T* in = batch_major ? out + f * batch : g + f * g_stride;
             T* to_row = out ? out + f * batch : nullptr;
@@ -863,7 +1106,8 @@ void gradient(int64_t features, int64_t batch, const T* g, int64_t g_stride, int
                 bias[f] = sums[0];
             }
         }
-    }
+    };
+    in_parallel(blocks, threads, features * batch, body);
 }
 
 }  // namespace DST_ISA

@@ -11,6 +11,7 @@ from dst.nn.activations import (
     top_k_relu,
     updated_duty_cycle,
 )
+from dst.nn.inference import InferenceChain, optimize_for_inference
 from dst.nn.moe import FeedForward, SwitchFeedForward, auxiliary_losses, load_balancing_loss
 from dst.nn.sparse_linear import FeatureMajorLinear, SparseLinear, remap
 
@@ -18,6 +19,7 @@ __all__ = [
     "ActivationFactory",
     "FeatureMajorLinear",
     "FeedForward",
+    "InferenceChain",
     "KWinners",
     "SparseLinear",
     "SwitchFeedForward",

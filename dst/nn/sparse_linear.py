@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,56 @@ from torch.utils.hooks import RemovableHandle
 
 from dst.errors import ConfigurationError
 from dst.kernels import Engine, Kernels, Pattern, engine
-from dst.kernels.native import Plan
+from dst.kernels.native import ChainLayer, Plan
 from dst.topology import random_indices, without
 
 _COMPUTED = (torch.float32, torch.float64)
+
+# Fast in evaluation, where calls cost more than arithmetic; torch has no public form of the second that is.
+is_grad_enabled = torch.is_grad_enabled
+is_autocast: Callable[[], bool] = getattr(
+    torch._C, "_is_any_autocast_enabled", lambda: torch.is_autocast_enabled("cpu")
+)
+
+
+class RowKey:
+    """Which values a copy by rows was made from.
+
+    Attributes:
+        source: an alias of the values, which keeps their address from being used for others.
+        address: where they were.
+        version: autograd's version of them.
+        valid: whether the copy still holds them, as far as the layer was told.
+    """
+
+    __slots__ = ("address", "source", "valid", "version")
+
+    def __init__(self, values: Tensor):
+        self.source, self.address, self.version, self.valid = values.detach(), values.data_ptr(), values._version, True
+
+
+# Parameters of a module, the name of one, its address or None, and the key of the copy that was made of it if any.
+Watched: TypeAlias = tuple[Mapping[str, Tensor | None], str, int | None, RowKey | None]
+
+
+def watch(module: nn.Module, name: str, key: RowKey | None = None) -> Watched:
+    """Note where a parameter is, for `unchanged`; with ``key`` also what a copy was made from."""
+    held = module._parameters[name]
+    return module._parameters, name, None if held is None else held.data_ptr(), key
+
+
+def unchanged(watched: Iterable[Watched]) -> bool:
+    """Whether all parameters are where they were, and those that were copied are as they were."""
+    for parameters, name, address, key in watched:
+        held = parameters[name]
+        if held is None or address is None:
+            if held is not address:
+                return False
+        elif held.data_ptr() != address or (key is not None and not (key.valid and held._version == key.version)):
+            return False
+    return True
+
+
 _TILE_ROWS = 256
 
 
@@ -96,15 +142,16 @@ class SparseLinear(nn.Module):
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        self.in_features, self.out_features, self.relu = in_features, out_features, relu
+        self.in_features, self.out_features, self._relu = in_features, out_features, relu
         dtype = dtype or (torch.get_default_dtype() if values is None else values.dtype)
         if not dtype.is_floating_point:
             raise ConfigurationError(f"dtype={dtype}: weights are floating-point numbers")
         self._engine: Engine = engine()
         self._pattern = self._new_pattern(indices)
         self._row_values: Tensor | None = None
-        self._row_key: tuple[int, int] | None = None
+        self._row_key: RowKey | None = None
         self._plan: Plan | None = None
+        self._watched: tuple[Watched, ...] = ()
         self._stash: list[tuple[Tensor, Tensor]] | None = None
         self._stashed = 0
         self._stash_hook: RemovableHandle | None = None
@@ -250,7 +297,19 @@ class SparseLinear(nn.Module):
     # ------------------------------------------------------------------------------------------ computing
     def refresh(self) -> None:
         """Forget the copy by rows; only needed after writing through ``values.data`` during evaluation."""
+        if self._row_key is not None:
+            self._row_key.valid = False
         self._row_key = self._plan = None
+
+    @property
+    def relu(self) -> bool:
+        """Whether ReLU is applied to the output."""
+        return self._relu
+
+    @relu.setter
+    def relu(self, relu: bool) -> None:
+        self.refresh()
+        self._relu = relu
 
     def train(self, mode: bool = True) -> SparseLinear:
         """Switch between training and evaluation, as every module does."""
@@ -261,32 +320,47 @@ class SparseLinear(nn.Module):
         # `fresh`: weights change in every training step, and not all who change them leave a trace (`values.data`).
         # Weights made inside inference mode carry no version.
         fresh = fresh or values.is_inference()
-        key = (values.data_ptr(), 0 if fresh else values._version)
         held = self._row_values
         if held is None or held.shape != values.shape or held.dtype != values.dtype:
             # Outside inference mode even if called inside it: training will write to this memory.
             with torch.inference_mode(False):
                 held = torch.empty(values.shape, dtype=values.dtype)
-            self._row_values, self._row_key = held, None
-        if fresh or key != self._row_key:
-            self._plan = None
+            self._row_values = held
+            self.refresh()
+        key = self._row_key
+        if fresh or key is None or (key.address, key.version) != (values.data_ptr(), values._version):
+            self.refresh()
             self._engine.refresh(self._pattern, values, held)
-            self._row_key = None if fresh else key
+            self._row_key = None if fresh else RowKey(values)
         return held
+
+    def chain_layer(self) -> tuple[ChainLayer, RowKey] | None:
+        """Prepare the layer for a `dst.kernels.native.Plan`.
+
+        Returns:
+            The plan's layer and what tells when it is outdated; None where the layer has to be computed by `forward`: in
+            training, without compiled kernels, in 16-bit types, and for values or a bias that the kernels cannot read.
+        """
+        values, bias = self._parameters["values"], self._parameters["bias"]
+        if self.training or not isinstance(self._engine, Kernels) or not readable(values, (self.nnz,)):
+            return None
+        # Values made inside inference mode carry no version to follow.
+        if values is None or values.is_inference() or values.dtype not in _COMPUTED:
+            return None
+        if bias is not None and not (readable(bias, (self.out_features,)) and bias.dtype is values.dtype):
+            return None
+        rows = self._row_ordered(values.detach(), fresh=False)
+        shift = None if bias is None else bias.detach()
+        layer = ChainLayer(self.out_features, self.in_features, self._pattern, rows, shift, self.relu)
+        return layer, cast(RowKey, self._row_key)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(*, in_features)``."""
-        if self._plan is not None and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-            held = self._parameters["values"]
-            shift = self._parameters["bias"]
-            if (
-                held is not None
-                and self._row_key == (held.data_ptr(), held._version)
-                and self._plan.bias == (None if shift is None else shift.data_ptr())
-            ):
-                single = self._plan.run(x)
-                if single is not None:
-                    return single
+        plan = self._plan
+        if plan is not None and not (is_grad_enabled() or is_autocast()) and unchanged(self._watched):
+            planned = plan.run(x)
+            if planned is not None:
+                return planned
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the last dimension of the input is {x.shape[-1]}; this layer takes {self.in_features}")
         values: Tensor = self.values
@@ -316,15 +390,25 @@ class SparseLinear(nn.Module):
         ):
             y = cast(Tensor, _Apply.apply(x, values, bias, self))
         else:
-            # Converted values are new memory at every call: their version says nothing about the weights.
-            fresh = self.training or values is not self.values
-            rows = self._row_ordered(values.detach(), fresh=fresh)
-            if x.shape[0] == 1 and not fresh and isinstance(self._engine, Kernels):
-                self._plan = self._engine.plan(self._pattern, rows, bias, self.relu)
-            y = self._engine.forward(self._pattern, rows, self._engine.feature_major(x.detach()), bias, self.relu)
+            y = self._evaluate(x.detach(), values.detach(), bias)
         if len(lead) != 1:
             y = y.view(*lead, self.out_features)
         return y if y.dtype == wanted else y.to(wanted)
+
+    def _evaluate(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        # Converted values are new memory at every call: their version says nothing about the weights.
+        converted = values.dtype is not self.values.dtype
+        if self._plan is None or not unchanged(self._watched):
+            prepared = None if converted else self.chain_layer()
+            self._plan = None
+            if prepared is not None:
+                self._watched = watch(self, "values", prepared[1]), watch(self, "bias")
+                self._plan = cast(Kernels, self._engine).plan([prepared[0]])
+        y = None if self._plan is None else self._plan.run(x)
+        if y is None:
+            rows = self._row_ordered(values, fresh=self.training or converted)
+            y = self._engine.forward(self._pattern, rows, self._engine.feature_major(x), bias, self.relu)
+        return y
 
     # ------------------------------------------------------------------------------------------ topology
     def collect_dense_gradient(self, collect: bool = True) -> None:
@@ -459,7 +543,8 @@ class SparseLinear(nn.Module):
         new = self._new_pattern(indices)
         source = self._engine.match(self._pattern, new)
         # Memory of the old row copy goes first: at the peak there is one copy less.
-        self._row_values = self._row_key = self._plan = None
+        self.refresh()
+        self._row_values = None
         self._pattern = new
         self.values.grad = None
         self.values.data = remap(self.values.data, source)
@@ -494,7 +579,8 @@ class SparseLinear(nn.Module):
                 return
             columns = torch.repeat_interleave(torch.arange(self.in_features), pointers.diff())
             self._pattern = self._new_pattern((rows * self.in_features + columns).sort().values)
-            self._row_values = self._row_key = self._plan = None
+            self.refresh()
+            self._row_values = None
             if self.values.numel() != self.nnz:
                 self.values.grad = None
                 self.values.data = self.values.data.new_zeros(self.nnz)
@@ -528,7 +614,9 @@ class SparseLinear(nn.Module):
         memo[id(self)] = new
         # The pattern is immutable and the engine is the process's: both are shared. The copy by rows is made anew.
         shared = {"_pattern", "_engine"}
-        fresh = {"_row_values": None, "_row_key": None, "_plan": None, "_stash": None, "_stash_hook": None}
+        fresh = {
+            "_row_values": None, "_row_key": None, "_plan": None, "_watched": (), "_stash": None, "_stash_hook": None,
+        }  # fmt: skip
         for key, value in self.__dict__.items():
             new.__dict__[key] = fresh[key] if key in fresh else value if key in shared else copy.deepcopy(value, memo)
         return new
@@ -536,7 +624,7 @@ class SparseLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         derived = dict.fromkeys(("_engine", "_row_values", "_row_key", "_plan", "_stash", "_stash_hook"))
         # Flat indices travel: pickle knows no 16-bit unsigned tensors, and another machine may have another engine.
-        return {**self.__dict__, **derived, "_pattern": self._pattern.flat()}
+        return {**self.__dict__, **derived, "_watched": (), "_pattern": self._pattern.flat()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -566,6 +654,13 @@ class FeatureMajorLinear(nn.Linear):
         if self.bias is None:
             return torch.mm(self.weight, x.t()).t()
         return torch.addmm(self.bias.unsqueeze(1), self.weight, x.t()).t()
+
+
+def readable(tensor: Tensor | None, shape: tuple[int, ...]) -> bool:
+    """Whether the kernels can read ``tensor`` where it is, as a contiguous one of this shape."""
+    return type(tensor) in (Tensor, nn.Parameter) and bool(
+        tensor is not None and tensor.is_cpu and tensor.shape == shape and tensor.is_contiguous()
+    )
 
 
 def remap(entries: Tensor, source: Tensor) -> Tensor:
