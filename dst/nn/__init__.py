@@ -27,6 +27,7 @@ __all__ = [
     "auxiliary_losses",
     "k_winners",
     "load_balancing_loss",
+    "optimize_for_inference",
     "relu",
     "remap",
     "top_k_relu",
