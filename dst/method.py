@@ -13,7 +13,7 @@ from dst import allocation as allocations
 from dst import init as inits
 from dst import schedules, scores
 from dst.errors import ConfigurationError
-from dst.types import Allocation, Clock, Duration, Fraction, Init, Score, as_sampler, check_duration
+from dst.types import Allocation, Clock, Duration, Fraction, Init, Score, as_sampler, check_duration, waits_for_batch
 
 BACKENDS = ("masked", "csr")
 
@@ -111,6 +111,8 @@ class Method:
             return "its first level is dense"
         if self.init.needs_gradient:
             return f"the first mask, by {type(self.init).__name__}, needs the gradient of every weight"
+        if waits_for_batch(self.init):
+            return f"the first mask, by {type(self.init).__name__}, is decided on all weights in the first step"
         if self.sparsify_at != 0:
             return f"training is dense until sparsify_at={self.sparsify_at} (0 makes the mask at once)"
         for score in self.scores().values():

@@ -5,10 +5,23 @@ when they are ints and fractions of the total steps when they are floats.
 """
 
 from dst.methods.dense import dense
+from dst.methods.grasp import grasp
 from dst.methods.lottery_ticket_rewind import lottery_ticket_rewind
 from dst.methods.rigl import rigl
 from dst.methods.set_ import set_
+from dst.methods.snip import snip
 from dst.methods.sparse_from_scratch import sparse_from_scratch
 from dst.methods.static import static
+from dst.methods.synflow import synflow
 
-__all__ = ["dense", "lottery_ticket_rewind", "rigl", "set_", "sparse_from_scratch", "static"]
+__all__ = [
+    "dense",
+    "grasp",
+    "lottery_ticket_rewind",
+    "rigl",
+    "set_",
+    "snip",
+    "sparse_from_scratch",
+    "static",
+    "synflow",
+]
