@@ -37,8 +37,8 @@ class FirstBatch:
     """Watches the model until its first mask is made.
 
     Modules that hold all sparse weights get hooks. The outermost of them that is called tells how the model is called, for
-    a ``CallInit``; for a ``LossInit`` attention within it is computed in its plain form, as fused kernels have no second
-    derivative.
+    a ``CallInit``; for a ``LossInit`` its outputs are scaled as the init has it, and attention within it is computed in its
+    plain form, as fused kernels have no second derivative.
 
     Args:
         model: The model, unwrapped.
@@ -90,10 +90,14 @@ class FirstBatch:
             elif self._call is None:
                 self._call = _Call(module, *tree_map(_ones, (args, kwargs)))
 
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            if within and within[0] is module:
-                within.clear()
-                plain.close()
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
+            if not within or within[0] is not module:
+                return None
+            within.clear()
+            plain.close()
+            assert isinstance(self._init, LossInit)
+            scale = self._init.output_scale
+            return tree_map(lambda x: x * scale if isinstance(x, Tensor) and x.is_floating_point() else x, output)
 
         for module in self._modules:
             self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))

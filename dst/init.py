@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -76,10 +77,28 @@ class Grasp:
     It is measured on the first micro-batch of the first step, and H g is that of all processes' losses together. The step
     changes the mask and not the weights. Needs ``sparsifier.before_backward(loss)``, which the Lightning callback calls.
 
-    Deviations: the authors average over ten to 25 samples of each class, here it is the user's batch; they divide logits
-    by a temperature of 200, here the user's loss is taken as it is; they draw linear layers anew for the scores (Xavier),
-    here they are the network's; they divide by the sum over the network, which changes no ranking.
+    As in the authors' code, logits are divided by a temperature, without which the curvature of a saturated softmax hides
+    that of the network. In the step that makes the mask, the outermost module that holds all sparse weights returns its
+    floating-point outputs divided by it: that step's loss is a smaller one.
+
+    Deviations: the authors take ten to 25 samples of each class, here it is the user's batch; they draw linear layers anew
+    for the scores (Xavier), here they are the network's; they divide by the sum over the network, which changes no
+    ranking.
+
+    Attributes:
+        temperature: What outputs are divided by, > 0; 1 where they are no logits.
     """
+
+    temperature: float = 200.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature < math.inf:
+            raise ConfigurationError(f"temperature={self.temperature} must be positive; 1 leaves outputs as they are")
+
+    @property
+    def output_scale(self) -> float:
+        """1 / temperature."""
+        return 1 / self.temperature
 
     @property
     def needs_gradient(self) -> bool:
@@ -123,7 +142,8 @@ class Synflow:
 
     Deviations: the authors take running statistics at their absolute values too; here buffers stay as they are, which
     makes no difference before training. They compute in float32. What was pruned at one step never comes back at a later
-    one; in their code it can where scores tie at zero.
+    one; in their code it can where scores tie at zero. Scores below 1e-12 of a layer's sum count as zero, since they are
+    rounding errors.
 
     Attributes:
         iterations: n, the number of pruning steps, >= 1. With one, the scores of the dense network decide.
@@ -167,7 +187,11 @@ class Synflow:
                     "leads from the inputs to the outputs that is sensitive to its weights (normalisation without "
                     "running statistics takes away the scale of what it sees); use another init"
                 )
-            flows = [(f / largest).masked_fill(~m, -1.0) for f, m in zip(flows, masks, strict=True)]
+            # Paths that cancel (through a softmax of equal numbers, say) leave rounding errors, in no order to rely on.
+            error = 1e-12 * max(f.sum() for f in flows)
+            flows = [
+                torch.where(f > error, f / largest, 0).masked_fill(~m, -1) for f, m in zip(flows, masks, strict=True)
+            ]
             if k < self.iterations:
                 masks = select(flows, k / self.iterations)
         return flows

@@ -148,6 +148,10 @@ class Init(Protocol):
 class LossInit(Init, Protocol):
     """An init that scores the whole network at once, from the graph of the loss."""
 
+    @property
+    def output_scale(self) -> float:
+        """What the model's outputs are multiplied with in the step that is scored, which moves no weight."""
+
     def loss_scores(
         self,
         loss: Tensor,
