@@ -90,7 +90,7 @@ def test_two_linear_layers_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_scores_are_path_sums_and_layers_sums_are_equal(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = recorded(monkeypatch)
     model = network(3, 4, 5, 2)
-    expected = path_sums([p for p in model.parameters()])
+    expected = path_sums(list(model.parameters()))
     train_once(model, dst.methods.synflow(0.5, iterations=1))
     largest = max(s.max() for s in expected)
     for found, sums in zip(scores[0], expected, strict=True):

@@ -77,7 +77,7 @@ def test_no_gradient_is_touched_and_backward_finds_its_graph() -> None:
 def test_the_first_micro_batch_counts() -> None:
     masks = []
     for parts in (1, 3):
-        model, optimizer, sparsifier = build(methods.grasp(0.3))
+        model, _optimizer, sparsifier = build(methods.grasp(0.3))
         for part in range(parts):
             images, labels = batch(part)
             loss = functional.cross_entropy(model(images), labels)
@@ -202,7 +202,7 @@ class Probe(nn.Module):
 
 def test_the_call_is_repeated_without_a_trace() -> None:
     model, optimizer, sparsifier = build(methods.synflow(0.5, iterations=3), Probe())
-    reference, plain, _ = build(methods.dense(), Probe())
+    reference, _plain, _ = build(methods.dense(), Probe())
     reference.load_state_dict(model.state_dict())
     model.drop.eval()
     reference.drop.eval()
@@ -281,7 +281,7 @@ def test_the_outermost_module_is_called_however_deep_the_weights_lie() -> None:
         def training_step(self, x: Tensor) -> Tensor:
             return self.inner(x)
 
-    model, optimizer, sparsifier = build(methods.synflow(0.5, iterations=2), Outer())
+    model, _optimizer, sparsifier = build(methods.synflow(0.5, iterations=2), Outer())
     loss = model.training_step(torch.randn(5, 4)).square().mean()
     loss.backward()
     sparsifier.before_step()
