@@ -294,3 +294,23 @@ def test_wrappers_that_own_the_weights_are_refused() -> None:
 
 def test_distributed_is_not_left_initialised() -> None:
     assert not dist.is_initialized()
+
+
+def first_mask_of_token_ids(rank: int, world: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(50, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    wrapped = DistributedDataParallel(net)
+    sparsifier = dst.Sparsifier(wrapped, optimizer, dst.methods.synflow(0.3, iterations=3), total_steps=5)
+    ids = torch.arange(5) + 20 * rank
+    wrapped(ids).square().mean().backward()
+    sparsifier.before_step()
+    return sparsifier.masks
+
+
+def test_where_processes_see_other_token_ids_the_first_ones_scores_count() -> None:
+    one = run(first_mask_of_token_ids, 1)[0]
+    for masks in run(first_mask_of_token_ids, 2):
+        if isinstance(masks, Exception):
+            raise masks
+        assert all(torch.equal(mask, one[name]) for name, mask in masks.items())

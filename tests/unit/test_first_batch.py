@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ from torch.nn import functional
 
 import dst
 from dst import ConfigurationError, StateError, methods
+from dst.allocation import PerLayer, Uniform
+from dst.first_mask import masks_on_the_way
 from dst.init import Grasp, Synflow
+from dst.layers import find_layers
 from tests.small import OPTIMIZERS, Small, backward, batch
 
 
@@ -399,3 +403,36 @@ def test_temperatures_are_positive(temperature: float) -> None:
 def test_a_layer_alone_has_no_score(init: Any) -> None:
     with pytest.raises(TypeError, match="as a whole"):
         init.scores(None)
+
+
+# --- masks on the way -----------------------------------------------------------------------------------------------
+
+
+def test_what_was_pruned_on_the_way_stays_pruned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where scores tie at zero: queries and keys of attention over equal tokens have no flow."""
+    seen: list[dict[str, Tensor]] = []
+
+    def noted(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        seen.append(masks_on_the_way(*args, **kwargs))
+        return seen[-1]
+
+    monkeypatch.setattr("dst.sparsifier.masks_on_the_way", noted)
+    model, optimizer, sparsifier = build(methods.synflow(0.2, iterations=6, allocation=Uniform()))
+    step(model, optimizer, sparsifier, batch(0)[0])
+    seen.append({x.label: x.part(sparsifier.masks[x.parameter]) for x in sparsifier.layers})
+    assert len(seen) == 6
+    for before, after in itertools.pairwise(seen):
+        for label, mask in after.items():
+            assert not (mask & ~before[label]).any(), label
+            assert mask.sum() < before[label].sum()
+
+
+def test_layers_with_densities_of_their_own_go_there_by_powers() -> None:
+    layers, _ = find_layers(nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 20)))
+    scores = {x.label: torch.rand(x.shape) for x in layers}
+    method = dst.Method("x", 0.14, allocation=PerLayer({"0.weight": 0.04, "1.weight": 0.19}))
+    counts = [
+        [int(m.sum()) for m in masks_on_the_way(method, layers, scores, progress, seed=0).values()]
+        for progress in (0.0, 0.5, 1.0)
+    ]
+    assert counts == [[100, 200], [20, 88], [4, 38]]  # 200 · sqrt(0.19) = 87.2

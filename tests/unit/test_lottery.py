@@ -456,3 +456,14 @@ def test_fine_tuning_needs_the_dense_levels_last_rate(tmp_path):
         record.unlink()
     with pytest.raises(StateError, match=r"level_00.*last learning rates.*train it anew"):
         run(tmp_path, rewind="none", rewind_to=7)
+
+
+def test_the_last_rate_is_known_where_the_dense_level_was_interrupted_as_it_ended(tmp_path):
+    whole, halted = Record(), Record()
+    run(tmp_path / "whole", whole, rewind="none", rewind_to=7)
+    power = Power()
+    power.cut_at = (0, "fit end")
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "halted", power, rewind="none", rewind_to=7)
+    run(tmp_path / "halted", halted, rewind="none", rewind_to=7)
+    assert halted.rates == {level: whole.rates[level] for level in (1, 2, 3)}
