@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from dst.errors import ConfigurationError
 from dst.layers import SparseLayer
 from dst.method import Method
 from dst.patterns import Unstructured
-from dst.topology import top_indices
+from dst.topology import count_active, top_indices
 from dst.types import LayerView, as_sampler, folded_generator
 
 
@@ -66,6 +66,7 @@ def first_positions(
     step: int = 0,
     density: float | None = None,
     placed: Collection[str] = (),
+    given: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[SparseLayer, int, Tensor | None]]:
     """Choose the first connections of all layers, one layer at a time.
 
@@ -80,6 +81,7 @@ def first_positions(
         step: The optimizer step.
         density: The network's density; by default the method's.
         placed: Labels of layers whose connections exist already.
+        given: Layer label to scores that are known already, of inits that score the network as a whole.
 
     Yields:
         Layer, number of connections, and their sorted row-major positions; ``None`` for a layer that is placed.
@@ -87,6 +89,8 @@ def first_positions(
     init, sampler = method.init, as_sampler(method.init)
 
     def score(layer: SparseLayer) -> Tensor:
+        if given is not None:
+            return given[layer.label]
         return init.scores(view(layer, folded_generator(seed, "init", step, layer.label)))
 
     density = method.density if density is None else density
@@ -109,3 +113,38 @@ def first_positions(
             values = (scores[i] if scores is not None else score(layer)).reshape(-1)
             ties = folded_generator(seed, "init ties", step, layer.label)
             yield layer, count, top_indices(values, count, ties)
+
+
+def masks_on_the_way(
+    method: Method, layers: Sequence[SparseLayer], scores: Mapping[str, Tensor], progress: float, *, seed: int
+) -> dict[str, Tensor]:
+    """Masks between the dense network and the method's budget, split as the method splits its budget.
+
+    The network's density is ``density ** progress``, where scores decide the split, and a layer's its own final density to
+    that power, where they do not: so no layer ever has fewer connections than later.
+
+    Args:
+        method: Says how the budget is split.
+        layers: All sparse layers.
+        scores: Layer label to scores.
+        progress: In [0, 1].
+        seed: Breaks ties.
+
+    Returns:
+        Layer label to bool mask of its shape.
+    """
+    labels, shapes = [layer.label for layer in layers], [layer.shape for layer in layers]
+    allocation = method.allocation
+    if allocation.needs_scores:
+        counts = allocation.counts(labels, shapes, method.density**progress, [scores[label] for label in labels])
+    else:
+        final = allocation.counts(labels, shapes, method.density)
+        counts = [count_active(x.weights, (c / x.weights) ** progress) for x, c in zip(layers, final, strict=True)]
+    masks = {}
+    for layer, count in zip(layers, counts, strict=True):
+        values = scores[layer.label].reshape(-1)
+        ties = folded_generator(seed, "init ties on the way", repr(progress), layer.label)
+        mask = torch.zeros_like(values, dtype=torch.bool)
+        mask[top_indices(values, count, ties)] = True
+        masks[layer.label] = mask.view(layer.shape)
+    return masks

@@ -202,6 +202,13 @@ class SparseTraining(Callback):
         wrapped.register_comm_hook(hook, SparseAllReduce.reduce)
         return hook
 
+    def on_before_backward(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: Tensor
+    ) -> None:
+        """Show the loss to an init that needs its graph."""
+        if self.sparsifier is not None:
+            self.sparsifier.before_backward(loss)
+
     def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Note that there are gradients that no step has used."""
         self._accumulated = True

@@ -1,13 +1,15 @@
 """Lottery tickets: the levels, and what happens between two of them, as pure functions.
 
 Level 0 is dense. After each level a share of the remaining weights is pruned, and the next level is a fresh fit from a
-snapshot that level 0 took at step k. ``dst.lottery_run`` drives the levels with Lightning.
+snapshot that level 0 took at step k, or from the trained weights with the learning rates of step k.
+``dst.lottery_run`` drives the levels with Lightning.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +19,7 @@ from dst.topology import select_top
 from dst.types import Allocation, folded_generator
 
 
-def level_densities(density: float, prune_fraction: float = 0.2) -> list[float]:
+def level_densities(density: float, prune_fraction: float | None = 0.2) -> list[float]:
     """Densities of all levels, the dense one first.
 
     Level n keeps ``(1 - prune_fraction)**n`` of the weights; the last level is the first that would fall to ``density``
@@ -25,12 +27,15 @@ def level_densities(density: float, prune_fraction: float = 0.2) -> list[float]:
 
     Args:
         density: Density of the last level, in (0, 1].
-        prune_fraction: Share of the remaining weights removed after each level, in (0, 1).
+        prune_fraction: Share of the remaining weights removed after each level, in (0, 1); ``None`` for a single pruning,
+            straight to ``density``.
 
     Returns:
         Strictly decreasing densities from 1.0 to ``density``.
     """
     densities = [1.0]
+    if prune_fraction is None:
+        return densities if density == 1 else [1.0, density]
     while densities[-1] > density:
         following = (1 - prune_fraction) ** len(densities)
         # Powers that meet the density but for rounding are the last level, not one before a level of the same size.
@@ -83,10 +88,25 @@ def rewind(model: nn.Module, snapshot: Mapping[str, Tensor], masks: Mapping[str,
 
     Args:
         model: The model.
-        snapshot: What ``model.state_dict()`` was at step k of the dense level.
+        snapshot: What ``model.state_dict()`` was at step k of the dense level; for learning-rate rewinding and
+            fine-tuning, what it is now.
         masks: Parameter name to bool mask.
     """
     model.load_state_dict(dict(snapshot))
     for name, parameter in model.named_parameters():
         if name in masks:
             parameter.masked_fill_(~masks[name].to(parameter.device), 0)
+
+
+def rewind_rates(trained: Mapping[str, Any], snapshot: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer's state for learning-rate rewinding (Renda et al. 2020, section 2).
+
+    Args:
+        trained: Its ``state_dict()`` at the end of a level.
+        snapshot: Its ``state_dict()`` at step k of the dense level.
+
+    Returns:
+        The per-weight state of ``trained``, which belongs to the weights that stay, with the learning rates and other
+        settings of ``snapshot``, which belong to the schedule that goes back.
+    """
+    return {**trained, "param_groups": snapshot["param_groups"]}

@@ -1,10 +1,10 @@
-"""Drives lottery-ticket levels with Lightning: every level is a fresh fit from one snapshot."""
+"""Drives lottery-ticket levels with Lightning: every level is a fresh fit from a checkpoint made before it."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,14 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch.optim import Optimizer
 
 from dst import init as inits
 from dst.checkpoints import load_checkpoint, save_atomically
-from dst.errors import ConfigurationError
+from dst.errors import ConfigurationError, StateError
 from dst.layers import Selector, find_layers
 from dst.lightning import SparseTraining
-from dst.lottery import level_densities, prune
+from dst.lottery import level_densities, prune, rewind_rates
 from dst.mask_file import load_masks, save_masks
 from dst.method import Method
 from dst.types import Duration, resolve_steps
@@ -67,11 +68,12 @@ def run_lottery(
     include: Iterable[Selector] | None = None,
     exclude: Iterable[Selector] | None = None,
 ) -> LotteryResult:
-    """Run iterative magnitude pruning with rewinding to its end, or go on where it was interrupted.
+    """Run magnitude pruning with rewinding to its end, or go on where it was interrupted.
 
     Level 0 trains dense and saves a snapshot at the rewind point: weights, optimizers, schedulers, step and loader state. Every
-    later level starts from the snapshot with the weights pruned after the level before. Finished levels are not repeated,
-    and a level that was interrupted goes on from its last checkpoint.
+    later level starts from the snapshot (from ``start.ckpt`` in its folder, where weights are not rewound) with the weights
+    pruned after the level before. Finished levels are not repeated, and a level that was interrupted goes on from its last
+    checkpoint.
 
     Args:
         method: ``dst.methods.lottery_ticket_rewind(...)``.
@@ -121,12 +123,20 @@ def run_lottery(
             dirpath=place, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
         )
         metrics = _Metrics()
-        callbacks: list[Callback] = [sparse, metrics, saver]
+        fine_tuned = level > 0 and method.lottery.rewind == "none"
+        rates = _Rates(_Rates.saved(folder / "level_00" / "final.ckpt") if fine_tuned else None)
+        callbacks: list[Callback] = [sparse, metrics, rates, saver]
         if level == 0:
             callbacks.append(_Snapshot(snapshot, method.lottery.rewind_to))
         trainer = make_trainer(level, callbacks, place)
         last = place / "last.ckpt"
-        start = last if last.exists() else snapshot if level > 0 else None
+        start = last if last.exists() else None
+        if start is None and level > 0:
+            start = snapshot
+            if method.lottery.rewind != "weights":
+                start = place / "start.ckpt"
+                trained = load_checkpoint(folder / f"level_{level - 1:02d}" / "final.ckpt")
+                save_atomically(_start(method.lottery.rewind, trained, load_checkpoint(snapshot)), start)
         if level == 0 and start is None:
             snapshot.unlink(missing_ok=True)  # an attempt that left no checkpoint may have left its snapshot
         trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
@@ -141,6 +151,8 @@ def run_lottery(
             metrics.saved | metrics.of(trainer),
         )
         _write_atomically(record, json.dumps(asdict(result), indent=2))
+        if trainer.is_global_zero:
+            (place / "start.ckpt").unlink(missing_ok=True)
         results.append(result)
     if trainer is None:
         # All levels were finished before: bring back what the last one left.
@@ -148,6 +160,65 @@ def run_lottery(
         trainer = make_trainer(len(densities) - 1, [], place)
         module.load_state_dict(load_checkpoint(place / "final.ckpt")["state_dict"])
     return LotteryResult(tuple(results), trainer)
+
+
+def _start(rewind: str, trained: Mapping[str, Any], snapshot: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkpoint of a level that keeps the trained weights: step, schedule and loader are the snapshot's."""
+    pairs = zip(trained["optimizer_states"], snapshot["optimizer_states"], strict=True)
+    optimizers = [rewind_rates(t, s) if rewind == "learning_rate" else t for t, s in pairs]
+    return {**snapshot, "state_dict": trained["state_dict"], "optimizer_states": optimizers}
+
+
+class _Rates(Callback):
+    """Notes in checkpoints which learning rates the last step was taken with; holds them where they are given.
+
+    Args:
+        held: Learning rates by optimizer and group, for a level whose schedule has no say; ``None`` for others.
+    """
+
+    KEY = "dst_rates"
+
+    def __init__(self, held: list[list[float]] | None = None) -> None:
+        self.held = held
+        self._last: dict[int, list[float]] = {}
+
+    @classmethod
+    def saved(cls, checkpoint: Path) -> list[list[float]]:
+        """Those noted in a checkpoint.
+
+        Raises:
+            StateError: There are none.
+        """
+        rates = load_checkpoint(checkpoint).get(cls.KEY)
+        if not rates:
+            raise StateError(
+                f"{checkpoint} does not tell its last learning rates, which fine-tuning needs: train it anew"
+            )
+        return rates
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *args: Any) -> None:
+        for optimizer, rates in zip(trainer.optimizers, self.held or (), strict=False):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                if isinstance(group["lr"], torch.Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer
+    ) -> None:
+        place = next(i for i, o in enumerate(trainer.optimizers) if o is optimizer)
+        self._last[place] = [float(group["lr"]) for group in optimizer.param_groups]
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[self.KEY] = [self._last[i] for i in sorted(self._last)]
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self._last = dict(enumerate(checkpoint.get(self.KEY, [])))
 
 
 class _Metrics(Callback):

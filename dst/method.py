@@ -28,26 +28,39 @@ from dst.types import (
     Score,
     as_sampler,
     check_duration,
+    waits_for_batch,
 )
 
 BACKENDS = ("masked", "csr", "latent")
 
+REWINDS = ("weights", "learning_rate", "none")
+
 
 @dataclass(frozen=True)
 class LotterySchedule:
-    """Iterative pruning with rewinding (Frankle & Carbin 2019; Frankle et al. 2020, https://arxiv.org/abs/1912.05671).
+    """Pruning after training, and training again: lottery tickets and what they are compared with.
+
+    Frankle & Carbin 2019; Frankle et al. 2020, https://arxiv.org/abs/1912.05671; Renda et al. 2020,
+    https://arxiv.org/abs/2003.02389.
 
     Attributes:
-        prune_fraction: Share of the remaining weights removed after each level, in (0, 1).
-        rewind_to: The point of the first, dense level that every later level starts from: weights, optimizer state, step
-            and data order.
+        prune_fraction: Share of the remaining weights removed after each level, in (0, 1); ``None`` prunes once, from the
+            dense level straight to the density (one-shot).
+        rewind_to: Step k of the first, dense level: every later level takes the steps from k to the end, with the data of
+            those steps.
+        rewind: What goes back to step k with them. ``"weights"``: all (weights, optimizer state, learning rate);
+            ``"learning_rate"``: its schedule alone, weights and per-weight optimizer state are those that the level before
+            ended with; ``"none"``: nothing, and the learning rate is the dense level's last (fine-tuning).
     """
 
-    prune_fraction: float = 0.2
+    prune_fraction: float | None = 0.2
     rewind_to: Duration = 0
+    rewind: str = "weights"
 
     def __post_init__(self) -> None:
-        if not 0 < self.prune_fraction < 1:
+        if self.rewind not in REWINDS:
+            raise ConfigurationError(f"rewind={self.rewind!r} is unknown; choose from {', '.join(REWINDS)}")
+        if self.prune_fraction is not None and not 0 < self.prune_fraction < 1:
             raise ConfigurationError(f"prune_fraction={self.prune_fraction} must lie strictly between 0 and 1")
         check_duration(self.rewind_to, "rewind_to")
         if isinstance(self.rewind_to, float) and self.rewind_to >= 1:
@@ -220,6 +233,8 @@ class Method:
             return "its first level is dense"
         if self.init.needs_gradient:
             return f"the first mask, by {type(self.init).__name__}, needs the gradient of every weight"
+        if waits_for_batch(self.init):
+            return f"the first mask, by {type(self.init).__name__}, is decided on all weights in the first step"
         if self.sparsify_at != 0:
             return f"training is dense until sparsify_at={self.sparsify_at} (0 makes the mask at once)"
         if self.schedule is not None or self.redistribute is not None or self.surplus is not None:

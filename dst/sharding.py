@@ -8,7 +8,7 @@ and applied on the local parts. For ordinary tensors all of this is the identity
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -103,6 +103,27 @@ def average_(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
     if world_size(group) > 1:
         dist.all_reduce(tensor, group=group)
         tensor.div_(world_size(group))
+
+
+def mean_over_processes(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """The mean of every tensor over processes; a collective that all must enter."""
+    if world_size(group) == 1:
+        return list(tensors)
+    means = [tensor.clone() for tensor in tensors]
+    for mean in means:
+        dist.all_reduce(mean, group=group)
+        mean.div_(world_size(group))
+    return means
+
+
+def of_first_process(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
+    """The first process's tensors, on all; a collective that all must enter with tensors of the same shapes."""
+    if world_size(group) == 1:
+        return list(tensors)
+    copies = [tensor.clone() for tensor in tensors]
+    for copy in copies:
+        dist.broadcast(copy, dist.get_global_rank(group, 0) if group is not None else 0, group=group)
+    return copies
 
 
 def check_equal_masks(masks: Iterable[tuple[str, Tensor]], step: int, group: dist.ProcessGroup | None = None) -> None:

@@ -23,7 +23,8 @@ from dst.backends.storage import is_finite
 from dst.budget import Change, plan_change
 from dst.chains import incomplete, sequences
 from dst.errors import ConfigurationError, StateError
-from dst.first_mask import first_positions, layer_counts
+from dst.first_batch import FirstBatch
+from dst.first_mask import first_positions, layer_counts, masks_on_the_way
 from dst.layers import Selector, SparseLayer, find_layers
 from dst.mask_file import load_masks
 from dst.method import Method, spec_differences
@@ -33,7 +34,7 @@ from dst.redistribute import apportion
 from dst.scores import Magnitude, Random
 from dst.sharding import all_agree, check_equal_masks, local, whole
 from dst.topology import top_indices
-from dst.types import LayerStat, LayerView, Score, folded_generator, resolve_steps
+from dst.types import CallInit, LayerStat, LayerView, LossInit, Score, folded_generator, resolve_steps, waits_for_batch
 from dst.warmup import WarmUp, check_whole
 
 logger = logging.getLogger(__name__)
@@ -167,12 +168,16 @@ class Sparsifier:
                 f"sparsify_at={method.sparsify_at} is not before the end of training at step {total_steps}: "
                 "the mask would never be made"
             )
-        if method.init.needs_gradient and len(self._steppers) > 1:
+        if waits_for_batch(method.init) and len(self._steppers) > 1:
             raise ConfigurationError(
                 f"{type(method.init).__name__} needs every layer's gradient at one step, and the layers belong to "
                 f"{len(self._steppers)} optimizers; use another init, or one optimizer"
             )
-        if not self._sparsified and self._sparsify_step == 0 and not method.init.needs_gradient:
+        self._first_batch: FirstBatch | None = None
+        if not self._sparsified and isinstance(method.init, (LossInit, CallInit)):
+            self._first_batch = FirstBatch(model, self.layers, method.init, self._mask_is_due, process_group)
+            self._first_batch.watch()
+        if not self._sparsified and self._sparsify_step == 0 and not waits_for_batch(method.init):
             originals = [(t, t.clone()) for t in self._cut_by_first_mask()]
             self._sparsify(0)
             self._originals = [(t, copy, t._version) for t, copy in originals]
@@ -329,6 +334,28 @@ class Sparsifier:
 
     # -- the training loop ----------------------------------------------------------------------------------------
 
+    def before_backward(self, loss: Tensor) -> None:
+        """Call before ``loss.backward()`` where the method's init needs the loss's graph (GraSP); else without effect.
+
+        The first mask is made from the first loss of its step: with gradient accumulation, that of the first micro-batch.
+        No ``.grad`` is touched, and the graph stays for ``backward()``.
+
+        Args:
+            loss: The loss that ``backward()`` is called on; scaled or not makes no difference.
+
+        Raises:
+            ConfigurationError: A loss without graph, or one that cannot be differentiated twice.
+        """
+        if self._first_batch is None or not isinstance(self.method.init, LossInit) or not self._mask_is_due():
+            return
+        if not any(role == "init" for role, _ in self._buffers):
+            scores = self._first_batch.scores_of_loss(loss)
+            self._buffers.update({("init", label): score for label, score in scores.items()})
+
+    def _mask_is_due(self) -> bool:
+        """Whether the step to come makes the first mask."""
+        return not self._sparsified and self._steppers[0].step >= self._sparsify_step
+
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer | None = None) -> None:
         """Call between ``backward()`` and ``optimizer.step()``, after unscaling and before clipping.
@@ -364,10 +391,14 @@ class Sparsifier:
                     f"{self.layers[index].parameter} has a sparse gradient; build its module with sparse=False"
                 )
         if not self._sparsified and stepper.step >= self._sparsify_step:
-            if self.method.init.needs_gradient:
-                if not self._gradients_are_usable(stepper, every_layer=True):
+            if waits_for_batch(self.method.init):
+                usable = self._gradients_are_usable(stepper, every_layer=self.method.init.needs_gradient)
+                given = self._scores_of_first_batch() if usable else None
+                # What a batch that cannot be used has left is for nothing; the next one is measured anew.
+                self._buffers = {key: buffer for key, buffer in self._buffers.items() if key[0] != "init"}
+                if not usable or (given is not None and not all(is_finite(score) for score in given.values())):
                     return "dense"
-                self._sparsify(stepper.step)
+                self._sparsify(stepper.step, given)
                 stepper.replaced = True
                 return "dense"
             self._sparsify(stepper.step)
@@ -453,6 +484,8 @@ class Sparsifier:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        if self._first_batch is not None:
+            self._first_batch.close()
 
     @torch.no_grad()
     def mask_optimizer_state(self) -> None:
@@ -473,12 +506,12 @@ class Sparsifier:
 
     # -- the first mask -------------------------------------------------------------------------------------------
 
-    def _sparsify(self, step: int) -> None:
-        """Make the first mask, from the weights, gradients or file of this moment."""
+    def _sparsify(self, step: int, given: Mapping[str, Tensor] | None = None) -> None:
+        """Make the first mask, from the weights, gradients or file of this moment, or from the scores that are given."""
         first = (
             self._first_from_file(self.method.init.path)
             if isinstance(self.method.init, inits.FromFile)
-            else self._first_by_score(step)
+            else self._first_by_score(step, given)
         )
         for storage in self._storages:
             storage.adopt(first)
@@ -489,11 +522,33 @@ class Sparsifier:
         self._check_agreement(step)
         self._budgets = {layer.label: self._active(layer) for layer in self.layers}
         self._sparsified = True
+        self._watch_first_batch()
         if self.method.is_dynamic:
             for storage in self._storages:
                 storage.explore()
 
-    def _first_by_score(self, step: int) -> dict[str, Tensor]:
+    def _watch_first_batch(self) -> None:
+        """Watch the model's calls exactly as long as there is no mask."""
+        if self._first_batch is not None:
+            self._first_batch.close() if self._sparsified else self._first_batch.watch()
+
+    def _scores_of_first_batch(self) -> dict[str, Tensor] | None:
+        """Layer label to scores, where the init scores the network as a whole, else ``None``."""
+        if self._first_batch is None:
+            return None
+        if isinstance(self.method.init, CallInit):
+            return self._first_batch.scores_of_call(
+                lambda scores, progress: masks_on_the_way(self.method, self.layers, scores, progress, seed=self.seed)
+            )
+        scores = {label: buffer for (role, label), buffer in self._buffers.items() if role == "init"}
+        if not scores:
+            raise StateError(
+                f"{type(self.method.init).__name__} needs the loss with its graph: call "
+                "sparsifier.before_backward(loss) before loss.backward()"
+            )
+        return scores
+
+    def _first_by_score(self, step: int, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Layer label to first positions, of layers that are not placed already."""
         placed = [layer.label for layer in self.layers if self._home[layer.parameter].is_placed]
         found = {}
@@ -507,6 +562,7 @@ class Sparsifier:
             step=step,
             density=self.method.density_at(step, self.total_steps),
             placed=placed,
+            given=given,
         ):
             if positions is not None:
                 self._check_storage(layer, wanted)
@@ -893,6 +949,7 @@ class Sparsifier:
                 tensor.copy_(original)
         self._originals = []
         self._sparsified = bool(state["sparsified"])
+        self._watch_first_batch()
         for storage in self._storages:
             storage.load(state["masks"], state["union"])
             storage.load_latent(state["latent"], int(state["steps"][0]))
@@ -985,7 +1042,8 @@ class Sparsifier:
         """What belongs to the masks: their union, once there are any that move, and the scores' buffers."""
         if state["union"] or (state["sparsified"] and self.method.is_dynamic and self.method.density < 1):
             self._check_masks(state["union"], "the checkpoint's union of masks", is_union)
-        shapes = {f"{role}/{layer.label}": layer.shape for role in self.method.scores() for layer in self.layers}
+        roles = [*self.method.scores(), *(["init"] if isinstance(self.method.init, LossInit) else [])]
+        shapes = {f"{role}/{layer.label}": layer.shape for role in roles for layer in self.layers}
         for key, buffer in state["buffers"].items():
             if key not in shapes or not isinstance(buffer, Tensor) or tuple(buffer.shape) != shapes[key]:
                 raise StateError(f"the checkpoint has a score buffer {key} that does not fit the model")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeAlias, runtime_checkable
 
@@ -260,6 +260,61 @@ class Amount(Protocol):
             scores: Their drop scores.
             state: What the last update returned.
         """
+
+
+@runtime_checkable
+class LossInit(Init, Protocol):
+    """An init that scores the whole network at once, from the graph of the loss."""
+
+    @property
+    def output_scale(self) -> float:
+        """What the model's outputs are multiplied with in the step that is scored, which moves no weight."""
+
+    def loss_scores(
+        self,
+        loss: Tensor,
+        weights: Sequence[Tensor],
+        average: Callable[[Sequence[Tensor]], list[Tensor]],
+    ) -> list[Tensor]:
+        """Score all positions of all weights; leaves the graph to ``loss.backward()``, and no ``.grad`` behind.
+
+        Args:
+            loss: This process's loss, with its graph.
+            weights: The sparse parameters, leaves of that graph.
+            average: Means over processes, tensor by tensor.
+
+        Returns:
+            One float tensor per weight, of its shape, the same on all processes.
+        """
+
+
+@runtime_checkable
+class CallInit(Init, Protocol):
+    """An init that scores the whole network at once, from calls of the model without data."""
+
+    def call_scores(
+        self,
+        output: Callable[[Sequence[Tensor]], Tensor],
+        weights: Sequence[Tensor],
+        select: Callable[[Sequence[Tensor], float], list[Tensor]],
+    ) -> list[Tensor]:
+        """Score all positions of all weights.
+
+        Args:
+            output: The sum of the model's outputs (scalar float64) on inputs of ones, for given weights, with all its
+                other parameters at their absolute values; differentiable.
+            weights: The sparse parameters, detached float64.
+            select: Masks (bool, one per weight) that keep the best scores, for a progress in [0, 1] from the dense
+                network to the method's budget; the same on all the way as in the end.
+
+        Returns:
+            One float tensor per weight, of its shape.
+        """
+
+
+def waits_for_batch(init: Init) -> bool:
+    """Whether the first mask can only be made in training, once a batch has been seen."""
+    return init.needs_gradient or isinstance(init, (LossInit, CallInit))
 
 
 class Fraction(Protocol):

@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 from dst import Method, methods
 from dst.allocation import ER, Global, Uniform
-from dst.init import Magnitude, Snip
+from dst.init import Magnitude, Snip, Synflow
 from dst.schedules import Constant, InversePower, Linear
 from dst.scores import Gradient, Momentum, Random
+from dst.types import CallInit, LossInit
 
 TOTAL_STEPS = 24
 DENSITY = 0.3
@@ -21,7 +22,10 @@ METHODS: dict[str, Callable[[], Method]] = {
     "static": lambda: methods.static(DENSITY),
     "static_at_step": lambda: methods.static(DENSITY, sparsify_at=5, allocation=Uniform()),
     "static_from_start": lambda: methods.static(DENSITY, init=Magnitude(), sparsify_at=0),
-    "snip": lambda: methods.static(DENSITY, init=Snip()),
+    "static_snip": lambda: methods.static(DENSITY, init=Snip(), sparsify_at=2),
+    "snip": lambda: methods.snip(DENSITY),
+    "grasp": lambda: methods.grasp(DENSITY),
+    "synflow": lambda: methods.synflow(DENSITY, iterations=10),
     "sparse_from_scratch": lambda: methods.sparse_from_scratch(DENSITY),
     "set": lambda: methods.set_(DENSITY, update_every=4),
     "set_replacing_steps": lambda: methods.set_(DENSITY, update_every=4, replace_step=True, allocation=ER()),
@@ -33,6 +37,7 @@ METHODS: dict[str, Callable[[], Method]] = {
         DENSITY, update_every=0.125, start=2, allocation=Global(), init=Magnitude(), rescale_init=True
     ),
     "rigl_snip": lambda: methods.rigl(DENSITY, update_every=4, init=Snip(), allocation=Global()),
+    "rigl_synflow": lambda: methods.rigl(DENSITY, update_every=4, init=Synflow(5)),
     "momentum_growth": lambda: methods.rigl(DENSITY, update_every=4, grow=Momentum(0.8), fraction=Linear(0.5)),
     "watching_twice": lambda: methods.set_(
         DENSITY, update_every=5, drop=Momentum(0.5), grow=Momentum(0.9), replace_step=False
@@ -50,6 +55,9 @@ METHODS: dict[str, Callable[[], Method]] = {
 
 LATENT = [name for name, make in METHODS.items() if make().relaxation is not None]
 """Names of the methods that keep latent weights."""
+
+NEEDS_CALL = [name for name, make in METHODS.items() if isinstance(make().init, (LossInit, CallInit))]
+"""Names of the methods whose first mask needs a forward pass of the model, and not gradients alone."""
 
 DYNAMIC = [name for name, make in METHODS.items() if make().is_dynamic]
 """Names of the methods whose topology is updated."""

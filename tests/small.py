@@ -85,12 +85,15 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return images, torch.randint(3, (12,), generator=generator)
 
 
-def backward(model: nn.Module, optimizer: Optimizer, step: int) -> None:
-    """Compute the gradients of a step."""
+def backward(model: nn.Module, optimizer: Optimizer, step: int, sparsifier: dst.Sparsifier | None = None) -> None:
+    """Compute the gradients of a step, and show the loss to the sparsifier."""
     optimizer.zero_grad()
     images, labels = batch(step)
     parameter = next(model.parameters())
-    functional.cross_entropy(model(images.to(parameter.dtype)), labels).backward()
+    loss = functional.cross_entropy(model(images.to(parameter.dtype)), labels)
+    if sparsifier is not None:
+        sparsifier.before_backward(loss)
+    loss.backward()
 
 
 def random_gradients(model: nn.Module, step: int) -> None:
@@ -106,6 +109,6 @@ def train(
     """Train for some steps from where the sparsifier stands."""
     start = sparsifier.step if first is None else first
     for step in range(start, start + steps):
-        backward(model, optimizer, step)
+        backward(model, optimizer, step, sparsifier)
         sparsifier.before_step()
         optimizer.step()

@@ -25,6 +25,8 @@ METHODS = {
     "set": dst.methods.set_(0.1, update_every=UPDATE_EVERY),
     "static": dst.methods.static(0.1),
     "snip": dst.methods.static(0.1, init=dst.init.Snip()),
+    "grasp": dst.methods.grasp(0.1),
+    "synflow": dst.methods.synflow(0.1, iterations=5),
     "sparse_from_scratch": dst.methods.sparse_from_scratch(0.1),
 }
 
@@ -86,7 +88,9 @@ def train(rank: int, world: int, name: str, how: str, optimizer: str = "adamw") 
     for step in range(STEPS):
         images, labels = batch(step)
         made.zero_grad()
-        nn.functional.cross_entropy(wrapped(images[rank::world]), labels[rank::world]).backward()
+        loss = nn.functional.cross_entropy(wrapped(images[rank::world]), labels[rank::world])
+        sparsifier.before_backward(loss)
+        loss.backward()
         sparsifier.before_step()
         made.step()
         for parameter_name, mask in sparsifier.masks.items():
@@ -123,6 +127,11 @@ def check_equal(one: dict[str, Any], several: list[Any]) -> None:
 @pytest.mark.parametrize("how", ["ddp", "hook", "fsdp2"])
 @pytest.mark.parametrize("name", METHODS)
 def test_two_processes_equal_one(name: str, how: str) -> None:
+    if how == "fsdp2" and name in ("grasp", "synflow"):
+        for outcome in run(train, 2, name, how):
+            assert isinstance(outcome, dst.ConfigurationError)
+            assert "first.weight is spread over processes: use DistributedDataParallel" in str(outcome)
+        return
     one = train(0, 1, name, "single")
     several = run(train, 2, name, how)
     check_equal(one, several)
@@ -304,3 +313,23 @@ def test_wrappers_that_own_the_weights_are_refused() -> None:
 
 def test_distributed_is_not_left_initialised() -> None:
     assert not dist.is_initialized()
+
+
+def first_mask_of_token_ids(rank: int, world: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Embedding(50, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    wrapped = DistributedDataParallel(net)
+    sparsifier = dst.Sparsifier(wrapped, optimizer, dst.methods.synflow(0.3, iterations=3), total_steps=5)
+    ids = torch.arange(5) + 20 * rank
+    wrapped(ids).square().mean().backward()
+    sparsifier.before_step()
+    return sparsifier.masks
+
+
+def test_where_processes_see_other_token_ids_the_first_ones_scores_count() -> None:
+    one = run(first_mask_of_token_ids, 1)[0]
+    for masks in run(first_mask_of_token_ids, 2):
+        if isinstance(masks, Exception):
+            raise masks
+        assert all(torch.equal(mask, one[name]) for name, mask in masks.items())

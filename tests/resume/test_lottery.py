@@ -17,9 +17,16 @@ from tests.resume.fits import BATCHES, Data, Interrupted, Module, Rows, StopAt, 
 LEVELS = 3  # densities 1, 0.5, 0.3
 
 
-def run(folder: Path, accumulate: int = 1, stop: Callback | None = None, stop_level: int = -1) -> LotteryResult:
+def run(
+    folder: Path,
+    accumulate: int = 1,
+    stop: Callback | None = None,
+    stop_level: int = -1,
+    rewind: str = "weights",
+    prune_fraction: float | None = 0.5,
+) -> LotteryResult:
     """Three levels of two epochs; ``stop`` takes part in ``stop_level`` alone."""
-    method = dst.methods.lottery_ticket_rewind(0.3, prune_fraction=0.5, rewind_to=4)
+    method = dst.methods.lottery_ticket_rewind(0.3, prune_fraction=prune_fraction, rewind_to=4, rewind=rewind)
 
     def make(level: int, callbacks: list[Callback], place: Path) -> lightning.Trainer:
         return lightning.Trainer(
@@ -39,8 +46,9 @@ def run(folder: Path, accumulate: int = 1, stop: Callback | None = None, stop_le
 
 def outcome(result: LotteryResult, folder: Path) -> dict[str, Any]:
     module = result.trainer.lightning_module
-    final = load_checkpoint(folder / f"level_{LEVELS - 1:02d}" / "final.ckpt")
-    masks = {level: dst.load_masks(folder / f"level_{level:02d}" / "masks.pt") for level in range(1, LEVELS)}
+    count = len(result.levels)
+    final = load_checkpoint(folder / f"level_{count - 1:02d}" / "final.ckpt")
+    masks = {level: dst.load_masks(folder / f"level_{level:02d}" / "masks.pt") for level in range(1, count)}
     return {
         "model": module.state_dict() if module is not None else final["state_dict"],
         "final": final["state_dict"],
@@ -72,6 +80,25 @@ def test_an_interrupted_lottery_goes_on(level: int, batch: int, accumulate: int,
     found = list(differences(outcome(whole, tmp_path / "whole"), outcome(resumed, tmp_path / "halted")))
     assert not found, found
     assert [x.steps for x in resumed.levels] == [2 * BATCHES, *[2 * BATCHES - 4] * (LEVELS - 1)]
+
+
+@pytest.mark.parametrize("batch", [1, 7])  # before and after the level's first checkpoint
+@pytest.mark.parametrize(
+    ("rewind", "prune_fraction", "level"),
+    [("learning_rate", 0.5, 2), ("none", 0.5, 2), ("none", 0.5, 0), ("learning_rate", None, 1)],
+)
+def test_so_it_does_where_trained_weights_are_kept(
+    rewind: str, prune_fraction: float | None, level: int, batch: int, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"rewind": rewind, "prune_fraction": prune_fraction}
+    whole = run(tmp_path / "whole", **settings)
+    assert len(whole.levels) == (2 if prune_fraction is None else LEVELS)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "halted", 1, StopAt(batch), level, **settings)
+    resumed = run(tmp_path / "halted", **settings)
+    found = list(differences(outcome(whole, tmp_path / "whole"), outcome(resumed, tmp_path / "halted")))
+    assert not found, found
+    assert not list(tmp_path.glob("*/*/start.ckpt"))
 
 
 def test_a_level_that_is_interrupted_as_it_ends_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from dst import ConfigurationError, load_masks, methods
+from dst import ConfigurationError, StateError, load_masks, methods
 from dst.allocation import ERK, Global, Uniform
 from dst.classifier import Classifier, cosine
 from dst.data import Digits
 from dst.layers import find_layers
-from dst.lottery import level_densities, prune, rewind
+from dst.lottery import level_densities, prune, rewind, rewind_rates
 from dst.lottery_run import run_lottery
 from dst.topology import count_active
 from tests.small import Small
@@ -45,6 +45,8 @@ def test_densities_of_a_tenth():
         (0.512, 0.2, [1.0, 0.8, 0.64, 0.512]),
         (0.25, 0.5, [1.0, 0.5, 0.25]),
         (0.2, 0.9, [1.0, 0.2]),
+        (0.03, None, [1.0, 0.03]),
+        (1.0, None, [1.0]),
     ],
 )
 def test_the_last_level_has_the_density_exactly(density, fraction, expected):
@@ -361,3 +363,107 @@ def test_a_rewind_point_beyond_the_training_is_refused(tmp_path):
 def test_other_methods_are_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="rigl has no lottery levels"):
         run(tmp_path, method=methods.rigl(0.1))
+
+
+# --- what is rewound ------------------------------------------------------------------------------------------------
+
+
+class Record(Power):
+    """Where every level starts from, and the learning rate of every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start: dict[int, dict[str, torch.Tensor]] = {}
+        self.momentum: dict[int, list[torch.Tensor]] = {}
+        self.rates: dict[int, list[float]] = {}
+        self.batches: dict[int, list[float]] = {}
+
+    def on_train_start(self, trainer: Any, module: Any) -> None:
+        super().on_train_start(trainer, module)
+        self.start[self.level] = {k: v.clone() for k, v in _model_state(module).items()}
+        states = trainer.optimizers[0].state
+        self.momentum[self.level] = [
+            states[p]["momentum_buffer"].clone() for p in module.parameters() if "momentum_buffer" in states[p]
+        ]
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, index: int) -> None:
+        self.batches.setdefault(self.level, []).append(float(batch[0].sum()))
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        self.rates.setdefault(self.level, []).append(optimizer.param_groups[0]["lr"])
+
+
+def momentum_in(path: Path) -> list[torch.Tensor]:
+    (optimizer,) = torch.load(path, weights_only=True)["optimizer_states"]
+    return [entry["momentum_buffer"] for entry in optimizer["state"].values()]
+
+
+@pytest.mark.parametrize("schedule", [cosine, lambda o, n: torch.optim.lr_scheduler.ExponentialLR(o, 0.9)])
+@pytest.mark.parametrize("rewind_to", [0, 7])
+@pytest.mark.parametrize("rewind", ["weights", "learning_rate", "none"])
+def test_what_goes_back_and_what_stays(tmp_path, monkeypatch, rewind, rewind_to, schedule):
+    """Renda et al. 2020, section 2: weights and rates, rates alone, or nothing but the pruned weights to zero."""
+    monkeypatch.setitem(globals(), "cosine", schedule)
+    record = Record()
+    _, result, _ = run(tmp_path, record, rewind=rewind, rewind_to=rewind_to)
+    assert record.started == [(0, 0), (1, rewind_to), (2, rewind_to), (3, rewind_to)]
+    steps = EPOCHS * STEPS_PER_EPOCH
+    assert [r.steps for r in result.levels] == [steps, *[steps - rewind_to] * 3]
+    dense = record.rates[0]
+    assert len(set(dense)) == steps
+    for level in (1, 2, 3):
+        place, before = tmp_path / f"level_{level:02d}", tmp_path / f"level_{level - 1:02d}" / "final.ckpt"
+        source = tmp_path / "snapshot.ckpt" if rewind == "weights" else before
+        masks = load_masks(place / "masks.pt")
+        for name, value in record.start[level].items():
+            assert torch.equal(value, weights_in(source)[name] * masks.get(name, 1)), (level, name)
+        old = momentum_in(source)
+        assert len(old) == len(record.momentum[level]) == (0 if rewind == "weights" and rewind_to == 0 else 6)
+        for here, there in zip(record.momentum[level], old, strict=True):
+            mask = next((m for m in masks.values() if m.shape == here.shape), torch.ones_like(here))
+            assert torch.equal(here, there * mask)
+        expected = [dense[-1]] * (steps - rewind_to) if rewind == "none" else dense[rewind_to:]
+        assert record.rates[level] == expected
+        assert record.batches[level] == record.batches[0][rewind_to:]
+
+
+def test_one_shot_prunes_once(tmp_path):
+    _, result, power = run(tmp_path, prune_fraction=None, rewind="learning_rate", rewind_to=5)
+    assert [r.density for r in result.levels] == [1.0, 0.6]
+    assert power.started == [(0, 0), (1, 5)]
+    total = 64 * 12 + 12 * 10
+    assert sum(line["nonzero"] for line in result.levels[-1].layers) == count_active(total, 0.6)
+
+
+def test_rates_are_those_of_the_snapshot_and_state_that_of_the_end():
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], 0.5, momentum=0.9)
+    snapshot = optimizer.state_dict()
+    weight.grad = torch.ones(3)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.load_state_dict(rewind_rates(optimizer.state_dict(), snapshot))
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert torch.equal(optimizer.state[weight]["momentum_buffer"], torch.ones(3))
+
+
+def test_fine_tuning_needs_the_dense_levels_last_rate(tmp_path):
+    run(tmp_path, rewind="none", rewind_to=7)
+    final = tmp_path / "level_00" / "final.ckpt"
+    checkpoint = torch.load(final, weights_only=True)
+    torch.save({k: v for k, v in checkpoint.items() if k != "dst_rates"}, final)
+    for record in tmp_path.glob("level_0[123]/level.json"):
+        record.unlink()
+    with pytest.raises(StateError, match=r"level_00.*last learning rates.*train it anew"):
+        run(tmp_path, rewind="none", rewind_to=7)
+
+
+def test_the_last_rate_is_known_where_the_dense_level_was_interrupted_as_it_ended(tmp_path):
+    whole, halted = Record(), Record()
+    run(tmp_path / "whole", whole, rewind="none", rewind_to=7)
+    power = Power()
+    power.cut_at = (0, "fit end")
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(tmp_path / "halted", power, rewind="none", rewind_to=7)
+    run(tmp_path / "halted", halted, rewind="none", rewind_to=7)
+    assert halted.rates == {level: whole.rates[level] for level in (1, 2, 3)}

@@ -15,7 +15,7 @@ import dst
 from dst import Method, methods
 from dst.allocation import ER, ERK, Global, PerLayer, Uniform
 from dst.errors import ConfigurationError
-from dst.init import FromFile, Magnitude, Random, Snip
+from dst.init import FromFile, Grasp, Magnitude, Random, Snip, Synflow
 from dst.method import LotterySchedule, spec_differences
 from dst.schedules import Constant, Cosine, Every, Never
 from dst.scores import Gradient, SignedMagnitude
@@ -52,6 +52,10 @@ def test_published_compositions():
     assert methods.static(0.2, init=Magnitude(), sparsify_at=0).sparsify_at == 0
     scratch = methods.sparse_from_scratch(0.2)
     assert (scratch.init, scratch.allocation, scratch.rescale_init) == (Random(), ERK(), True)
+    for make, init in ((methods.snip, Snip()), (methods.grasp, Grasp(200.0)), (methods.synflow, Synflow(100))):
+        method = make(0.2)
+        assert (method.init, method.allocation, method.sparsify_at, method.is_dynamic) == (init, Global(), 0, False)
+        assert make(0.2, allocation=ER()).allocation == ER()
     lottery = methods.lottery_ticket_rewind(0.2)
     assert (lottery.lottery, lottery.allocation) == (LotterySchedule(0.2, 0), Global())
 
@@ -75,8 +79,8 @@ def test_every_setting_reaches_its_field():
         assert method.replace_step is replaces
         for name in set(settings) - {"update_every", "start", "stop"}:
             assert getattr(method, name) == settings[name], name
-    lottery = methods.lottery_ticket_rewind(0.2, prune_fraction=0.5, rewind_to=3, allocation=Uniform())
-    assert (lottery.lottery, lottery.allocation) == (LotterySchedule(0.5, 3), Uniform())
+    lottery = methods.lottery_ticket_rewind(0.2, prune_fraction=0.5, rewind_to=3, rewind="none", allocation=Uniform())
+    assert (lottery.lottery, lottery.allocation) == (LotterySchedule(0.5, 3, "none"), Uniform())
     assert methods.sparse_from_scratch(0.2, rescale_init=False, allocation=ER()).allocation == ER()
     assert not methods.sparse_from_scratch(0.2, rescale_init=False).rescale_init
 
@@ -96,6 +100,7 @@ def test_every_setting_reaches_its_field():
         (lambda: methods.static(sparsify_at=-1), "sparsify_at=-1"),
         (lambda: methods.lottery_ticket_rewind(prune_fraction=0.0), "prune_fraction=0.0"),
         (lambda: methods.lottery_ticket_rewind(prune_fraction=1.0), "prune_fraction=1.0"),
+        (lambda: methods.lottery_ticket_rewind(rewind="lr"), "rewind='lr' is unknown; choose from weights, learning_r"),
         (lambda: methods.lottery_ticket_rewind(rewind_to=1.0), "rewind_to=1.0"),
         (lambda: methods.lottery_ticket_rewind(rewind_to=-1), "rewind_to=-1"),
         (lambda: Method("mine", 0.1, clock=Every(), grow=Gradient()), "mine: .*needs a drop score"),
