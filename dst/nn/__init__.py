@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dst.nn.sparse_conv import SparseConv2d
 from dst.nn.sparse_linear import FeatureMajorLinear, SparseLinear, remap
 
-__all__ = ["FeatureMajorLinear", "SparseLinear", "remap"]
+__all__ = ["FeatureMajorLinear", "SparseConv2d", "SparseLinear", "remap"]

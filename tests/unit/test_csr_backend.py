@@ -520,7 +520,7 @@ def test_fused_encoder_layers_stay_masked():
         (lambda: methods.rigl(0.1, grow=scores.Momentum(), backend="csr"), "Momentum watches the dense gradient"),
         (lambda: methods.rigl(0.1, drop=scores.Random(), backend="csr"), "Random is no drop score"),
         (lambda: methods.rigl(0.1, grow=scores.Magnitude(), backend="csr"), "not by Magnitude"),
-        (lambda: methods.rigl(0.1, backend="cuda"), "choose from masked, csr"),
+        (lambda: methods.rigl(0.1, backend="cuda"), "choose from masked, csr, auto"),
     ],
 )
 def test_methods_that_need_inactive_weights_are_refused(make, reason):
@@ -584,13 +584,14 @@ def test_clock_and_masks_are_those_of_the_dense_names():
 def test_the_plan_tells_where_weights_will_live():
     method = methods.rigl(DENSITY, backend="csr")
     rows = {row.name: row for row in dst.plan(Mixed(), methods.rigl(DENSITY, allocation=Uniform(), backend="csr")).rows}
+    attention = "MultiheadAttention reads the weight itself; q, k, v and output as nn.Linear would be csr"
     assert {name: (row.storage, row.note) for name, row in rows.items()} == {
         "hidden.weight": ("csr", ""),
         "head.weight": ("csr", ""),
         "tied_a.weight": ("masked", "tied weights"),
-        "conv.weight": ("masked", "Conv2d has no csr kernel"),
-        **{f"attention.in_proj_weight[{p}]": ("masked", "MultiheadAttention has no csr kernel") for p in "qkv"},
-        "attention.out_proj.weight": ("masked", "NonDynamicallyQuantizableLinear has no csr kernel"),
+        "conv.weight": ("masked", "3×3 convolution: dense is faster (measured, docs/backends.md)"),
+        **{f"attention.in_proj_weight[{p}]": ("masked", attention) for p in "qkv"},
+        "attention.out_proj.weight": ("masked", attention),
     }
     assert {row.storage for row in dst.plan(Mixed(), methods.rigl(0.1, allocation=Uniform())).rows} == {"masked"}
     assert "storage" in str(dst.plan(Mixed(), method))
