@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -92,18 +93,19 @@ def _converted(
     model: nn.Module,
     convert: Callable[[SparseLinear, Tensor], Tensor],
 ) -> dict[str, Any]:
-    """A state dict with the per-weight state of sparse layers converted; parameters go by their order."""
+    """A state dict with the per-weight state of sparse layers converted, in memory of its own.
+
+    Parameters go by their order.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     keys = [key for group in state["param_groups"] for key in group["params"]]
     if len(keys) != len(parameters):
         raise StateError(f"the state is of {len(keys)} parameters, the optimizer has {len(parameters)}")
     modules = {id(module.values): module for module in sparse_modules(model).values()}
-    result = {**state, "state": dict(state["state"])}
+    result = {**state, "state": copy.deepcopy(dict(state["state"]))}
     for key, parameter in zip(keys, parameters, strict=True):
-        module, entries = modules.get(id(parameter)), state["state"].get(key)
-        if module is not None and entries is not None:
-            result["state"][key] = {
-                name: convert(module, value) if isinstance(value, Tensor) and value.ndim else value
-                for name, value in entries.items()
-            }
+        module = modules.get(id(parameter))
+        for name, value in result["state"].get(key, {}).items():
+            if module is not None and isinstance(value, Tensor) and value.ndim:
+                result["state"][key][name] = convert(module, value)
     return result

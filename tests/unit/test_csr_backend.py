@@ -252,6 +252,40 @@ def test_ties_of_dead_inputs_are_spread_and_not_in_the_first_rows():
     assert csr[:, 2:].any(1).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("name", ["rigl_with_step", "set"])
+def test_bits_do_not_depend_on_the_number_of_threads(name):
+    """Nor on their scheduling: two runs with two threads agree too."""
+
+    def run(threads):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            torch.manual_seed(0)
+            method = methods.rigl(0.1, update_every=2, stop=1.0, replace_step=False, allocation=Uniform(), backend="csr")
+            if name == "set":
+                method = methods.set_(0.1, update_every=2, allocation=Uniform(), backend="csr")
+            model = nn.Sequential(nn.Linear(300, 257), nn.ReLU(), nn.Linear(257, 129), nn.ReLU(), nn.Linear(129, 10))
+            model = dst.prepare(model, method)
+            optimizer = torch.optim.AdamW(model.parameters(), 0.01)
+            sparsifier = dst.Sparsifier(model, optimizer, method, total_steps=44)
+            generator = torch.Generator().manual_seed(5)
+            for _ in range(14):
+                x, y = torch.randn(70, 300, generator=generator), torch.randint(10, (70,), generator=generator)
+                optimizer.zero_grad()
+                functional.cross_entropy(model(x), y).backward()
+                sparsifier.before_step()
+                optimizer.step()
+            assert sparsifier.updates == 7
+            return model.state_dict()
+        finally:
+            torch.set_num_threads(before)
+
+    one, two, again = run(1), run(2), run(2)
+    for key, tensor in one.items():
+        assert torch.equal(tensor, two[key]), key
+        assert torch.equal(two[key], again[key]), key
+
+
 # -- averages, gradients that are missing or not finite --------------------------------------------------------------
 
 
