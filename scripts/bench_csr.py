@@ -294,7 +294,13 @@ def bench_conv(rows: list[dict[str, object]], quick: bool) -> None:
                        ratio=t["1.0"] / t[str(density)])  # fmt: skip
 
 
-TABLES = {"state": bench_state, "inference": bench_inference, "update": bench_updates, "step": bench_steps, "conv": bench_conv}
+TABLES = {
+    "state": bench_state,
+    "inference": bench_inference,
+    "update": bench_updates,
+    "step": bench_steps,
+    "conv": bench_conv,
+}
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import sys
 import time
@@ -28,7 +29,7 @@ BATCH_SIZE = 128
 
 _POSITIONS = 256  # of an image under a 1×1 convolution: how large images are is not known before there are any
 _ROWS = 4096
-_WEIGHTS = 1 << 24  # larger layers are measured by as many of their outputs
+_WEIGHTS = 1 << 24  # of a layer that is measured as it is
 _REPEATS = 7
 _SWEEP = 8 << 20
 _DECIDED = "_dst_storage_is_decided"
@@ -86,25 +87,27 @@ def case_of(module: nn.Linear | nn.Conv2d, active: int, batch_size: int | None) 
 def measure(case: Case) -> Timing:
     """Time a dense and a sparse layer in turns, with other memory read in between: medians of seven.
 
-    Takes some tenths of a second for a large layer. A layer of more than 16 million weights is measured by as many of its
-    outputs, a 1×1 convolution on images of 16×16. Touches no global random state.
+    Takes some tenths of a second for a layer of a million weights. A layer of more than 16 million is measured by a smaller
+    one of its proportions and density, a 1×1 convolution on images of 16×16. Touches no global random state.
     """
-    outputs = max(1, min(case.outputs, _WEIGHTS // max(1, case.inputs)))
-    active = max(1, round(case.active * outputs / case.outputs))
+    weights = case.inputs * case.outputs
+    scale = min(1.0, math.sqrt(_WEIGHTS / weights))
+    inputs, outputs = max(1, int(case.inputs * scale)), max(1, int(case.outputs * scale))
+    active = max(1, round(case.active * inputs * outputs / weights))
     generator = torch.Generator().manual_seed(0)
     dense: nn.Module
     sparse: nn.Module
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         if case.kind is nn.Conv2d:
             images = max(1, min(case.batch_size, _ROWS // _POSITIONS))
-            shape: tuple[int, ...] = (images, case.inputs, 16, 16)
-            dense = nn.Conv2d(case.inputs, outputs, 1, dtype=case.dtype)
-            positions = SparseLinear.random(case.inputs, outputs, active, generator).pattern.flat()
-            sparse = SparseConv2d(case.inputs, outputs, positions, dtype=case.dtype, generator=generator)
+            shape: tuple[int, ...] = (images, inputs, 16, 16)
+            dense = nn.Conv2d(inputs, outputs, 1, dtype=case.dtype)
+            positions = SparseLinear.random(inputs, outputs, active, generator).pattern.flat()
+            sparse = SparseConv2d(inputs, outputs, positions, dtype=case.dtype, generator=generator)
         else:
-            shape = (case.batch_size, case.inputs)
-            dense = nn.Linear(case.inputs, outputs, dtype=case.dtype)
-            sparse = SparseLinear.random(case.inputs, outputs, active, generator, dtype=case.dtype)
+            shape = (case.batch_size, inputs)
+            dense = nn.Linear(inputs, outputs, dtype=case.dtype)
+            sparse = SparseLinear.random(inputs, outputs, active, generator, dtype=case.dtype)
         x = torch.randn(shape, generator=generator).to(case.dtype)
         gradient = torch.randn((shape[0], outputs, *shape[2:]), generator=generator).to(case.dtype)
         sweep = torch.zeros(_SWEEP)
@@ -121,9 +124,11 @@ def _step(module: nn.Module, x: Tensor, gradient: Tensor) -> float:
         module.zero_grad()
         x = x.requires_grad_()
         x.grad = None
-        start = time.perf_counter()
+        # Other processes disturb the time of one thread less.
+        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+        start = clock()
         module(x).backward(gradient)
-        return time.perf_counter() - start
+        return clock() - start
 
 
 class Chooser:
@@ -180,8 +185,8 @@ def prepare(
         outcome[layer.label] = ("csr" if sparse else "masked", why)
         return sparse
 
-    def keep(layer: SparseLayer, reason: str) -> None:
-        outcome[layer.label] = ("masked", reason)
+    def keep(layer: SparseLayer, storage: str, reason: str) -> None:
+        outcome[layer.label] = (storage, reason)
 
     model = csr.prepare(model, method, seed=seed, include=include, exclude=exclude, choose=choose, keep=keep)
     for label, (storage, reason) in outcome.items():
@@ -224,10 +229,12 @@ def follow(seed: int, module: nn.Module, state_dict: Mapping[str, Any], prefix: 
         saved_sparse = f"{start}column_pointers" in state_dict and f"{start}values" in state_dict
         if isinstance(child, SparseLinear) and not saved_sparse and f"{start}weight" in state_dict:
             exchanged[child] = csr.dense_module(child)
+            say(f"backend=auto: {name}.weight masked (as in the checkpoint)")
         elif saved_sparse and csr.is_servable(child):
             # Positions come with the state dict; any others serve to build the layer.
             count = state_dict[f"{start}values"].numel()
             exchanged[child] = csr.sparse_module(name, child, torch.arange(count), seed)
+            say(f"backend=auto: {name}.weight csr (as in the checkpoint)")
     csr.exchange(module, exchanged)
 
 

@@ -297,7 +297,7 @@ def prepare(
     include: Iterable[str | type[nn.Module]] | None,
     exclude: Iterable[str | type[nn.Module]] | None,
     choose: Callable[[SparseLayer, Dense, int], bool] = lambda layer, module, active: True,
-    keep: Callable[[SparseLayer, str], None] = lambda layer, reason: None,
+    keep: Callable[[SparseLayer, str, str], None] = lambda layer, storage, reason: None,
 ) -> nn.Module:
     """Swap layers for sparse ones with their first connections; see ``dst.prepare``.
 
@@ -308,7 +308,7 @@ def prepare(
         include: As there.
         exclude: As there.
         choose: Asked for every layer that could be swapped, with its dense module and number of connections.
-        keep: Told of every other sparse layer, and why it stays as it is.
+        keep: Told of every other sparse layer: ``"masked"`` or ``"dense"``, and why.
     """
     if any(m.pattern_seed is not None for m in model.modules() if isinstance(m, SparseLinear)):
         return model  # prepared before; layers that stayed dense then stay so
@@ -319,8 +319,11 @@ def prepare(
     for layer, positions in _first(model, layers, method, seed, modules):
         if positions is None:
             continue
-        if (reason := barred[layer.label]) is not None or positions.numel() == layer.weights:
-            keep(layer, reason or "keeps all its weights")
+        if positions.numel() == layer.weights:
+            keep(layer, "dense", "keeps all its weights")
+            continue
+        if (reason := barred[layer.label]) is not None:
+            keep(layer, "masked", reason)
             continue
         dense = owners[layer.parameter][0]
         assert isinstance(dense, (nn.Linear, nn.Conv2d))

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import lightning
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -210,9 +211,9 @@ def test_layers_larger_than_can_be_held_are_measured_in_part(monkeypatch):
     monkeypatch.setattr(auto, "_SWEEP", 16)
     monkeypatch.setattr(auto, "_WEIGHTS", 300)
     seen = set()
-    monkeypatch.setattr(auto, "_step", lambda module, x, g: seen.add(g.shape) or 1.0)
-    assert auto.measure(Case(nn.Linear, 100, 1000, 5000, 2, torch.float32)).ratio == 1
-    assert seen == {(2, 3)}
+    monkeypatch.setattr(auto, "_step", lambda m, x, g: seen.add((*x.shape, *g.shape, getattr(m, "nnz", None))) or 1.0)
+    assert auto.measure(Case(nn.Linear, 100, 1200, 5000, 2, torch.float32)).ratio == 1
+    assert seen == {(2, 5, 2, 60, None), (2, 5, 2, 60, 12)}
 
 
 # -- Lightning ------------------------------------------------------------------------------------------------------
@@ -238,7 +239,7 @@ class Data(lightning.LightningDataModule):
         return DataLoader(TensorDataset(*(torch.cat(p) for p in zip(*parts, strict=True))), self.batch_size)
 
 
-def fit(epochs: int, ckpt=None) -> tuple[lightning.Trainer, Module, dst.Sparsifier]:
+def fit(epochs: int, ckpt=None, others=()) -> tuple[lightning.Trainer, Module, dst.Sparsifier]:
     sparse = SparseTraining(rigl(), total_steps=12)
     trainer = lightning.Trainer(
         max_epochs=epochs,
@@ -247,7 +248,7 @@ def fit(epochs: int, ckpt=None) -> tuple[lightning.Trainer, Module, dst.Sparsifi
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[sparse],
+        callbacks=[sparse, *others],
     )
     module = Module()
     trainer.fit(module, datamodule=Data(), ckpt_path=ckpt, weights_only=True)
@@ -271,6 +272,20 @@ def test_a_fit_resumed_from_a_checkpoint_keeps_its_layers(times, before, tmp_pat
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name]), name
     assert not resumed._load_state_dict_pre_hooks
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_averaged_weights_follow_what_is_resumed(times, tmp_path):
+    times(lambda case: 2.0 if case.outputs == 25 else 0.5)
+    trainer, *_ = fit(1, others=[EMAWeightAveraging(decay=0.5)])
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    times(lambda case: 0.5 if case.outputs == 25 else 2.0)
+    _, resumed, sparsifier = fit(2, tmp_path / "a.ckpt", others=[EMAWeightAveraging(decay=0.5)])
+    assert sparse_layers(resumed) == ["net.second"]
+    assert sparsifier.updates > 2
+    masks = sparsifier.masks
+    assert torch.equal(resumed.net.second.mask(), masks["net.second.weight"])
+    assert not resumed.net.first.weight[~masks["net.first.weight"]].any()
 
 
 def test_a_trainer_elsewhere_stays_masked(times, monkeypatch, capsys):
