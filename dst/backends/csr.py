@@ -256,8 +256,9 @@ def _obstacle(layer: SparseLayer, weight: Tensor, owners: Sequence[nn.Module], f
     if not all(is_servable(m) for m in owners) or layer.parameter.rpartition(".")[2] != "weight":
         if isinstance(first, nn.Conv2d):
             size = "×".join(map(str, first.kernel_size))
-            grouped = "grouped " if first.groups > 1 else "padded " if size == "1×1" else ""
-            return f"{grouped}{size} convolution: dense is faster (measured, docs/backends.md)"
+            if size == "1×1":
+                return f"{'grouped' if first.groups > 1 else 'padded'} 1×1 convolution has no csr kernel"
+            return f"{size} convolution: unfolded, mostly slower than dense (docs/backends.md)"
         return f"{layer.kind} has no csr kernel"
     if len({id(module) for module in owners}) > 1:
         return "tied weights"
