@@ -258,7 +258,7 @@ def _obstacle(layer: SparseLayer, weight: Tensor, owners: Sequence[nn.Module], f
             size = "×".join(map(str, first.kernel_size))
             if size == "1×1":
                 return f"{'grouped' if first.groups > 1 else 'padded'} 1×1 convolution has no csr kernel"
-            return f"{size} convolution: unfolded, mostly slower than dense (docs/backends.md)"
+            return f"{size} convolution: unfolded, not reliably faster than dense (docs/benchmarks.md)"
         return f"{layer.kind} has no csr kernel"
     if len({id(module) for module in owners}) > 1:
         return "tied weights"

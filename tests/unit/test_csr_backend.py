@@ -623,7 +623,7 @@ def test_the_plan_tells_where_weights_will_live():
         "hidden.weight": ("csr", ""),
         "head.weight": ("csr", ""),
         "tied_a.weight": ("masked", "tied weights"),
-        "conv.weight": ("masked", "3×3 convolution: unfolded, mostly slower than dense (docs/backends.md)"),
+        "conv.weight": ("masked", "3×3 convolution: unfolded, not reliably faster than dense (docs/benchmarks.md)"),
         **{f"attention.in_proj_weight[{p}]": ("masked", attention) for p in "qkv"},
         "attention.out_proj.weight": ("masked", attention),
     }
