@@ -261,7 +261,9 @@ def test_bits_do_not_depend_on_the_number_of_threads(name):
         torch.set_num_threads(threads)
         try:
             torch.manual_seed(0)
-            method = methods.rigl(0.1, update_every=2, stop=1.0, replace_step=False, allocation=Uniform(), backend="csr")
+            method = methods.rigl(
+                0.1, update_every=2, stop=1.0, replace_step=False, allocation=Uniform(), backend="csr"
+            )
             if name == "set":
                 method = methods.set_(0.1, update_every=2, allocation=Uniform(), backend="csr")
             model = nn.Sequential(nn.Linear(300, 257), nn.ReLU(), nn.Linear(257, 129), nn.ReLU(), nn.Linear(129, 10))
