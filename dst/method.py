@@ -15,7 +15,7 @@ from dst import schedules, scores
 from dst.errors import ConfigurationError
 from dst.types import Allocation, Clock, Duration, Fraction, Init, Score, as_sampler, check_duration
 
-BACKENDS = ("masked", "csr")
+BACKENDS = ("masked", "csr", "auto")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,8 @@ class Method:
             their variance under the first mask (Evci et al. 2022, section 3.1, https://arxiv.org/abs/2010.03533).
         lottery: Levels of iterative pruning with rewinding: several fits, driven by ``dst.lottery``.
         backend: Where weights live: ``"masked"`` keeps ordinary parameters with zeros in place, ``"csr"`` stores and
-            computes non-zeros alone, on the CPU (``dst.prepare`` makes its layers).
+            computes non-zeros alone, on the CPU (``dst.prepare`` makes its layers), ``"auto"`` measures which of the two is
+            faster, layer by layer.
 
     Raises:
         ConfigurationError: A value out of range or a combination that cannot work.
@@ -100,12 +101,12 @@ class Method:
             raise ConfigurationError(f"{self.name}: rescale_init needs a mask from step 0, not at {self.sparsify_at}")
         if self.lottery is not None and dynamic:
             raise ConfigurationError(f"{self.name}: lottery levels have fixed masks; use clock=Never()")
-        if self.backend == "csr" and self.density < 1 and (reason := self._needs_inactive_weights()):
+        if self.backend == "csr" and self.density < 1 and (reason := self.needs_inactive_weights()):
             raise ConfigurationError(
                 f'{self.name}: backend="csr" stores only non-zeros, and {reason}; use backend="masked"'
             )
 
-    def _needs_inactive_weights(self) -> str | None:
+    def needs_inactive_weights(self) -> str | None:
         """Why the method cannot do with non-zeros alone, or ``None``."""
         if self.lottery is not None:
             return "its first level is dense"
