@@ -6,7 +6,7 @@ Networks whose weights are mostly zero from the first step, with connections tha
 from __future__ import annotations
 
 from dst import methods
-from dst.backends import prepare
+from dst.backends import dense_optimizer_state, dense_state_dict, prepare, sparse_optimizer_state, to_dense
 from dst.errors import ConfigurationError, DataError, StateError
 from dst.mask_file import load_masks, save_masks
 from dst.method import Method
@@ -22,9 +22,13 @@ __all__ = [
     "Plan",
     "Sparsifier",
     "StateError",
+    "dense_optimizer_state",
+    "dense_state_dict",
     "load_masks",
     "methods",
     "plan",
     "prepare",
     "save_masks",
+    "sparse_optimizer_state",
+    "to_dense",
 ]

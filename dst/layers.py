@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dst.errors import ConfigurationError
-from dst.nn import SparseLinear
+from dst.nn import SparseConv2d, SparseLinear
 
 Selector = str | type[nn.Module]
 """A shell-style pattern for parameter, layer or module names, or a module type."""
@@ -200,11 +200,18 @@ def _selected(
         if (
             any(n == s or fnmatch.fnmatchcase(n, s) for n in names)
             if isinstance(s, str)
-            else any(isinstance(m, s) or (isinstance(m, SparseLinear) and issubclass(nn.Linear, s)) for m in modules)
+            else any(
+                isinstance(m, s) or (isinstance(m, SparseLinear) and issubclass(_dense_type(m), s)) for m in modules
+            )
         )
     ]
     used.update(hits)
     return bool(hits)
+
+
+def _dense_type(module: SparseLinear) -> type[nn.Module]:
+    """The type of the module that a sparse one stands for."""
+    return nn.Conv2d if isinstance(module, SparseConv2d) else nn.Linear
 
 
 def _reason_to_stay_dense(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from dst.backends import prepare
+from dst.backends import auto, prepare
 from dst.checkpoints import load_checkpoint, save_atomically
 from dst.distributed import SparseAllReduce
 from dst.errors import ConfigurationError
@@ -121,6 +123,7 @@ class SparseTraining(Callback):
         self._logged_updates = -1
         self._accumulated = False
         self._pending_gradients: dict[str, Tensor] = {}
+        self._following: RemovableHandle | None = None
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Refuse what cannot work, and swap modules where the backend stores only non-zeros; no optimizers exist yet."""
@@ -129,18 +132,39 @@ class SparseTraining(Callback):
             raise ConfigurationError(f"{strategy} {_REFUSED_STRATEGIES[strategy]}")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        if self.method.backend == "csr":
+        if self.method.backend in ("csr", "auto"):
             device = trainer.strategy.root_device
             if device.type != "cpu" or strategy == "ModelParallelStrategy":
+                found = f"computes on the CPU and with whole layers, and the trainer uses {device} and {strategy}"
+                if self.method.backend == "auto":
+                    auto.say(f"backend=auto: all layers masked (csr {found})")
+                    return
                 raise ConfigurationError(
-                    f'backend="{self.method.backend}" computes on the CPU and with whole layers, and the trainer uses {device} '
-                    f'and {strategy}: pass accelerator="cpu" and no model parallelism, or use backend="masked"'
+                    f'backend="{self.method.backend}" {found}: pass accelerator="cpu" and no model parallelism, or use '
+                    'backend="masked"'
                 )
             # Lightning would call it, in these contexts, after this hook; layers must exist before they are swapped.
             plugin = trainer.precision_plugin
             with trainer.strategy.tensor_init_context(), plugin.module_init_context():
                 pl_module.configure_model()
-        prepare(pl_module, self.method, seed=self.seed, include=self.include, exclude=self.exclude)
+        batch_size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+        prepare(
+            pl_module,
+            self.method,
+            seed=self.seed,
+            include=self.include,
+            exclude=self.exclude,
+            batch_size=batch_size if isinstance(batch_size, int) else None,
+        )
+        if self.method.backend == "auto":
+            # A checkpoint's weights come after this hook, and before optimizers.
+            self._following = pl_module.register_load_state_dict_pre_hook(partial(auto.follow, self.seed))
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Stop following checkpoints: the module is its user's again."""
+        if self._following is not None:
+            self._following.remove()
+            self._following = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Build the ``Sparsifier``: a checkpoint's weights and optimizer states are loaded by now.

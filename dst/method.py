@@ -31,7 +31,7 @@ from dst.types import (
     waits_for_batch,
 )
 
-BACKENDS = ("masked", "csr", "latent")
+BACKENDS = ("masked", "csr", "auto", "latent")
 
 REWINDS = ("weights", "learning_rate", "none")
 
@@ -102,7 +102,8 @@ class Method:
         relaxation: What the network sees of latent weights, where inactive weights live on (``dst.relaxations``). The
             topology is then updated behind the optimizer's step, from the weights that the next forward pass sees.
         backend: Where weights live: ``"masked"`` keeps ordinary parameters with zeros in place, ``"csr"`` stores and
-            computes non-zeros alone, on the CPU (``dst.prepare`` makes its layers). Methods with a relaxation have
+            computes non-zeros alone, on the CPU (``dst.prepare`` makes its layers), ``"auto"`` measures which of the two is
+            faster, layer by layer. Methods with a relaxation have
             ``"latent"``: ordinary parameters with zeros in place, and the latent weights beside them.
 
     Raises:
@@ -162,7 +163,7 @@ class Method:
             raise ConfigurationError(
                 f'{self.name}: backend="latent" needs a relaxation, which says what the network sees of latent weights'
             )
-        if self.backend == "csr" and self.density < 1 and (reason := self._needs_inactive_weights()):
+        if self.backend == "csr" and self.density < 1 and (reason := self.needs_inactive_weights()):
             raise ConfigurationError(
                 f'{self.name}: backend="csr" stores only non-zeros, and {reason}; use backend="masked"'
             )
@@ -227,7 +228,7 @@ class Method:
                 "active weights are always moved"
             )
 
-    def _needs_inactive_weights(self) -> str | None:
+    def needs_inactive_weights(self) -> str | None:
         """Why the method cannot do with non-zeros alone, or ``None``."""
         if self.lottery is not None:
             return "its first level is dense"

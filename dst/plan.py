@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
+from dst.backends.auto import Chooser, is_decided
 from dst.backends.csr import obstacles
 from dst.first_mask import layer_counts
-from dst.layers import Selector, find_layers
+from dst.layers import Selector, SparseLayer, find_layers
 from dst.method import Method
+from dst.nn import SparseLinear
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,9 @@ class PlanRow:
         shape: Its shape.
         weights: Number of weights.
         active: Weights that will be active, or ``None`` where scores decide (global allocation).
-        storage: ``"masked"``, ``"csr"``, or ``"dense"`` where it keeps all its weights.
-        note: Why it stays dense or masked, or what else there is to say.
+        storage: ``"masked"``, ``"csr"``, ``"dense"`` where it keeps all its weights, or ``"auto"`` where that will be
+            measured once scores have decided how many are active.
+        note: Why it stays dense or masked, how fast csr was measured to be, or what else there is to say.
     """
 
     name: str
@@ -67,6 +70,7 @@ def plan(
     *,
     include: Iterable[Selector] | None = None,
     exclude: Iterable[Selector] | None = None,
+    batch_size: int | None = None,
 ) -> Plan:
     """List what a method would make sparse in a model, without touching it (the model may be on the meta device).
 
@@ -75,6 +79,7 @@ def plan(
         method: The method.
         include: As for ``Sparsifier``.
         exclude: As for ``Sparsifier``.
+        batch_size: As for ``dst.prepare``; only ``backend="auto"`` measures.
 
     Returns:
         One row per weight with two dimensions or more, sparse ones first.
@@ -86,17 +91,47 @@ def plan(
     counts = layer_counts(method, layers, method.density)
     pattern = method.pattern.for_density(method.density) if method.density < 1 else method.pattern
     decided: list[int | None] = [None] * len(layers) if counts is None else list(counts)
-    barred = obstacles(model, layers) if method.backend == "csr" else {}
+    where = _Where(model, method, layers, batch_size)
     rows = []
     for layer, count in zip(layers, decided, strict=True):
-        storage, note = method.backend, ""
-        if count == layer.weights:
-            storage, note = "dense", "stays dense" + (f": {why}" if (why := pattern.obstacle(layer)) else "")
-        elif reason := barred.get(layer.label):
-            storage, note = "masked", reason
+        storage, note = where(layer, count)
+        if storage == "dense" and (why := pattern.obstacle(layer)):
+            note += f": {why}"
         rows.append(PlanRow(layer.label, layer.kind, layer.shape, layer.weights, count, storage, note))
     rows += [_dense_row(d.name, d.kind, d.shape, d.reason) for d in dense]
     return Plan(tuple(rows))
+
+
+class _Where:
+    """Tells where a layer's weights would live, and why there."""
+
+    def __init__(self, model: nn.Module, method: Method, layers: Sequence[SparseLayer], batch_size: int | None) -> None:
+        self._backend, self._measured = method.backend, method.backend == "auto"
+        self._barred = obstacles(model, layers) if method.backend in ("csr", "auto") else {}
+        self._everywhere = ""
+        if method.backend == "auto":
+            self._everywhere = method.needs_inactive_weights() or ""
+            self._chosen = is_decided(model)
+        self._modules = dict(model.named_modules())
+        self._choose = Chooser(batch_size)
+
+    def __call__(self, layer: SparseLayer, count: int | None) -> tuple[str, str]:
+        if count == layer.weights:
+            return "dense", "stays dense"
+        if reason := self._everywhere or self._barred.get(layer.label):
+            return "masked", reason
+        if not self._measured:
+            return self._backend, ""
+        module = self._modules[layer.parameter.rpartition(".")[0]]
+        if isinstance(module, SparseLinear):
+            return "csr", ""
+        if self._chosen:
+            return "masked", "as it was prepared"
+        if count is None:
+            return "auto", "measured when scores have set its density"
+        assert isinstance(module, (nn.Linear, nn.Conv2d))
+        sparse = self._choose(layer, module, count)
+        return ("csr" if sparse else "masked"), self._choose.reasons[layer.label]
 
 
 def _dense_row(name: str, kind: str, shape: tuple[int, ...], reason: str) -> PlanRow:

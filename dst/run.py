@@ -25,11 +25,11 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from dst.allocation import planned_counts
 from dst.checkpoints import load_checkpoint
 from dst.classifier import Classifier
 from dst.data.module import Task, image_task
 from dst.errors import ConfigurationError, StateError
+from dst.first_mask import layer_counts
 from dst.layers import SparseLayer, find_layers
 from dst.lightning import SparseTraining
 from dst.lottery_run import run_lottery
@@ -184,7 +184,7 @@ def _check_match(cfg: DictConfig, task: Task) -> None:
 
 def _check_budget(method: Method, layers: Sequence[SparseLayer]) -> None:
     """Raise now what an allocation would raise when the mask is made, which may be late in training."""
-    planned_counts(method.allocation, [x.label for x in layers], [x.shape for x in layers], method.density)
+    layer_counts(method, layers, method.density)
 
 
 def _trainer(

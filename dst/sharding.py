@@ -89,6 +89,21 @@ def world_size(group: dist.ProcessGroup | None = None) -> int:
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
+def rank(group: dist.ProcessGroup | None = None) -> int:
+    """This process's number among those that train together: 0 where torch.distributed is not in use."""
+    return dist.get_rank(group) if world_size(group) > 1 else 0
+
+
+def from_first(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
+    """The numbers that the first process gives, on every process (float64)."""
+    if world_size(group) == 1:
+        return values
+    source = 0 if group is None else dist.get_global_rank(group, 0)
+    tensor = torch.tensor(values, dtype=torch.float64, device=_device(group))
+    dist.broadcast(tensor, source, group=group)
+    return tensor.tolist()
+
+
 def all_agree(value: bool, group: dist.ProcessGroup | None = None) -> bool:
     """Whether ``value`` is true on every process."""
     if world_size(group) == 1:

@@ -13,9 +13,10 @@ import sys
 import time
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from dst.nn.sparse_linear import SparseLinear, remap
+import dst
+from dst.schedules import Constant
 
 
 def peak_gb() -> float:
@@ -35,32 +36,25 @@ def main() -> int:
     torch.manual_seed(0)
     print(f"torch imported: {peak_gb():.2f} GB")
     width = arguments.width
-    layer = SparseLinear.random(width, width, round(arguments.density * width * width))
+    method = dst.methods.rigl(
+        arguments.density, update_every=3, start=2, fraction=Constant(0.3), stop=1.0, backend="csr"
+    )
+    with torch.device("meta"):
+        dense = nn.Linear(width, width)
+    layer = dst.prepare(dense, method)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    sparsifier = dst.Sparsifier(layer, optimizer, method, total_steps=100)
     x, target = torch.randn(arguments.batch, width), torch.randn(arguments.batch, width)
-    print(f"layer built, {layer.nnz} non-zeros: {peak_gb():.2f} GB")
+    print(f"layer built, {sparsifier.active} non-zeros: {peak_gb():.2f} GB")
     for step in range(6):
         start = time.perf_counter()
-        update = step % 3 == 2
-        layer.collect_dense_gradient(update)
         optimizer.zero_grad()
         loss = (layer(x) - target).square().mean()
         loss.backward()
-        changed = ""
-        if update:
-            # RigL: the update takes the place of the gradient step.
-            k = int(0.3 * layer.nnz)
-            kept = layer.kept_indices(layer.drop_candidates(k))
-            grown = layer.grow_candidates(k, exclude=kept)
-            layer.collect_dense_gradient(False)
-            source = layer.rewire(kept, grown)
-            state = optimizer.state[layer.values]
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.shape == source.shape:
-                    state[key] = remap(value, source)
-            changed = f", {int((source < 0).sum())} new connections"
-        else:
-            optimizer.step()
+        updates = sparsifier.updates
+        sparsifier.before_step()
+        optimizer.step()
+        changed = f", {sparsifier.churn:.0%} new connections" if sparsifier.updates > updates else ""
         print(f"step {step}: loss {loss.item():.4f}, {time.perf_counter() - start:.2f} s{changed}, {peak_gb():.2f} GB")
     peak = peak_gb()
     print(f"peak resident memory {peak:.2f} GB, limit {arguments.limit_gb} GB")

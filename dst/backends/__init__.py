@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from dst.backends import csr
+from dst.backends import auto, csr
+from dst.backends.convert import dense_optimizer_state, dense_state_dict, sparse_optimizer_state, to_dense
 from dst.backends.csr import Csr
 from dst.backends.latent import Latent
 from dst.backends.masked import Masked
@@ -17,7 +19,19 @@ from dst.layers import Selector, SparseLayer, sparse_modules
 from dst.method import Method
 from dst.types import as_sampler
 
-__all__ = ["Csr", "Draft", "Latent", "Masked", "Storage", "open_storages", "prepare"]
+__all__ = [
+    "Csr",
+    "Draft",
+    "Latent",
+    "Masked",
+    "Storage",
+    "dense_optimizer_state",
+    "dense_state_dict",
+    "open_storages",
+    "prepare",
+    "sparse_optimizer_state",
+    "to_dense",
+]
 
 
 def prepare(
@@ -27,17 +41,24 @@ def prepare(
     seed: int = 0,
     include: Iterable[Selector] | None = None,
     exclude: Iterable[Selector] | None = None,
+    batch_size: int | None = None,
+    state: Mapping[str, Any] | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> nn.Module:
     """Swap modules for ones that store only non-zeros, where the method's backend has such.
 
     Call it before the optimizer is built, whatever the backend: the masked backend trains ordinary modules, and the model
     comes back as it is. The Lightning callback calls it by itself.
 
-    With ``backend="csr"`` every ``nn.Linear`` that is to be sparse becomes a ``dst.nn.SparseLinear`` with the method's
-    first connections: those that the masked backend would choose for the same seed. Other sparse layers stay masked, and
+    With ``backend="csr"`` every ``nn.Linear`` that is to be sparse becomes a ``dst.nn.SparseLinear``, and every 1×1
+    convolution a ``dst.nn.SparseConv2d``, with the method's first connections: those that the masked backend would choose for the same seed. Other sparse layers stay masked, and
     linear layers that keep all their weights stay dense; ``dst.plan`` tells which. A model that was prepared before comes
     back as it is. Linear layers may be on the meta device where the first connections are random: the dense weight then
     never exists, and values are drawn with the fan-in of the sparse layer.
+
+    With ``backend="auto"`` that happens to those layers alone whose forward and backward pass is faster so, by a short
+    measurement (of the first process, where there are several); a line for each says what was chosen and why. A method that
+    needs more than non-zeros stays masked throughout.
 
     Args:
         model: The model.
@@ -45,6 +66,10 @@ def prepare(
         seed: As for ``Sparsifier``: the same there and on all ranks.
         include: As for ``Sparsifier``.
         exclude: As for ``Sparsifier``.
+        batch_size: Examples of a batch (times positions, for sequences), which ``"auto"`` measures with; 128 by default.
+        state: A ``Sparsifier.state_dict()`` to go on from: ``"auto"`` then keeps what was chosen for it. Times differ
+            from run to run, and with them what is chosen.
+        process_group: The processes that train this model together, by default all.
 
     Returns:
         The model to train: the same object, modified in place where the backend needs it (a new one if the model itself is
@@ -53,8 +78,19 @@ def prepare(
     Raises:
         ConfigurationError: As for ``Sparsifier``: an infeasible budget, a selector that selects nothing, …
     """
-    if method.backend != "csr" or method.density == 1:
+    if method.backend == "masked" or method.density == 1:
         return model
+    if method.backend == "auto":
+        return auto.prepare(
+            model,
+            method,
+            seed=seed,
+            include=include,
+            exclude=exclude,
+            batch_size=batch_size,
+            state=state,
+            group=process_group,
+        )
     return csr.prepare(model, method, seed=seed, include=include, exclude=exclude)
 
 
@@ -85,7 +121,7 @@ def open_storages(
     modules, named = sparse_modules(model), dict(model.named_parameters())
     stored = [layer for layer in layers if layer.parameter in modules]
     masked = [layer for layer in layers if layer.parameter not in modules]
-    if stored and method.backend != "csr":
+    if stored and method.backend == "masked":
         raise ConfigurationError(
             f'{stored[0].parameter} is a SparseLinear, and the method has backend="{method.backend}": use '
             'backend="csr", or dst.to_dense(model) to go on with masks'

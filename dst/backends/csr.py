@@ -1,12 +1,14 @@
-"""Storage of non-zeros alone: ``nn.Linear`` becomes ``dst.nn.SparseLinear``."""
+"""Storage of non-zeros alone: ``nn.Linear`` becomes ``dst.nn.SparseLinear``, a 1×1 convolution ``SparseConv2d``."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.optim import Optimizer
 
 from dst.backends.explored import Explored
@@ -18,13 +20,17 @@ from dst.init import FromFile
 from dst.layers import SparseLayer, find_layers, sparse_modules
 from dst.mask_file import load_masks
 from dst.method import Method
-from dst.nn import FeatureMajorLinear, SparseLinear, remap
+from dst.nn import FeatureMajorLinear, SparseConv2d, SparseLinear, remap
 from dst.optimizer_state import per_weight_state
 from dst.sharding import all_agree, average_
 from dst.topology import Rewiring, rewire, tie_key
 from dst.types import LayerView, as_sampler, folded_generator
 
+Dense: TypeAlias = nn.Linear | nn.Conv2d
+"""Modules that may become sparse ones."""
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_SPARSE = (SparseLinear.__name__, SparseConv2d.__name__)
 _HOOKS = tuple(name for name in nn.Linear(1, 1).__dict__ if name.endswith("_hooks") and "state_dict" not in name)
 
 
@@ -266,41 +272,56 @@ def obstacles(model: nn.Module, layers: Sequence[SparseLayer]) -> dict[str, str 
     Returns:
         Layer label to the reason, ``None`` where there is none.
     """
-    linears = _linears(model)
+    owners, named = _owners(model), dict(model.named_parameters())
     fused = {id(child) for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer) for child in m.children()}
-    found: dict[str, str | None] = {}
-    for layer in layers:
-        owners = linears.get(layer.parameter)
-        if layer.kind == SparseLinear.__name__:
-            found[layer.label] = None
-        elif owners is None:
-            found[layer.label] = f"{layer.kind} has no csr kernel"
-        elif len({id(module) for module in owners}) > 1:
-            found[layer.label] = "tied weights"
-        elif id(owners[0]) in fused:
-            found[layer.label] = "TransformerEncoderLayer reads the weight itself"
-        elif owners[0].weight.device.type not in ("cpu", "meta"):
-            found[layer.label] = f"on {owners[0].weight.device.type}; csr computes on the CPU"
-        elif owners[0].weight.dtype not in _DTYPES:
-            found[layer.label] = f"dtype {owners[0].weight.dtype}"
-        else:
-            found[layer.label] = None
-    return found
+    return {
+        layer.label: None
+        if layer.kind in _SPARSE
+        else _obstacle(layer, named[layer.parameter], owners[layer.parameter], fused)
+        for layer in layers
+    }
 
 
-def _linears(model: nn.Module) -> dict[str, list[nn.Linear]]:
-    """Parameter name to the ``nn.Linear`` modules whose weight it is, if no other kind of module holds it."""
+def _obstacle(layer: SparseLayer, weight: Tensor, owners: Sequence[nn.Module], fused: Collection[int]) -> str | None:
+    """Why a dense layer cannot be stored as non-zeros, or ``None``."""
+    first = owners[0]
+    if any(isinstance(m, (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)) for m in owners):
+        return "MultiheadAttention reads the weight itself; q, k, v and output as nn.Linear would be csr"
+    if not all(is_servable(m) for m in owners) or layer.parameter.rpartition(".")[2] != "weight":
+        if isinstance(first, nn.Conv2d):
+            size = "×".join(map(str, first.kernel_size))
+            if size == "1×1":
+                return f"{'grouped' if first.groups > 1 else 'padded'} 1×1 convolution has no csr kernel"
+            return f"{size} convolution: unfolded, not reliably faster than dense (docs/benchmarks.md)"
+        return f"{layer.kind} has no csr kernel"
+    if len({id(module) for module in owners}) > 1:
+        return "tied weights"
+    if id(first) in fused:
+        return "TransformerEncoderLayer reads the weight itself"
+    if weight.device.type not in ("cpu", "meta"):
+        return f"on {weight.device.type}; csr computes on the CPU"
+    if weight.dtype not in _DTYPES:
+        return f"dtype {weight.dtype}"
+    return None
+
+
+def is_servable(module: nn.Module) -> bool:
+    """Whether a dense module is of a kind that has a sparse one: a linear layer, a plain 1×1 convolution."""
+    if type(module) is nn.Conv2d:
+        padded = module.padding not in ((0, 0), "valid", "same")
+        return module.kernel_size == (1, 1) and module.groups == 1 and not padded
+    # Subclasses may read their weight in ways of their own.
+    return type(module) in (nn.Linear, FeatureMajorLinear)
+
+
+def _owners(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """Parameter name to the modules that hold it."""
     names = {id(p): name for name, p in model.named_parameters()}
     owners: dict[str, list[nn.Module]] = {}
     for module in model.modules():
         for _, parameter in module.named_parameters(recurse=False):
             owners.setdefault(names[id(parameter)], []).append(module)
-    # Subclasses may read their weight in ways of their own.
-    return {
-        name: [m for m in modules if isinstance(m, nn.Linear)]
-        for name, modules in owners.items()
-        if name.rpartition(".")[2] == "weight" and all(type(m) in (nn.Linear, FeatureMajorLinear) for m in modules)
-    }
+    return owners
 
 
 def prepare(
@@ -310,29 +331,72 @@ def prepare(
     seed: int,
     include: Iterable[str | type[nn.Module]] | None,
     exclude: Iterable[str | type[nn.Module]] | None,
+    choose: Callable[[SparseLayer, Dense, int], bool] = lambda layer, module, active: True,
+    keep: Callable[[SparseLayer, str, str], None] = lambda layer, storage, reason: None,
 ) -> nn.Module:
-    """Swap linear layers for sparse ones with their first connections; see ``dst.prepare``."""
+    """Swap layers for sparse ones with their first connections; see ``dst.prepare``.
+
+    Args:
+        model: As there.
+        method: As there.
+        seed: As there.
+        include: As there.
+        exclude: As there.
+        choose: Asked for every layer that could be swapped, with its dense module and number of connections.
+        keep: Told of every other sparse layer: ``"masked"`` or ``"dense"``, and why.
+    """
     if any(m.pattern_seed is not None for m in model.modules() if isinstance(m, SparseLinear)):
         return model  # prepared before; layers that stayed dense then stay so
     layers, _ = find_layers(model, include, exclude)
-    linears, modules = _linears(model), sparse_modules(model)
+    owners, modules = _owners(model), sparse_modules(model)
     barred = obstacles(model, layers)
-    swapped: dict[int, nn.Module] = {}
+    swapped: dict[nn.Module, nn.Module] = {}
     for layer, positions in _first(model, layers, method, seed, modules):
-        if barred[layer.label] is None and positions is not None and positions.numel() < layer.weights:
-            linear = linears[layer.parameter][0]
-            swapped[id(linear)] = _sparse(layer.label, linear, positions, method, seed)
+        if positions is None:
+            continue
+        if positions.numel() == layer.weights:
+            keep(layer, "dense", "keeps all its weights")
+            continue
+        if (reason := barred[layer.label]) is not None:
+            keep(layer, "masked", reason)
+            continue
+        dense = owners[layer.parameter][0]
+        assert isinstance(dense, (nn.Linear, nn.Conv2d))
+        if choose(layer, dense, positions.numel()):
+            swapped[dense] = sparse_module(layer.label, dense, positions, seed)
+    return exchange(model, swapped)
+
+
+def exchange(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put modules in the places of others, and make the dense linear layers beside sparse ones feature-major.
+
+    Args:
+        model: Changed in place.
+        swapped: Old module to new one.
+
+    Returns:
+        The model: a new one where it is itself among the old.
+    """
     if not swapped:
         return model
-    for module in model.modules():
+    model = replace(model, swapped)
+    modules = list(model.modules())
+    beside: dict[nn.Module, nn.Module] = {}
+    if any(isinstance(module, SparseLinear) for module in modules):
         # Dense layers take activations as sparse ones leave them.
-        if type(module) is nn.Linear and id(module) not in swapped:
-            swapped[id(module)] = FeatureMajorLinear.from_linear(module)
+        beside = {m: FeatureMajorLinear.from_linear(m) for m in modules if type(m) is nn.Linear}
+    else:
+        beside = {m: m.to_linear() for m in modules if type(m) is FeatureMajorLinear}
+    return replace(model, beside)
+
+
+def replace(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Put modules in the places of others, wherever they stand; see ``exchange``."""
     for module in list(model.modules()):
         for name, child in module._modules.items():
-            if id(child) in swapped:
-                module._modules[name] = swapped[id(child)]
-    return swapped.get(id(model), model)
+            if child is not None and child in swapped:
+                module._modules[name] = swapped[child]
+    return swapped.get(model, model)
 
 
 def _first(
@@ -370,23 +434,45 @@ def _first(
         yield layer, positions
 
 
-def _sparse(label: str, linear: nn.Linear, positions: Tensor, method: Method, seed: int) -> SparseLinear:
-    """A sparse layer of some weights of a dense one, which is left as it is."""
-    on_meta = linear.weight.device.type == "meta"
-    sparse = SparseLinear(
-        linear.in_features,
-        linear.out_features,
-        positions,
-        None if on_meta else linear.weight.detach().reshape(-1)[positions],
-        bias=linear.bias is not None,
-        dtype=linear.weight.dtype,
-        generator=folded_generator(seed, "values", label),
-    )
-    if linear.bias is not None and sparse.bias is not None:
+def sparse_module(label: str, dense: nn.Module, positions: Tensor, seed: int) -> SparseLinear:
+    """Make a sparse layer of some weights of a dense one, which is left as it is.
+
+    Args:
+        label: The layer's name, of which values are drawn where the dense weight is on the meta device.
+        dense: One that ``is_servable``.
+        positions: Sorted row-major positions of the weights.
+        seed: Kept as ``pattern_seed``.
+    """
+    assert isinstance(dense, (nn.Linear, nn.Conv2d))
+    weight, bias, on_meta = dense.weight, dense.bias, dense.weight.device.type == "meta"
+    values = None if on_meta else weight.detach().reshape(-1)[positions]
+    options: dict[str, Any] = {
+        "bias": bias is not None,
+        "dtype": weight.dtype,
+        "generator": folded_generator(seed, "values", label),
+    }
+    outputs, inputs = weight.shape[:2]
+    if isinstance(dense, nn.Conv2d):
+        down, across = dense.stride
+        sparse: SparseLinear = SparseConv2d(inputs, outputs, positions, values, stride=(down, across), **options)
+    else:
+        sparse = SparseLinear(inputs, outputs, positions, values, **options)
+    if bias is not None and sparse.bias is not None:
         if not on_meta:
-            sparse.bias.detach().copy_(linear.bias.detach())
-        sparse.bias.requires_grad_(linear.bias.requires_grad)
+            sparse.bias.detach().copy_(bias.detach())
+        sparse.bias.requires_grad_(bias.requires_grad)
     for name in _HOOKS:
-        sparse.__dict__[name] = linear.__dict__[name]
+        sparse.__dict__[name] = dense.__dict__[name]
     sparse.pattern_seed = seed
-    return sparse.train(linear.training)
+    return sparse.train(dense.training)
+
+
+def dense_module(sparse: SparseLinear) -> Dense:
+    """Make a dense layer with the weights and hooks of a sparse one, zeros elsewhere."""
+    dense = sparse.to_conv() if isinstance(sparse, SparseConv2d) else sparse.to_linear()
+    dense.weight.requires_grad_(sparse.values.requires_grad)
+    if dense.bias is not None and sparse.bias is not None:
+        dense.bias.requires_grad_(sparse.bias.requires_grad)
+    for name in _HOOKS:
+        dense.__dict__[name] = sparse.__dict__[name]
+    return dense

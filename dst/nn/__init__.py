@@ -13,6 +13,7 @@ from dst.nn.activations import (
 )
 from dst.nn.inference import InferenceChain, optimize_for_inference
 from dst.nn.moe import FeedForward, SwitchFeedForward, auxiliary_losses, load_balancing_loss
+from dst.nn.sparse_conv import SparseConv2d
 from dst.nn.sparse_linear import FeatureMajorLinear, SparseLinear, remap
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "FeedForward",
     "InferenceChain",
     "KWinners",
+    "SparseConv2d",
     "SparseLinear",
     "SwitchFeedForward",
     "TopKReLU",

@@ -568,10 +568,17 @@ class SparseLinear(nn.Module):
         error_msgs: list[str],
     ) -> None:
         names = [prefix + "column_pointers", prefix + "row_indices"]
+        dense = state_dict.get(prefix + "weight")
+        if dense is not None and prefix + "values" not in state_dict:
+            if message := self._adopt(dense):
+                error_msgs.append(f"{prefix}weight: {message}")
+                return
+            state_dict = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
+            state_dict[prefix + "values"], names = self.from_dense(dense), []
         absent = [name for name in names if name not in state_dict]
         if strict:
             missing_keys.extend(absent)
-        if not absent:
+        if names and not absent:
             pointers, rows = (state_dict[name].to(torch.int64) for name in names)
             message = self._damage(pointers, rows)
             if message:
@@ -587,6 +594,27 @@ class SparseLinear(nn.Module):
         rest = {key: value for key, value in state_dict.items() if key not in names}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self.refresh()
+
+    def _adopt(self, dense: Tensor) -> str | None:
+        """Take over the positions of a masked weight's non-zeros, or say why that cannot be.
+
+        A connection may hold a zero, which the weight does not tell from an inactive one: positions of the present
+        pattern make up for the number. A sparsifier's state, loaded afterwards, sets them right.
+        """
+        if dense.shape != self.shape:
+            return f"saved with shape {tuple(dense.shape)}, this layer stands for {tuple(self.shape)}"
+        found = dense.detach().reshape(-1).nonzero().squeeze(1).cpu()
+        spare = self.nnz - found.numel()
+        if spare < 0:
+            return (
+                f"saved with {found.numel()} non-zeros, this layer holds {self.nnz}; load weights of a dense model before "
+                "dst.prepare"
+            )
+        present = self._pattern.flat()
+        unused = present[~torch.isin(present, found)][:spare]
+        self._pattern = self._new_pattern(torch.cat([found, unused]).sort().values)
+        self._row_values = self._row_key = self._plan = None
+        return None
 
     def _damage(self, pointers: Tensor, rows: Tensor) -> str | None:
         """Say what is wrong with a saved pattern, or None."""
@@ -645,6 +673,13 @@ class FeatureMajorLinear(nn.Linear):
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new.__dict__.update(linear.__dict__)
+        return new
+
+    def to_linear(self) -> nn.Linear:
+        """Return an ``nn.Linear`` with the same parameters (the same objects)."""
+        new = nn.Linear.__new__(nn.Linear)
+        nn.Module.__init__(new)
+        new.__dict__.update(self.__dict__)
         return new
 
     def forward(self, x: Tensor) -> Tensor:

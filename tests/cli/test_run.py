@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from torch.utils.data import DataLoader, TensorDataset
 
 from dst import cli, sweep
+from dst.backends import auto
 from dst.classifier import Classifier, cosine, step
 from dst.data import Digits
 from dst.errors import ConfigurationError, DataError, StateError
@@ -41,6 +42,25 @@ def metrics(folder):
             for row in csv.DictReader(file)
             if not row["topology/updates"]
         ]
+
+
+def test_a_run_that_measures_resumes_with_the_layers_it_has(config, tmp_path, monkeypatch, capsys):
+    def pretend(fast):
+        monkeypatch.setattr(auto, "measure", lambda case: auto.Timing(2.0 if case.inputs == fast else 0.5, 1.0))
+
+    pretend(64)
+    run(config("backend=auto", "trainer.max_epochs=2"), tmp_path / "whole")
+    assert "model.hidden.0.weight csr (2 × dense speed, measured at batch 32)" in capsys.readouterr().err
+    run(config("backend=auto", "trainer.max_epochs=1"), tmp_path / "parts")
+    pretend(300)
+    run(config("backend=auto", "trainer.max_epochs=2", "resume=last"), tmp_path / "parts")
+    assert "model.hidden.0.weight csr (as in the checkpoint)" in capsys.readouterr().err
+    whole, parts = (
+        torch.load(tmp_path / f / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for f in ("whole", "parts")
+    )
+    assert {name for name in whole if name.endswith("values")} == {"model.hidden.0.values"}
+    assert whole.keys() == parts.keys()
 
 
 class PowerCut(Exception):

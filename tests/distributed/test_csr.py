@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import dst
+from dst.allocation import Uniform
+from dst.backends import auto
 from dst.errors import StateError
 from dst.nn import SparseLinear
 from tests.distributed.processes import run
@@ -21,6 +23,7 @@ METHODS = {
     "rigl_with_step": lambda b: dst.methods.rigl(0.2, update_every=3, replace_step=False, backend=b),
     "set": lambda b: dst.methods.set_(0.2, update_every=3, backend=b),
 }
+UNIFORM = {"rigl_uniform": lambda b: dst.methods.rigl(0.2, update_every=3, allocation=Uniform(), backend=b)}
 
 
 def train(
@@ -28,7 +31,7 @@ def train(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Train on this rank's share of every batch; returns masks and dense weights."""
     torch.manual_seed(0)
-    method = METHODS[name](backend)
+    method = (METHODS | UNIFORM)[name](backend)
     net: nn.Module = nn.Sequential(
         nn.Linear(12, 23), nn.ReLU(), nn.Linear(23, 19), nn.ReLU(), nn.Linear(19, 5)
     ).double()
@@ -70,3 +73,34 @@ def test_topologies_that_differ_stop_the_training() -> None:
     results: list[Any] = run(train, 2, "rigl", "csr", 1, True)
     assert all(isinstance(r, StateError) for r in results)
     assert "0.weight" in str(results[0])
+
+
+def train_auto(rank: int, world: int) -> tuple[list[str], list[torch.Tensor], list[torch.Tensor]]:
+    """Train with times that differ on the processes: each would choose other layers."""
+    asked: list[auto.Case] = []
+
+    def measure(case: auto.Case) -> auto.Timing:
+        asked.append(case)
+        return auto.Timing(1.0, 0.5 if (case.outputs == 19) == (rank == 0) else 2.0)
+
+    auto.measure = measure  # this process ends with the test
+    said: list[str] = []
+    auto.print = lambda message, file: said.append(message)  # type: ignore[attr-defined]
+    masks, weights = train(rank, world, "rigl_uniform", "auto")
+    assert len(said) == (3 if rank == 0 else 0)
+    assert bool(asked) == (rank == 0)
+    return said, masks, weights
+
+
+def test_the_first_process_chooses_for_all() -> None:
+    expected_masks, expected = train(0, 1, "rigl_uniform", "masked")
+    results = run(train_auto, 2)
+    for result in results:
+        assert not isinstance(result, Exception), result
+        _, masks, weights = result
+        assert all(torch.equal(a, b) for a, b in zip(masks, expected_masks, strict=True))
+        for mine, theirs in zip(weights, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
+    assert [line.split(" (")[0] for line in results[0][0]] == [
+        f"backend=auto: {name}" for name in ("0.weight masked", "2.weight csr", "4.weight masked")
+    ]

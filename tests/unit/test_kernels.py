@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -238,3 +241,18 @@ def test_a_named_library_must_exist(monkeypatch, tmp_path):
             kernels.load()
     finally:
         kernels.load.cache_clear()
+
+
+def test_an_install_without_a_compiler_succeeds(tmp_path):
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path / "lib"), "--build-temp", str(tmp_path)],
+        cwd=root,
+        env={**os.environ, "CXX": str(tmp_path / "no-compiler"), "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "sparse kernels not built" in done.stdout + done.stderr
+    assert not list((tmp_path / "lib").rglob("_spmm*"))

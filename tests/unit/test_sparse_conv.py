@@ -1,0 +1,136 @@
+"""1×1 convolutions of which only the non-zeros exist."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import dst
+from dst import methods
+from dst.nn import SparseConv2d
+from tests.unit.test_csr_backend import CLAIMED, OPTIMIZERS, Run, assert_same
+
+
+def pair(inputs: int, outputs: int, density: float, dtype=torch.float64, **options) -> tuple[nn.Conv2d, SparseConv2d]:
+    """A masked convolution and the same with non-zeros alone."""
+    torch.manual_seed(0)
+    conv = nn.Conv2d(inputs, outputs, 1, dtype=dtype, **options)
+    mask = torch.rand(outputs, inputs, 1, 1) < density
+    mask[0], mask[:, -1] = False, False  # an empty row and an empty column
+    conv.weight.data.mul_(mask)
+    positions = mask.reshape(-1).nonzero().squeeze(1)
+    stride = conv.stride
+    sparse = SparseConv2d(inputs, outputs, positions, conv.weight.detach().reshape(-1)[positions], stride=stride)
+    sparse.bias.data.copy_(conv.bias.detach())
+    return conv, sparse
+
+
+@pytest.mark.parametrize("layout", ["plain", "channels_last", "crossed", "single"])
+@pytest.mark.parametrize("stride", [1, (2, 3)])
+@pytest.mark.parametrize("shape", [(3, 17, 5, 7), (1, 7, 1, 1), (0, 5, 4, 4), (2, 129, 3, 4)])
+def test_it_is_the_masked_convolution(shape, stride, layout):
+    conv, sparse = pair(shape[1], 6, 0.4, stride=stride)
+    x = torch.randn(shape, dtype=torch.float64)
+    if layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    elif layout == "crossed":
+        x = torch.randn(shape[0], shape[1], shape[3], shape[2], dtype=torch.float64).transpose(2, 3)
+    elif layout == "single":
+        x = torch.randn(shape[1:], dtype=torch.float64)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, z = conv(a), sparse(b)
+    assert z.is_contiguous()
+    torch.testing.assert_close(z, y)
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    z.backward(gradient)
+    torch.testing.assert_close(b.grad, a.grad)
+    torch.testing.assert_close(sparse.bias.grad, conv.bias.grad)
+    mask = sparse.mask()
+    assert mask.shape == conv.weight.shape
+    torch.testing.assert_close(sparse.to_dense(sparse.values.grad), conv.weight.grad * mask)
+
+
+def test_gradcheck():
+    _, sparse = pair(5, 4, 0.5, stride=2)
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64, requires_grad=True)
+
+    def apply(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        return torch.func.functional_call(sparse, {"values": values, "bias": bias}, (x,))
+
+    assert torch.autograd.gradcheck(apply, (x, sparse.values.detach().requires_grad_(), sparse.bias))
+
+
+def test_wrong_inputs_are_named():
+    _, sparse = pair(5, 4, 0.5)
+    for shape in ((2, 4, 3, 3), (5, 3), (1, 2, 5, 3, 3)):
+        with pytest.raises(ValueError, match=r"takes \(N, 5, H, W\)"):
+            sparse(torch.zeros(shape, dtype=torch.float64))
+
+
+def test_it_becomes_a_convolution_and_travels():
+    conv, sparse = pair(5, 4, 0.5, stride=(2, 1))
+    dense = sparse.to_conv()
+    x = torch.randn(2, 5, 6, 6, dtype=torch.float64)
+    assert torch.equal(dense(x), conv(x))
+    assert dense.stride == (2, 1)
+    assert torch.equal(copy.deepcopy(sparse)(x), sparse(x))
+    other = SparseConv2d(5, 4, torch.arange(3), stride=(2, 1), dtype=torch.float64)
+    other.load_state_dict(sparse.state_dict())
+    assert torch.equal(other(x), sparse(x))
+    assert "stride=(2, 1)" in repr(sparse)
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3 and 1×1 convolutions with a strided shortcut, and kinds of 1×1 that are not served."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reduce = nn.Conv2d(3, 8, 1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+        self.conv = nn.Conv2d(8, 8, 3, stride=2, padding=1)
+        self.expand = nn.Conv2d(8, 12, 1, padding="same")
+        self.shortcut = nn.Conv2d(3, 12, (1, 1), stride=2)
+        self.grouped = nn.Conv2d(12, 12, 1, groups=2)
+        self.padded = nn.Conv2d(12, 12, 1, padding=1)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, x, x[:, :12]], 1)[:, :27].view(-1, 3, 3, 3)
+        y = self.conv(self.norm(self.reduce(x)).relu()).relu()
+        y = (self.expand(y) + self.shortcut(x)).relu()
+        return self.head(self.padded(self.grouped(y)).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["rigl", "rigl_with_step", "rigl_rescaled", "set"])
+def test_training_is_that_of_the_masked_backend(name, optimizer):
+    masked, csr = (Run(CLAIMED[name](backend), optimizer, net=Bottleneck) for backend in ("masked", "csr"))
+    found = {n for n, m in csr.model.named_modules() if isinstance(m, SparseConv2d)}
+    assert {"expand", "shortcut"} <= found <= {"reduce", "expand", "shortcut"}
+    masked.train(44)
+    csr.train(44)
+    assert csr.sparsifier.updates == 22
+    assert_same(masked, csr)
+
+
+def test_the_plan_and_selectors_know_convolutions():
+    method = methods.rigl(0.2, allocation=dst.allocation.Uniform(), backend="csr")
+    rows = {row.name: (row.storage, row.note) for row in dst.plan(Bottleneck(), method).rows}
+    assert {n for n, (storage, _) in rows.items() if storage == "csr"} == {
+        "reduce.weight",
+        "expand.weight",
+        "shortcut.weight",
+        "head.weight",
+    }
+    assert rows["conv.weight"][1].startswith("3×3 convolution: unfolded, not reliably faster than dense")
+    assert rows["grouped.weight"][1].startswith("grouped 1×1 convolution")
+    assert rows["padded.weight"][1].startswith("padded 1×1 convolution")
+    model = dst.prepare(Bottleneck(), method, include=[nn.Conv2d])
+    assert isinstance(model.expand, SparseConv2d)
+    assert not any(isinstance(m, dst.nn.SparseLinear) for m in [model.head, model.conv])
+    layers, _ = dst.layers.find_layers(model, include=[nn.Conv2d])
+    assert {layer.label for layer in layers} == {n for n in rows if not n.startswith(("head", "norm"))}
