@@ -78,7 +78,7 @@ def prepare(
     Raises:
         ConfigurationError: As for ``Sparsifier``: an infeasible budget, a selector that selects nothing, …
     """
-    if method.backend == "masked" or method.density == 1:
+    if method.backend not in ("csr", "auto") or method.density == 1:
         return model
     if method.backend == "auto":
         return auto.prepare(
@@ -121,7 +121,7 @@ def open_storages(
     modules, named = sparse_modules(model), dict(model.named_parameters())
     stored = [layer for layer in layers if layer.parameter in modules]
     masked = [layer for layer in layers if layer.parameter not in modules]
-    if stored and method.backend == "masked":
+    if stored and method.backend not in ("csr", "auto"):
         raise ConfigurationError(
             f'{stored[0].parameter} is a SparseLinear, and the method has backend="{method.backend}": use '
             'backend="csr", or dst.to_dense(model) to go on with masks'
