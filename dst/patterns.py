@@ -104,6 +104,10 @@ class Unstructured:
         """The number of active weights that comes nearest to ``count`` and the pattern can hold."""
         return count
 
+    def holds(self, layer: SparseLayer, mask: Tensor) -> bool:
+        """Always."""
+        return True
+
 
 class _Grouped:
     """Top-k over (scope, group), for patterns that say where their groups lie."""
@@ -132,10 +136,10 @@ class _Grouped:
         """Bool ``[scopes, groups]``: where there are groups, on the device of a table."""
         return torch.ones(table.shape[:2], dtype=torch.bool, device=table.device)
 
-    def _positions(self, layer: SparseLayer, chosen: Tensor) -> Tensor:
-        """Sorted row-major positions of chosen groups (bool ``[scopes, groups]``)."""
-        everything = torch.arange(layer.weights, device=chosen.device).view(layer.shape)
-        return self.arrange(layer, everything, -1)[chosen].reshape(-1).sort().values
+    def _positions(self, layer: SparseLayer, *chosen: Tensor) -> list[Tensor]:
+        """Sorted row-major positions of chosen groups (each bool ``[scopes, groups]``)."""
+        everything = self.arrange(layer, torch.arange(layer.weights, device=chosen[0].device).view(layer.shape), -1)
+        return [everything[groups].reshape(-1).sort().values for groups in chosen]
 
     def spread(self, layer: SparseLayer, scores: Tensor) -> Tensor:
         """Every weight's score replaced by the mean of its group's."""
@@ -179,6 +183,15 @@ class _Grouped:
         """Quotas of an update: ``wanted`` are growth scores, -inf where nothing may grow; all ``[scopes, groups]``."""
         return self._quotas(layer, target, exists)
 
+    def holds(self, layer: SparseLayer, mask: Tensor) -> bool:
+        """Whether a mask (bool, of the layer's shape) has the pattern: whole groups, and every scope its quota."""
+        table = self.arrange(layer, mask)
+        exists, chosen = self._exists(layer, table), table[:, :, 0]
+        if bool((table != chosen[:, :, None]).any()):
+            return False
+        quotas = self._quotas(layer, int(mask.sum()), exists)
+        return torch.equal((chosen & exists).sum(1), quotas)
+
     def _means(self, layer: SparseLayer, scores: Tensor) -> Tensor:
         """Mean of each group's scores, finite, float32 or wider ``[scopes, groups]``; lowest for NaN."""
         values = self.arrange(layer, scores)
@@ -201,7 +214,7 @@ class _Grouped:
         means = self._means(layer, scores)
         exists = self._exists(layer, means)
         quotas = self._quotas(layer, count, exists)
-        return self._positions(layer, best_per_scope(means.masked_fill(~exists, -math.inf), quotas, generator))
+        return self._positions(layer, best_per_scope(means.masked_fill(~exists, -math.inf), quotas, generator))[0]
 
     def rewire(
         self,
@@ -249,7 +262,7 @@ class _Grouped:
             rank = kept[odd] * 2 + candidates[odd].long() + exists[odd]
             value = torch.where(kept, lows, highs)[odd]
             chosen[odd] = _best_by_rank(rank, value, quotas[odd], generator) & exists[odd]
-        return Rewiring(self._positions(layer, chosen & ~active), self._positions(layer, active & ~chosen))
+        return Rewiring(*self._positions(layer, chosen & ~active, active & ~chosen))
 
 
 def _without_lowest(active: Tensor, scores: Tensor, count: int, generator: torch.Generator) -> Tensor:
@@ -442,15 +455,18 @@ class Diagonal(_Grouped):
 class FanIn(_Grouped):
     """Constant fan-in: every output has the same number of inputs (SRigL; Lasby et al. 2024, arXiv:2305.02299).
 
-    With ``ablate`` > 0, an update removes outputs of little importance: those of whose fan-in less than that share is
-    salient, being kept by the drop score or among the layer's best by the grow score. The budget moves to the outputs that
-    remain, whose fan-in rises (section 3.2 there).
+    With ``ablate`` > 0, an update removes outputs of little importance: those fewer of whose connections than that share
+    of the fan-in are salient. Salient are the connections that the drop score keeps, and as many as would make up the
+    budget with the best growth scores of the layer. The budget moves to the outputs that remain, whose fan-in rises; an
+    output that was removed returns where enough of its connections become salient (section 3.2 there).
 
-    Deviation: the fan-in is a whole number, so a layer's count is the product of it and the remaining outputs, at most the
-    budget. At least one output stays.
+    Deviations: the fan-in is a whole number, so a layer's count is the product of it and the remaining outputs, at most
+    the budget. At least one output stays, and those that stay have a salient connection. The authors count the best
+    growth scores among kept connections too.
 
     Attributes:
-        ablate: γ_sal, the share of a fan-in, in [0, 1]; 0 keeps all outputs. The authors use 0.3.
+        ablate: γ_sal, the share of a fan-in, in [0, 1]; 0 keeps all outputs. The authors use 0.3 for convolutional
+            networks.
     """
 
     ablate: float = 0.0
@@ -467,6 +483,12 @@ class FanIn(_Grouped):
         """See ``Unstructured``: a multiple of the number of outputs."""
         outputs, inputs = _matrix_shape(layer)
         return min(inputs, max(1, round(count / outputs))) * outputs
+
+    def holds(self, layer: SparseLayer, mask: Tensor) -> bool:
+        """See ``_Grouped``; outputs that were removed have no inputs."""
+        per_output = _matrix(layer, mask).sum(1)
+        alive = per_output[per_output > 0] if self.ablate else per_output
+        return alive.numel() > 0 and bool((alive == alive[0]).all())
 
     def _quotas_after(
         self,
@@ -634,9 +656,14 @@ class TransposableNM(_Grouped):
         tiles = planes.permute(2, 0, 1).unfold(1, self.m, self.m).unfold(2, self.m, self.m)
         return tiles.reshape(-1, self.m * self.m, 1)
 
+    def holds(self, layer: SparseLayer, mask: Tensor) -> bool:
+        """See ``_Grouped``."""
+        tiles = self.arrange(layer, mask).view(-1, self.m, self.m)
+        return all(bool((tiles.sum(side) == self.n).all()) for side in (1, 2))
+
     def select(self, layer: SparseLayer, scores: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """See ``_Grouped``; the tiles of the largest sum."""
-        return self._positions(layer, self._best_tiles(self._means(layer, scores), generator))
+        return self._positions(layer, self._best_tiles(self._means(layer, scores), generator))[0]
 
     def _best_tiles(self, values: Tensor, generator: torch.Generator) -> Tensor:
         """Per row of values ``[tiles, m · m]`` the permitted tile of the largest sum, bool; ties at random."""
@@ -682,7 +709,7 @@ class TransposableNM(_Grouped):
         if not regrow_dropped:
             value = value - (active & ~kept) * 1.0
         chosen = self._best_tiles(value, generator)
-        return Rewiring(self._positions(layer, chosen & ~active), self._positions(layer, active & ~chosen))
+        return Rewiring(*self._positions(layer, chosen & ~active, active & ~chosen))
 
 
 @lru_cache

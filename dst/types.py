@@ -66,7 +66,8 @@ class LayerView:
 
     Attributes:
         weight: The layer's weights, detached; zeros where inactive.
-        mask: Bool, True where active.
+        mask: Bool, True where active; for the growth of single weights, where the drop before it left them so (in place of
+            which ``regrow_dropped=False`` and patterns show what was active before).
         gradient: The dense gradient (accumulated, reduced over ranks, unscaled, unclipped), or ``None`` where the
             score did not ask for it.
         buffer: What the score's ``observe`` returned last, or ``None``.
@@ -167,6 +168,9 @@ class Pattern(Protocol):
 
     def fit(self, layer: SparseLayer, count: int) -> int:
         """The number of active weights that comes nearest to ``count`` and the pattern can hold."""
+
+    def holds(self, layer: SparseLayer, mask: Tensor) -> bool:
+        """Whether a mask has the pattern."""
 
     def spread(self, layer: SparseLayer, scores: Tensor) -> Tensor:
         """Every weight's score replaced by that of its group; of the layer's shape."""

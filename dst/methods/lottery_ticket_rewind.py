@@ -5,7 +5,8 @@ from __future__ import annotations
 from dst import init as inits
 from dst.allocation import Global
 from dst.method import LotterySchedule, Method
-from dst.types import Allocation, Duration
+from dst.patterns import Unstructured
+from dst.types import Allocation, Duration, Pattern
 
 
 def lottery_ticket_rewind(
@@ -14,6 +15,7 @@ def lottery_ticket_rewind(
     prune_fraction: float = 0.2,
     rewind_to: Duration = 0,
     allocation: Allocation | None = None,
+    pattern: Pattern | None = None,
     backend: str = "masked",
 ) -> Method:
     """Lottery tickets: iterative magnitude pruning with rewinding.
@@ -29,6 +31,7 @@ def lottery_ticket_rewind(
         prune_fraction: Share of the remaining weights removed after each level.
         rewind_to: Step k of the dense level that later levels start from.
         allocation: How a level's budget is split; by default one global threshold.
+        pattern: Every weight for itself; levels prune single weights, so others are refused.
         backend: Where weights live.
     """
     return Method(
@@ -37,5 +40,6 @@ def lottery_ticket_rewind(
         init=inits.Magnitude(),
         allocation=allocation if allocation is not None else Global(),
         lottery=LotterySchedule(prune_fraction, rewind_to),
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )
