@@ -66,8 +66,7 @@ class LayerView:
 
     Attributes:
         weight: The layer's weights, detached; zeros where inactive.
-        mask: Bool, True where active; for the growth of single weights, where the drop before it left them so (in place of
-            which ``regrow_dropped=False`` and patterns show what was active before).
+        mask: Bool, True where active.
         gradient: The dense gradient (accumulated, reduced over ranks, unscaled, unclipped), or ``None`` where the
             score did not ask for it.
         buffer: What the score's ``observe`` returned last, or ``None``.

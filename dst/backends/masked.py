@@ -196,7 +196,7 @@ class Masked:
             if sampler is not None:
                 return sampler.sample(layer.weights, barred, count, views["grow"].generator)
             view = views["grow"]
-            if draft.regrow_dropped:  # what is barred is what was kept
+            if getattr(grow, "after_drop", False) and draft.regrow_dropped:  # what is barred is what was kept
                 view = replace(view, mask=fill_at_(torch.zeros_like(mask), barred, 1))
             return best_free(grow(view), count, barred, ties)
 

@@ -4,11 +4,26 @@ Every function returns a frozen ``dst.Method``. Durations (``update_every``, ``s
 when they are ints and fractions of the total steps when they are floats.
 """
 
+from dst.methods.cht import cht
 from dst.methods.dense import dense
+from dst.methods.dynadiag import dynadiag
 from dst.methods.lottery_ticket_rewind import lottery_ticket_rewind
 from dst.methods.rigl import rigl
+from dst.methods.rigl_block import rigl_block
 from dst.methods.set_ import set_
 from dst.methods.sparse_from_scratch import sparse_from_scratch
+from dst.methods.srigl import srigl
 from dst.methods.static import static
 
-__all__ = ["dense", "lottery_ticket_rewind", "rigl", "set_", "sparse_from_scratch", "static"]
+__all__ = [
+    "cht",
+    "dense",
+    "dynadiag",
+    "lottery_ticket_rewind",
+    "rigl",
+    "rigl_block",
+    "set_",
+    "sparse_from_scratch",
+    "srigl",
+    "static",
+]
