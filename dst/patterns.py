@@ -269,7 +269,7 @@ def _without_lowest(active: Tensor, scores: Tensor, count: int, generator: torch
     """``active`` (bool) without its ``count`` lowest scores."""
     positions = active.reshape(-1).nonzero().squeeze(1)
     best = top_indices(scores.reshape(-1)[positions], max(0, positions.numel() - count), generator)
-    kept = torch.zeros_like(active)
+    kept = torch.zeros(active.shape, dtype=torch.bool, device=active.device)  # row-major, whatever the table's strides
     kept.view(-1)[positions[best]] = True
     return kept
 
@@ -658,7 +658,7 @@ class TransposableNM(_Grouped):
 
     def holds(self, layer: SparseLayer, mask: Tensor) -> bool:
         """See ``_Grouped``."""
-        tiles = self.arrange(layer, mask).view(-1, self.m, self.m)
+        tiles = self.arrange(layer, mask).reshape(-1, self.m, self.m)
         return all(bool((tiles.sum(side) == self.n).all()) for side in (1, 2))
 
     def select(self, layer: SparseLayer, scores: Tensor, count: int, generator: torch.Generator) -> Tensor:

@@ -651,7 +651,7 @@ class Sparsifier:
                 {role: b for (role, label), b in self._buffers.items() if label == layer.label},
                 partial(self._generator, step, layer),
                 method.regrow_dropped,
-                pattern,
+                pattern if pattern.obstacle(layer) is None else Unstructured(),
                 extra,
             )
             drafts.append((layer, draft))
