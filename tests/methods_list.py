@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dst import Method, methods
 from dst.allocation import ER, Global, Uniform
 from dst.init import Magnitude, Snip
-from dst.patterns import NM, Block, FanIn, Head, Neuron, TransposableNM
+from dst.patterns import NM, Block, FanIn, Neuron
 from dst.schedules import Constant, InversePower, Linear
 from dst.scores import Gradient, Momentum, Random
 
@@ -35,11 +35,9 @@ METHODS: dict[str, Callable[[], Method]] = {
     ),
     "rigl_snip": lambda: methods.rigl(DENSITY, update_every=4, init=Snip(), allocation=Global()),
     "rigl_block": lambda: methods.rigl_block(DENSITY, update_every=4, pattern=Block(2, 2)),
-    "rigl_neurons": lambda: methods.rigl(0.5, update_every=4, pattern=Neuron(), regrow_dropped=False),
+    "rigl_neurons": lambda: methods.rigl(DENSITY, update_every=4, pattern=Neuron(), regrow_dropped=False),
     "rigl_fan_in": lambda: methods.rigl(DENSITY, update_every=4, pattern=FanIn(), replace_step=False),
-    "rigl_nm": lambda: methods.rigl(0.5, update_every=4, pattern=NM(2, 4)),
-    "set_transposable": lambda: methods.set_(0.5, update_every=4, pattern=TransposableNM()),
-    "set_heads": lambda: methods.set_(0.5, update_every=4, pattern=Head(2)),
+    "rigl_nm": lambda: methods.rigl(DENSITY, update_every=4, pattern=NM()),
     "static_global_blocks": lambda: methods.static(DENSITY, sparsify_at=5, pattern=Block(2, 4)),
     "srigl": lambda: methods.srigl(DENSITY, update_every=4),
     "dynadiag": lambda: methods.dynadiag(DENSITY, update_every=4),

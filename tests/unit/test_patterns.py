@@ -22,7 +22,7 @@ from dst.redistribute import MeanMomentum
 from dst.schedules import Constant, Cubic
 from dst.scores import Momentum
 from dst.types import folded_generator
-from tests.small import Small, backward
+from tests.small import Small, backward, check_budget
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -460,3 +460,20 @@ def test_choices_depend_on_seed_step_and_layer_alone():
     draws = [resolved.select(where, scores, 18, folded_generator(0, "x", 3)) for _ in range(2)]
     assert torch.equal(*draws)
     assert Unstructured().fit(where, 7) == 7
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        methods.set_(0.5, update_every=2, pattern=TransposableNM()),
+        methods.set_(0.5, update_every=2, pattern=Head(4), fraction=Constant(0.6)),
+        methods.rigl(0.5, update_every=2, pattern=NM(2, 4), regrow_dropped=False),
+    ],
+    ids=["transposable", "heads", "2:4"],
+)
+def test_patterns_for_some_layers_train_explore_and_keep_their_density(method):
+    sparsifier = trained(method, steps=12)
+    check_budget(sparsifier, method)
+    partly = [row for row in sparsifier.layer_table() if row["density"] < 1]
+    assert sparsifier.exploration_rate > sum(r["nonzero"] for r in partly) / sum(r["weights"] for r in partly)
+    assert sparsifier.updates == 6
