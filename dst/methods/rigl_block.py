@@ -32,7 +32,7 @@ def rigl_block(
 
     The drop and growth of RigL (Evci et al. 2020, https://arxiv.org/abs/1911.11134) by the mean of a tile's scores: the
     tiles of smallest mean magnitude are dropped, those with the largest mean abs(gradient) are grown. Blocks are what
-    kernels and caches like; they cost accuracy at the same density.
+    kernels and caches like.
 
     Deviations: as in ``dst.methods.rigl``; a layer's count is a multiple of the tile's weights.
 

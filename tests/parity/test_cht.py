@@ -97,6 +97,8 @@ def test_soft_sampling_is_proportional_to_the_score():
     assert counts.tolist() == pytest.approx([250, 500, 0, 1250], abs=100)
     sharp = [int(Soft(Magnitude(), 0.05)(view(mask, weight, seed)).argmax()) for seed in range(50)]
     assert set(sharp) == {3}
+    flat = [int(Soft(Magnitude(), 1e3)(view(mask, weight, seed)).argmax()) for seed in range(100)]
+    assert set(flat) == {0, 1, 3}  # almost uniform, but what has no score has no chance
     with pytest.raises(ConfigurationError, match="not by Gradient"):
         Soft(Gradient())
     with pytest.raises(ConfigurationError, match="temperature=0 must be positive"):

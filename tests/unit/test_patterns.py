@@ -126,7 +126,7 @@ def density_of(pattern) -> float:
 def test_masks_keep_the_pattern_and_the_count_through_updates(pattern, where, regrow):
     resolved = pattern.for_density(density_of(pattern))
     count = resolved.fit(where, round(density_of(pattern) * where.weights))
-    scores = torch.rand(where.shape, generator=generator(1))
+    scores = torch.rand(where.shape, generator=generator(1)) - 0.8  # most below what pads a short window
     mask = mask_from(where, resolved.select(where, scores, count, generator()))
     assert int(mask.sum()) == count
     assert has_pattern(pattern, where, mask)
@@ -136,7 +136,7 @@ def test_masks_keep_the_pattern_and_the_count_through_updates(pattern, where, re
         broken.view(-1)[mask.view(-1).nonzero()[0]] = False
         assert not resolved.holds(where, broken)
     for step, fraction in enumerate((0.0, 0.3, 0.5, 0.1, 1.0)):
-        drops, grows = (torch.rand(where.shape, generator=generator(10 * step + i)) for i in range(2))
+        drops, grows = (torch.rand(where.shape, generator=generator(10 * step + i)) - 0.8 for i in range(2))
         drop = int(fraction * int(mask.sum()))
         grow = count - (int(mask.sum()) - drop)
         rewiring = resolved.rewire(
@@ -428,8 +428,8 @@ def test_budget_moves_between_layers_in_whole_groups_and_the_network_stays_at_it
     assert sparsifier.layer_table() != first
     for x in sparsifier.layers:
         assert pattern.holds(x, x.part(sparsifier.masks[x.parameter]))
-    units = sum(pattern.fit(x, 1) for x in sparsifier.layers)
-    assert abs(sparsifier.active - budget) <= units / 2
+    counts = {row["name"]: row["nonzero"] for row in sparsifier.layer_table()}
+    assert counts == {x.label: pattern.fit(x, sparsifier._budgets[x.label]) for x in sparsifier.layers}
 
 
 @pytest.mark.parametrize("pattern", [Block(2, 2), NM(), FanIn(), Diagonal()], ids=str)
