@@ -231,25 +231,20 @@ def _accuracy(value: float | None) -> float:
 
 
 def methods(argv: Sequence[str]) -> int:
-    """Print the methods with what they are and their settings."""
-    from inspect import getdoc, signature
-
+    """Print the methods with what they are made of."""
     from rich.table import Table
 
-    from dst import methods as module
+    from dst.catalogue import COLUMNS, catalogue
     from dst.summary import show
 
     if argv:
         print(f"error: dst methods takes no arguments, got {' '.join(argv)}", file=sys.stderr)
         return 2
-    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 3, 1, 0))
-    for header in ("sparsity=", "what it is", "settings"):
-        table.add_column(header)
-    for name in module.__all__:
-        function = getattr(module, name)
-        knobs = [p for p in signature(function).parameters if p not in ("density", "backend")]
-        summary = " ".join((getdoc(function) or "").partition("\n\n")[0].split())
-        table.add_row(name.rstrip("_"), summary, ", ".join(knobs))
+    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
+    for header in COLUMNS:
+        table.add_column(header, no_wrap=header in ("sparsity=", "paper"))
+    for row in catalogue():
+        table.add_row(*row)
     show(table)
     return 0
 
@@ -303,7 +298,7 @@ def compare(argv: Sequence[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a network: dst train sparsity=rigl density=0.1 (dst train --help)"),
-    "methods": (methods, "list the methods and their settings"),
+    "methods": (methods, "list the methods: storage, growth, pattern, cost, paper"),
     "inspect": (inspect, "show a checkpoint's layers, densities and health: dst inspect CKPT"),
     "compare": (compare, "compare runs over seeds: dst compare RUNS... (dst compare --help)"),
 }

@@ -24,7 +24,7 @@ def layer_counts(
     Args:
         method: Says how.
         layers: All sparse layers.
-        density: The network's density, in (0, 1].
+        density: The density, in (0, 1], over the layers that can have the pattern; others stay dense.
         scores: One float tensor per layer, of its shape, for an allocation that needs them.
 
     Returns:
@@ -40,21 +40,20 @@ def layer_counts(
     if not free:
         reasons = "; ".join(f"{layer.label}: {pattern.obstacle(layer)}" for layer in layers)
         raise ConfigurationError(f"no layer can have the pattern {type(method.pattern).__name__} ({reasons})")
-    labels, shapes = [layer.label for layer in layers], [layer.shape for layer in layers]
+    labels, shapes = [layer.label for layer in free], [layer.shape for layer in free]
     counts: list[int] | None
     if not pattern.is_free:
-        counts = [0] * len(layers)
+        counts = [0] * len(free)
     elif scores is not None:
-        spread = [pattern.spread(layer, score) for layer, score in zip(layers, scores, strict=True)]
+        score_of = {layer.label: score for layer, score in zip(layers, scores, strict=True)}
+        spread = [pattern.spread(layer, score_of[layer.label]) for layer in free]
         counts = method.allocation.counts(labels, shapes, density, spread)
     else:
         counts = planned_counts(method.allocation, labels, shapes, density)
     if counts is None:
         return None
-    return [
-        layer.weights if pattern.obstacle(layer) else pattern.fit(layer, count)
-        for layer, count in zip(layers, counts, strict=True)
-    ]
+    fitted = {layer.label: pattern.fit(layer, count) for layer, count in zip(free, counts, strict=True)}
+    return [fitted.get(layer.label, layer.weights) for layer in layers]
 
 
 def first_positions(

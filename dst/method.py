@@ -184,20 +184,32 @@ class Method:
                 raise ConfigurationError(f"{self.name}: {name} needs a grow score")
         if self.surplus is not None and (self.redistribute is not None or self.amount is not None):
             raise ConfigurationError(f"{self.name}: surplus does not combine with redistribute or amount")
+        self._check_pattern()
+        if self.grown_warmup < 0:
+            raise ConfigurationError(f"{self.name}: grown_warmup={self.grown_warmup} must not be negative")
+
+    def _check_pattern(self) -> None:
+        """Refuse what works on single weights, or moves a density that the pattern fixes."""
         resolved = self.pattern.for_density(self.density)  # refuses a density that the pattern cannot have
-        if resolved.is_grouped and not resolved.is_free:
+        if not resolved.is_grouped:
+            return
+        pattern = type(self.pattern).__name__
+        if self.chain_removal:
+            raise ConfigurationError(f"{self.name}: chain_removal drops single connections, which {pattern} cannot")
+        if self.lottery is not None:
+            raise ConfigurationError(
+                f"{self.name}: lottery levels prune single weights, which {pattern} cannot; use pattern=Unstructured()"
+            )
+        if not resolved.is_free:
             for name in ("redistribute", "surplus"):
                 if getattr(self, name) is not None:
                     raise ConfigurationError(
-                        f"{self.name}: {type(self.pattern).__name__} fixes every layer's density, and {name} changes it"
+                        f"{self.name}: {pattern} fixes every layer's density, and {name} changes it"
                     )
             if self.schedule is not None and not isinstance(self.schedule, schedules.Alternating):
                 raise ConfigurationError(
-                    f"{self.name}: {type(self.pattern).__name__} has one density, and {type(self.schedule).__name__} "
-                    "runs through others"
+                    f"{self.name}: {pattern} has one density, and {type(self.schedule).__name__} runs through others"
                 )
-        if self.grown_warmup < 0:
-            raise ConfigurationError(f"{self.name}: grown_warmup={self.grown_warmup} must not be negative")
 
     def density_at(self, step: int, total_steps: int) -> float:
         """The budget that an update at ``step`` keeps to, in (0, 1]."""

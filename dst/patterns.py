@@ -29,14 +29,16 @@ from dataclasses import dataclass
 from fractions import Fraction as Ratio
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dst.errors import ConfigurationError
 from dst.layers import SparseLayer
-from dst.topology import Rewiring, best_free, rewire, top_indices
+from dst.topology import Rewiring, best_free, rewire, tie_key, tie_order, top_indices
 
 _LARGEST_WINDOW = 64
+_TILES_AT_ONCE = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,10 @@ class Unstructured:
         """The number of active weights that comes nearest to ``count`` and the pattern can hold."""
         return count
 
+    def holds(self, layer: SparseLayer, mask: Tensor) -> bool:
+        """Always."""
+        return True
+
 
 class _Grouped:
     """Top-k over (scope, group), for patterns that say where their groups lie."""
@@ -116,16 +122,31 @@ class _Grouped:
         """Whether layers may have any density."""
         return True
 
+    def arrange(self, layer: SparseLayer, tensor: Tensor, absent: float = 0) -> Tensor:
+        """Lay a tensor of the layer's shape out as the table ``[scopes, groups, elements]``.
+
+        Args:
+            layer: The layer.
+            tensor: Any dtype.
+            absent: What stands where a scope has fewer groups than others.
+        """
+        raise NotImplementedError
+
+    def _exists(self, layer: SparseLayer, table: Tensor) -> Tensor:
+        """Bool ``[scopes, groups]``: where there are groups, on the device of a table."""
+        return torch.ones(table.shape[:2], dtype=torch.bool, device=table.device)
+
+    def _positions(self, layer: SparseLayer, *chosen: Tensor) -> list[Tensor]:
+        """Sorted row-major positions of chosen groups (each bool ``[scopes, groups]``)."""
+        everything = self.arrange(layer, torch.arange(layer.weights, device=chosen[0].device).view(layer.shape), -1)
+        return [everything[groups].reshape(-1).sort().values for groups in chosen]
+
     def spread(self, layer: SparseLayer, scores: Tensor) -> Tensor:
         """Every weight's score replaced by the mean of its group's."""
-        index = self.index(layer).to(scores.device)
-        means = _group_means(scores, index)[:, :, None].expand(index.shape)
-        there = index >= 0
-        return torch.zeros(layer.shape, dtype=means.dtype, device=means.device).put_(index[there], means[there])
-
-    def index(self, layer: SparseLayer) -> Tensor:
-        """Row-major positions in the layer, int64 ``[scopes, groups, elements]``; -1 where a scope has fewer groups."""
-        raise NotImplementedError
+        means = self._means(layer, scores)
+        positions = self.arrange(layer, torch.arange(layer.weights, device=scores.device).view(layer.shape))
+        result = torch.empty(layer.shape, dtype=means.dtype, device=means.device)
+        return result.put_(positions, means[:, :, None].expand(positions.shape).contiguous())
 
     def for_density(self, density: float) -> _Grouped:
         """The pattern with what depends on the network's density resolved."""
@@ -141,17 +162,42 @@ class _Grouped:
         return min(layer.weights // elements, max(1, round(count / elements))) * elements
 
     def _elements(self, layer: SparseLayer) -> int:
-        return self.index(layer).shape[2]
+        """Weights of a group."""
+        return 1
 
-    def quotas(self, layer: SparseLayer, count: int, scopes: Tensor) -> Tensor:
-        """Active groups per scope, int64 ``[scopes]``, for ``count`` active weights.
+    def _quotas(self, layer: SparseLayer, count: int, exists: Tensor) -> Tensor:
+        """Active groups per scope, int64 ``[scopes]``, for ``count`` active weights (a number that ``fit`` returned)."""
+        per_scope = count // self._elements(layer) // exists.shape[0]
+        return torch.full((exists.shape[0],), per_scope, dtype=torch.int64, device=exists.device)
 
-        Args:
-            layer: The layer.
-            count: A number that ``fit`` returned.
-            scopes: Bool ``[scopes, groups]``: where there are groups.
-        """
-        return torch.full((scopes.shape[0],), count // self._elements(layer) // scopes.shape[0], dtype=torch.int64)
+    def _quotas_after(
+        self,
+        layer: SparseLayer,
+        target: int,
+        exists: Tensor,
+        kept: Tensor,
+        wanted: Tensor,
+        active: Tensor,
+        generator: torch.Generator,
+    ) -> Tensor:
+        """Quotas of an update: ``wanted`` are growth scores, -inf where nothing may grow; all ``[scopes, groups]``."""
+        return self._quotas(layer, target, exists)
+
+    def holds(self, layer: SparseLayer, mask: Tensor) -> bool:
+        """Whether a mask (bool, of the layer's shape) has the pattern: whole groups, and every scope its quota."""
+        table = self.arrange(layer, mask)
+        exists, chosen = self._exists(layer, table), table[:, :, 0]
+        if bool((table != chosen[:, :, None]).any()):
+            return False
+        quotas = self._quotas(layer, int(mask.sum()), exists)
+        return torch.equal((chosen & exists).sum(1), quotas)
+
+    def _means(self, layer: SparseLayer, scores: Tensor) -> Tensor:
+        """Mean of each group's scores, finite, float32 or wider ``[scopes, groups]``; lowest for NaN."""
+        values = self.arrange(layer, scores)
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        values = values.squeeze(2) if values.shape[2] == 1 else values.mean(2)
+        return values.nan_to_num(nan=torch.finfo(values.dtype).min)
 
     def select(self, layer: SparseLayer, scores: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """The best groups of every scope.
@@ -165,11 +211,10 @@ class _Grouped:
         Returns:
             Sorted row-major positions, int64, on the scores' device.
         """
-        index = self.index(layer).to(scores.device)
-        exists = index[:, :, 0] >= 0
-        means = _group_means(scores, index)
-        chosen = _best_per_scope(means, self.quotas(layer, count, exists.cpu()).to(scores.device), exists, generator)
-        return index[chosen].reshape(-1).sort().values
+        means = self._means(layer, scores)
+        exists = self._exists(layer, means)
+        quotas = self._quotas(layer, count, exists)
+        return self._positions(layer, best_per_scope(means.masked_fill(~exists, -math.inf), quotas, generator))[0]
 
     def rewire(
         self,
@@ -190,83 +235,105 @@ class _Grouped:
 
         Args:
             layer: The layer.
-            mask: Bool, the current mask, of the layer's shape, which has the pattern.
+            mask: Bool, the current mask, of the layer's shape. Its groups are whole; scopes may miss their quotas.
             drop_scores: Float, same shape: low groups are dropped.
-            grow_scores: Float, same shape: high groups are grown; ``None`` where nothing is to grow.
+            grow_scores: Float, same shape: high groups are grown; ``None`` for the drop scores.
             drop: Weights to drop; groups are whole, so as many as fit.
-            grow: Weights to grow; with ``drop`` it says how many are active afterwards.
+            grow: Weights to grow; with ``drop`` it says how many are active afterwards, a number that ``fit`` returns.
             regrow_dropped: Whether groups dropped just now are candidates.
             generator: CPU generator that breaks ties.
 
         Returns:
             The rewiring, in positions of single weights.
         """
-        index = self.index(layer).to(mask.device)
-        exists = index[:, :, 0] >= 0
-        active = mask.reshape(-1)[index[:, :, 0].clamp(min=0)] & exists
+        lows = self._means(layer, drop_scores)
+        highs = lows if grow_scores is None else self._means(layer, grow_scores)
+        exists = self._exists(layer, lows)
+        active = self.arrange(layer, mask)[:, :, 0] & exists
         target = int(mask.sum()) - drop + grow
-        lows = _group_means(drop_scores, index)
-        highs = torch.zeros_like(lows) if grow_scores is None else _group_means(grow_scores, index)
-        positions = active.reshape(-1).nonzero().squeeze(1)
-        dropped_groups = min(positions.numel(), drop // index.shape[2])
-        kept = torch.zeros_like(active)
-        best = top_indices(lows.reshape(-1)[positions], positions.numel() - dropped_groups, generator)
-        kept.view(-1)[positions[best]] = True
-        quotas = self._quotas_after(layer, target, exists, kept, highs, active)
-        candidates = exists if regrow_dropped else exists & ~active
-        # Kept groups come first, best drop score first; then candidates by growth score; then what was just dropped.
-        rank = torch.where(kept, 2, torch.where(candidates, 1, 0))
-        value = torch.where(kept, lows, highs)
-        chosen = _best_per_scope(value, quotas.to(mask.device), exists, generator, rank)
-        return Rewiring(
-            index[chosen & ~active].reshape(-1).sort().values, index[active & ~chosen].reshape(-1).sort().values
-        )
-
-    def _quotas_after(
-        self, layer: SparseLayer, target: int, exists: Tensor, kept: Tensor, highs: Tensor, active: Tensor
-    ) -> Tensor:
-        return self.quotas(layer, target, exists.cpu())
+        kept = _without_lowest(active, lows, drop // self._elements(layer), generator)
+        candidates = exists & ~kept if regrow_dropped else exists & ~active
+        wanted = highs.masked_fill(~candidates, -math.inf)
+        quotas = self._quotas_after(layer, target, exists, kept, wanted, active, generator)
+        chosen = best_per_scope(wanted.masked_fill(kept, math.inf), quotas, generator)
+        odd = (kept.sum(1) > quotas) | ((kept | candidates).sum(1) < quotas)
+        if odd.any():
+            # What is kept comes first, by drop score; then candidates by growth score; then what was just dropped.
+            rank = kept[odd] * 2 + candidates[odd].long() + exists[odd]
+            value = torch.where(kept, lows, highs)[odd]
+            chosen[odd] = _best_by_rank(rank, value, quotas[odd], generator) & exists[odd]
+        return Rewiring(*self._positions(layer, chosen & ~active, active & ~chosen))
 
 
-def _group_means(scores: Tensor, index: Tensor) -> Tensor:
-    """Mean of each group's scores, float32 or wider ``[scopes, groups]``; lowest for NaN."""
-    values = scores.reshape(-1)[index.clamp(min=0)]
-    values = values.to(torch.promote_types(values.dtype, torch.float32)).mean(2)
-    return values.nan_to_num(nan=torch.finfo(values.dtype).min)
+def _without_lowest(active: Tensor, scores: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``active`` (bool) without its ``count`` lowest scores."""
+    positions = active.reshape(-1).nonzero().squeeze(1)
+    best = top_indices(scores.reshape(-1)[positions], max(0, positions.numel() - count), generator)
+    kept = torch.zeros(active.shape, dtype=torch.bool, device=active.device)  # row-major, whatever the table's strides
+    kept.view(-1)[positions[best]] = True
+    return kept
 
 
-def _best_per_scope(
-    values: Tensor, quotas: Tensor, exists: Tensor, generator: torch.Generator, rank: Tensor | None = None
-) -> Tensor:
-    """Bool ``[scopes, groups]``: per scope the ``quotas`` groups with the highest (rank, value), ties at random."""
-    scopes, groups = values.shape
-    if scopes == 1:
-        return _best(values[0], int(quotas[0]), exists[0], generator, None if rank is None else rank[0])[None]
-    # A random order first: the stable sorts after it leave it standing among equals.
-    shuffle = torch.rand(values.shape, generator=generator).argsort(1).to(values.device)
-    order = shuffle.gather(1, values.gather(1, shuffle).argsort(dim=1, descending=True, stable=True))
-    level = exists.to(torch.int64) if rank is None else (rank + 1) * exists
-    order = order.gather(1, level.gather(1, order).argsort(dim=1, descending=True, stable=True))
-    chosen = torch.zeros_like(exists)
-    chosen.scatter_(1, order, torch.arange(groups, device=values.device)[None] < quotas[:, None])
-    return chosen & exists
+def best_per_scope(values: Tensor, quotas: Tensor, generator: torch.Generator) -> Tensor:
+    """The highest values of every row, ties at random.
 
+    Args:
+        values: Float ``[scopes, groups]``, no NaN.
+        quotas: How many of each row, int64 ``[scopes]``, in [0, groups].
+        generator: CPU generator that breaks ties.
 
-def _best(values: Tensor, count: int, exists: Tensor, generator: torch.Generator, rank: Tensor | None) -> Tensor:
-    """One scope of ``_best_per_scope``."""
-    chosen = torch.zeros_like(exists)
-    for level in (None,) if rank is None else (2, 1, 0):
-        among = (exists if level is None or rank is None else exists & (rank == level)).nonzero().squeeze(1)
-        taken = min(count, among.numel())
-        chosen[among[top_indices(values[among], taken, generator)]] = True
-        count -= taken
+    Returns:
+        Bool ``[scopes, groups]``.
+    """
+    chosen = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
+    if values.shape[0] == 1:
+        chosen[0, top_indices(values[0], int(quotas[0]), generator)] = True
+        return chosen
+    key = tie_key(generator)
+    for quota in quotas.unique().tolist():
+        if quota == 0:
+            continue
+        rows = (quotas == quota).nonzero().squeeze(1)
+        part = values if rows.numel() == values.shape[0] else values[rows]
+        threshold = _kth_largest_of_rows(part, quota)
+        above, ties = part > threshold, part == threshold
+        missing = quota - above.sum(1)
+        crowded = (ties.sum(1) > missing).nonzero().squeeze(1)
+        if crowded.numel():
+            groups = torch.arange(values.shape[1], device=values.device)
+            order = tie_order(rows[crowded, None] * values.shape[1] + groups, key)
+            order = order.masked_fill(~ties[crowded], torch.iinfo(torch.int64).max)
+            last = order.sort(1).values.gather(1, missing[crowded, None] - 1)
+            ties[crowded] = order <= last
+        chosen[rows] = above | ties
     return chosen
 
 
-def _matrix(layer: SparseLayer) -> Tensor:
-    """Positions as ``[outputs, inputs · kernel]``, int64."""
-    table = torch.arange(layer.weights).view(layer.shape).movedim(layer.output_dim, 0)
-    return table.reshape(table.shape[0], -1)
+def _kth_largest_of_rows(values: Tensor, count: int) -> Tensor:
+    """The ``count``-th largest entry of every row, ``[rows, 1]``."""
+    position = values.shape[1] - count
+    if values.device.type == "cpu":
+        part = np.partition(values.numpy(), position, axis=1)[:, position : position + 1]
+        return torch.from_numpy(part)
+    return values.kthvalue(position + 1, dim=1, keepdim=True).values
+
+
+def _best_by_rank(rank: Tensor, values: Tensor, quotas: Tensor, generator: torch.Generator) -> Tensor:
+    """As ``best_per_scope``, by rank first and value second."""
+    key = tie_key(generator)
+    positions = torch.arange(values.numel(), device=values.device).view(values.shape)
+    order = tie_order(positions, key).argsort(1)
+    for by in (values, rank):  # stable sorts leave the order before them standing among equals
+        order = order.gather(1, by.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    chosen = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
+    places = torch.arange(values.shape[1], device=values.device)[None]
+    return chosen.scatter_(1, order, places < quotas[:, None])
+
+
+def _matrix(layer: SparseLayer, tensor: Tensor) -> Tensor:
+    """A tensor of the layer's shape as ``[outputs, inputs · kernel]``."""
+    tensor = tensor.movedim(layer.output_dim, 0)
+    return tensor.reshape(tensor.shape[0], -1)
 
 
 @dataclass(frozen=True)
@@ -287,25 +354,31 @@ class Block(_Grouped):
     def __post_init__(self) -> None:
         _check_positive(height=self.height, width=self.width)
 
-    def index(self, layer: SparseLayer) -> Tensor:
+    def arrange(self, layer: SparseLayer, tensor: Tensor, absent: float = 0) -> Tensor:
         """See ``_Grouped``."""
-        return _tiles(_matrix(layer), self.height, self.width)
+        height, width = self._tile(layer)
+        outputs, inputs = _matrix_shape(layer)
+        tiles = _matrix(layer, tensor).reshape(outputs // height, height, inputs // width, width).transpose(1, 2)
+        return tiles.reshape(1, -1, height * width)
 
+    def _elements(self, layer: SparseLayer) -> int:
+        return math.prod(self._tile(layer))
 
-def _tiles(matrix: Tensor, height: int, width: int) -> Tensor:
-    rows, columns = matrix.shape
-    height, width = math.gcd(height, rows), math.gcd(width, columns)
-    tiles = matrix.view(rows // height, height, columns // width, width).transpose(1, 2)
-    return tiles.reshape(1, -1, height * width)
+    def _tile(self, layer: SparseLayer) -> tuple[int, int]:
+        outputs, inputs = _matrix_shape(layer)
+        return math.gcd(self.height, outputs), math.gcd(self.width, inputs)
 
 
 @dataclass(frozen=True)
 class Neuron(_Grouped):
     """All inputs of an output live or die together: neurons of a linear layer, output channels of a convolution."""
 
-    def index(self, layer: SparseLayer) -> Tensor:
+    def arrange(self, layer: SparseLayer, tensor: Tensor, absent: float = 0) -> Tensor:
         """See ``_Grouped``."""
-        return _matrix(layer)[None]
+        return _matrix(layer, tensor)[None]
+
+    def _elements(self, layer: SparseLayer) -> int:
+        return _matrix_shape(layer)[1]
 
 
 @dataclass(frozen=True)
@@ -344,12 +417,15 @@ class Head(_Grouped):
     def _is(self, layer: SparseLayer, patterns: Sequence[str]) -> bool:
         return any(fnmatch.fnmatchcase(name, p) for name in (layer.label, layer.parameter) for p in patterns)
 
-    def index(self, layer: SparseLayer) -> Tensor:
+    def arrange(self, layer: SparseLayer, tensor: Tensor, absent: float = 0) -> Tensor:
         """See ``_Grouped``."""
-        matrix = _matrix(layer)
+        matrix = _matrix(layer, tensor)
         if self._is(layer, self.columns):
             matrix = matrix.t()
         return matrix.reshape(1, self.heads, -1)
+
+    def _elements(self, layer: SparseLayer) -> int:
+        return layer.weights // self.heads
 
 
 @dataclass(frozen=True)
@@ -361,29 +437,36 @@ class Diagonal(_Grouped):
     DynaDiag; Tyagi et al. 2025, https://arxiv.org/abs/2506.11449).
     """
 
-    def index(self, layer: SparseLayer) -> Tensor:
+    def arrange(self, layer: SparseLayer, tensor: Tensor, absent: float = 0) -> Tensor:
         """See ``_Grouped``."""
-        matrix = _matrix(layer)
+        matrix = _matrix(layer, tensor)
         if matrix.shape[0] > matrix.shape[1]:
             matrix = matrix.t()
         short, long = matrix.shape
-        i = torch.arange(short)
-        return matrix[i[None, :], (i[None, :] + torch.arange(long)[:, None]) % long][None]
+        # Written twice side by side, no diagonal wraps around.
+        twice = torch.cat([matrix, matrix], 1)
+        return twice.as_strided((1, long, short), (0, 1, 2 * long + 1))
+
+    def _elements(self, layer: SparseLayer) -> int:
+        return min(_matrix_shape(layer))
 
 
 @dataclass(frozen=True)
 class FanIn(_Grouped):
     """Constant fan-in: every output has the same number of inputs (SRigL; Lasby et al. 2024, arXiv:2305.02299).
 
-    With ``ablate`` > 0, an update removes outputs of little importance: those of whose fan-in less than that share is
-    salient, being kept by the drop score or among the layer's best by the grow score. The budget moves to the outputs that
-    remain, whose fan-in rises (section 3.2 there).
+    With ``ablate`` > 0, an update removes outputs of little importance: those fewer of whose connections than that share
+    of the fan-in are salient. Salient are the connections that the drop score keeps, and as many as would make up the
+    budget with the best growth scores of the layer. The budget moves to the outputs that remain, whose fan-in rises; an
+    output that was removed returns where enough of its connections become salient (section 3.2 there).
 
-    Deviation: the fan-in is a whole number, so a layer's count is the product of it and the remaining outputs, at most the
-    budget. At least one output stays.
+    Deviations: the fan-in is a whole number, so a layer's count is the product of it and the remaining outputs, at most
+    the budget. At least one output stays, and those that stay have a salient connection. The authors count the best
+    growth scores among kept connections too.
 
     Attributes:
-        ablate: γ_sal, the share of a fan-in, in [0, 1]; 0 keeps all outputs. The authors use 0.3.
+        ablate: γ_sal, the share of a fan-in, in [0, 1]; 0 keeps all outputs. The authors use 0.3 for convolutional
+            networks.
     """
 
     ablate: float = 0.0
@@ -392,32 +475,43 @@ class FanIn(_Grouped):
         if not 0 <= self.ablate <= 1:
             raise ConfigurationError(f"ablate={self.ablate} must lie in [0, 1]")
 
-    def index(self, layer: SparseLayer) -> Tensor:
+    def arrange(self, layer: SparseLayer, tensor: Tensor, absent: float = 0) -> Tensor:
         """See ``_Grouped``."""
-        return _matrix(layer)[:, :, None]
+        return _matrix(layer, tensor)[:, :, None]
 
     def fit(self, layer: SparseLayer, count: int) -> int:
         """See ``Unstructured``: a multiple of the number of outputs."""
         outputs, inputs = _matrix_shape(layer)
         return min(inputs, max(1, round(count / outputs))) * outputs
 
+    def holds(self, layer: SparseLayer, mask: Tensor) -> bool:
+        """See ``_Grouped``; outputs that were removed have no inputs."""
+        per_output = _matrix(layer, mask).sum(1)
+        alive = per_output[per_output > 0] if self.ablate else per_output
+        return alive.numel() > 0 and bool((alive == alive[0]).all())
+
     def _quotas_after(
-        self, layer: SparseLayer, target: int, exists: Tensor, kept: Tensor, highs: Tensor, active: Tensor
+        self,
+        layer: SparseLayer,
+        target: int,
+        exists: Tensor,
+        kept: Tensor,
+        wanted: Tensor,
+        active: Tensor,
+        generator: torch.Generator,
     ) -> Tensor:
-        inputs = exists.shape[1]
         if self.ablate == 0:
-            return self.quotas(layer, target, exists.cpu())
-        wanted = highs.masked_fill(kept, -math.inf).reshape(-1)
-        salient = kept.reshape(-1).clone()
-        salient[wanted.topk(min(max(0, target - int(kept.sum())), wanted.numel())).indices] = True
-        per_row = salient.view_as(kept).sum(1)
-        fan_in = max(1, target // max(1, int(active.any(1).sum())))
-        alive = per_row >= self.ablate * fan_in
-        alive &= per_row > 0
+            return self._quotas(layer, target, exists)
+        salient = kept.clone()
+        room = min(max(0, target - int(kept.sum())), int((wanted > -math.inf).sum()))
+        salient.view(-1)[top_indices(wanted.reshape(-1), room, generator)] = True
+        per_row = salient.sum(1)
+        fan_in = target / max(1, int(active.any(1).sum()))
+        alive = per_row >= max(1, math.ceil(self.ablate * fan_in))
         if not alive.any():
             alive[per_row.argmax()] = True
         # All outputs of a layer share the fan-in that its budget gives those which are left.
-        quota = min(inputs, max(1, target // int(alive.sum())))
+        quota = min(exists.shape[1], max(1, target // int(alive.sum())))
         return alive.to(torch.int64) * quota
 
 
@@ -495,17 +589,20 @@ class _Windows(_Grouped):
         whole, rest = divmod(inputs, self.m)
         return layer.weights // inputs * (whole * self.n + rest * self.n // self.m)
 
-    def _elements(self, layer: SparseLayer) -> int:
-        return 1
+    def arrange(self, layer: SparseLayer, tensor: Tensor, absent: float = 0) -> Tensor:
+        rows = tensor.movedim(layer.output_dim, 0).movedim(1, -1)
+        padding = -rows.shape[-1] % self.m
+        if padding:
+            rows = torch.nn.functional.pad(rows, (0, padding), value=absent)
+        return rows.reshape(-1, self.m, 1)
 
-    def index(self, layer: SparseLayer) -> Tensor:
-        table = torch.arange(layer.weights).view(layer.shape).movedim(layer.output_dim, 0)
-        rows = table.movedim(1, -1).reshape(-1, table.shape[1])
-        padding = -rows.shape[1] % self.m
-        return torch.nn.functional.pad(rows, (0, padding), value=-1).reshape(-1, self.m, 1)
+    def _exists(self, layer: SparseLayer, table: Tensor) -> Tensor:
+        inputs = _channels(layer)
+        padded = torch.arange(inputs + -inputs % self.m, device=table.device) < inputs
+        return padded.view(-1, self.m).repeat(layer.weights // inputs, 1)
 
-    def quotas(self, layer: SparseLayer, count: int, scopes: Tensor) -> Tensor:
-        return scopes.sum(1) * self.n // self.m
+    def _quotas(self, layer: SparseLayer, count: int, exists: Tensor) -> Tensor:
+        return exists.sum(1) * self.n // self.m
 
 
 @dataclass(frozen=True)
@@ -553,27 +650,36 @@ class TransposableNM(_Grouped):
         """See ``Unstructured``."""
         return layer.weights // self.m * self.n
 
-    def _elements(self, layer: SparseLayer) -> int:
-        return 1
-
-    def index(self, layer: SparseLayer) -> Tensor:
+    def arrange(self, layer: SparseLayer, tensor: Tensor, absent: float = 0) -> Tensor:
         """See ``_Grouped``."""
-        table = torch.arange(layer.weights).view(layer.shape).movedim(layer.output_dim, 0)
-        planes = table.reshape(table.shape[0], table.shape[1], -1).permute(2, 0, 1)
-        tiles = planes.unfold(1, self.m, self.m).unfold(2, self.m, self.m)
+        planes = tensor.movedim(layer.output_dim, 0).flatten(2) if tensor.ndim > 2 else tensor.unsqueeze(2)
+        tiles = planes.permute(2, 0, 1).unfold(1, self.m, self.m).unfold(2, self.m, self.m)
         return tiles.reshape(-1, self.m * self.m, 1)
+
+    def holds(self, layer: SparseLayer, mask: Tensor) -> bool:
+        """See ``_Grouped``."""
+        tiles = self.arrange(layer, mask).reshape(-1, self.m, self.m)
+        return all(bool((tiles.sum(side) == self.n).all()) for side in (1, 2))
 
     def select(self, layer: SparseLayer, scores: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """See ``_Grouped``; the tiles of the largest sum."""
-        index = self.index(layer).to(scores.device)
-        return index[self._best_tiles(_group_means(scores, index), generator)].reshape(-1).sort().values
+        return self._positions(layer, self._best_tiles(self._means(layer, scores), generator))[0]
 
     def _best_tiles(self, values: Tensor, generator: torch.Generator) -> Tensor:
-        tiles = torch.tensor(_tile_masks(self.n, self.m), dtype=values.dtype, device=values.device)
-        tiles = tiles[
-            torch.randperm(len(tiles), generator=generator).to(values.device)
-        ]  # argmax takes the first of equals
-        return tiles[(values @ tiles.t()).argmax(1)].bool()
+        """Per row of values ``[tiles, m · m]`` the permitted tile of the largest sum, bool; ties at random."""
+        permitted = torch.tensor(_tile_masks(self.n, self.m), dtype=values.dtype, device=values.device)
+        key, chosen = tie_key(generator), []
+        for first in range(0, values.shape[0], _TILES_AT_ONCE):
+            sums = values[first : first + _TILES_AT_ONCE] @ permitted.t()
+            highest, best = sums.max(1)
+            equal = sums == highest[:, None]
+            several = (equal.sum(1) > 1).nonzero().squeeze(1)
+            if several.numel():
+                ids = (several + first)[:, None] * len(permitted) + torch.arange(len(permitted), device=values.device)
+                order = tie_order(ids, key).masked_fill(~equal[several], torch.iinfo(torch.int64).max)
+                best[several] = order.argmin(1)
+            chosen.append(permitted[best].bool())
+        return torch.cat(chosen)
 
     def rewire(
         self,
@@ -592,22 +698,18 @@ class TransposableNM(_Grouped):
         Dropping and growing are one choice here: that of the tiles with the most weights which the drop score keeps, and
         among those, of the highest sum of growth scores.
         """
-        index = self.index(layer).to(mask.device)
-        active = mask.reshape(-1)[index[:, :, 0]]
-        lows = _group_means(drop_scores, index)
-        highs = torch.zeros_like(lows) if grow_scores is None else _group_means(grow_scores, index)
-        positions = active.reshape(-1).nonzero().squeeze(1)
-        kept = torch.zeros_like(active)
-        best = top_indices(lows.reshape(-1)[positions], max(0, positions.numel() - drop), generator)
-        kept.view(-1)[positions[best]] = True
-        spread = (highs.amax(1, keepdim=True) - highs.amin(1, keepdim=True)).clamp(min=1e-30)
-        value = (highs - highs.amin(1, keepdim=True)) / spread + kept * (self.m * self.m + 1.0)
+        active = self.arrange(layer, mask)[:, :, 0]
+        lows = self._means(layer, drop_scores)
+        highs = lows if grow_scores is None else self._means(layer, grow_scores)
+        kept = _without_lowest(active, lows, drop, generator)
+        low, high = highs.amin(1, keepdim=True), highs.amax(1, keepdim=True)
+        # Sums of a tile's growth scores stay below one, what was just dropped and what is kept weigh more.
+        scaled = (highs - low) / (high - low).clamp(min=torch.finfo(highs.dtype).tiny) / (self.m * self.m)
+        value = scaled + kept * 2.0 * (self.m * self.m)
         if not regrow_dropped:
-            value = value - (active & ~kept) * 2.0
+            value = value - (active & ~kept) * 1.0
         chosen = self._best_tiles(value, generator)
-        return Rewiring(
-            index[chosen & ~active].reshape(-1).sort().values, index[active & ~chosen].reshape(-1).sort().values
-        )
+        return Rewiring(*self._positions(layer, chosen & ~active, active & ~chosen))
 
 
 @lru_cache

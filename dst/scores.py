@@ -3,11 +3,12 @@
 A score is a frozen dataclass. ``needs_gradient`` says whether it reads the dense gradient of the step, ``observes`` that
 it must see every step's (the engine then keeps its buffer, and saves it). ``active_only`` marks scores that rank active
 connections by nothing but the active ones, in whatever shape: those are drop scores for storage without inactive weights.
+``after_drop`` marks grow scores whose ``view.mask`` is what the drop has left, not what was active before it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from dst.errors import ConfigurationError
 from dst.topology import random_free
-from dst.types import LayerView
+from dst.types import LayerView, Score
 
 
 class _Stateless:
@@ -155,3 +156,73 @@ class Importance(_Stateless):
         """Float, of the layer's shape."""
         assert view.importance is not None
         return view.importance
+
+
+@dataclass(frozen=True)
+class CH3L3(_Stateless):
+    """Cannistraci-Hebb theory's CH3-L3: predicts connections from the topology alone, without a gradient.
+
+    Zhang et al. 2024 (CHT), and 2025 (CHTs; https://arxiv.org/abs/2501.19107, "CH3-L3n", the form for nodes). The layer is
+    a bipartite graph. Inactive connections score high that would close many paths of length three whose intermediate nodes
+    have few links outside the local community. With A the mask, d its row sums, and E = (d_j - (A Aᵀ)_ij) where two rows
+    share an input, a path over row j counts 1 / max(E_ij, 1); the same over columns, both added up.
+
+    The mask is that after the drop. Where ``regrow_dropped`` is off, or a pattern groups connections, it is that before.
+
+    A convolution is read as the matrix of its outputs by (input channel, kernel position): every kernel position of a channel
+    is a node. The authors treat fully connected layers only.
+    """
+
+    active_only: ClassVar[bool] = False
+    after_drop: ClassVar[bool] = True
+
+    def __call__(self, view: LayerView) -> Tensor:
+        """Score, float32, of the layer's shape, >= 0; what active connections get has no meaning."""
+        links = view.mask.flatten(1).float()
+        return (_paths(links) + _paths(links.t()).t()).reshape(view.mask.shape)
+
+
+def _paths(links: Tensor) -> Tensor:
+    """For every (row, column): the sum over rows that have the column and share one with the row, of 1 / max(external, 1)."""
+    shared = links @ links.t()
+    external = links.sum(1) - shared  # of the intermediate row, links outside what it shares
+    return torch.where(shared > 0, 1 / external.clamp(min=1), 0) @ links
+
+
+@dataclass(frozen=True)
+class Soft(_Stateless):
+    """Draws by a score instead of taking its best: the chance of a connection is proportional to score^(1 / temperature).
+
+    Soft sampling of CHTs (Zhang et al. 2025, https://arxiv.org/abs/2501.19107), without replacement: the best of
+    log(score) / temperature plus Gumbel noise (the Gumbel-top-k trick; Kool et al. 2019, https://arxiv.org/abs/1903.06059).
+
+    Attributes:
+        score: A score >= 0 that reads no gradient.
+        temperature: > 0; towards 0 it is the score itself, from 1 on all connections come close to each other.
+    """
+
+    score: Score = field(default_factory=Magnitude)
+    temperature: float = 1.0
+    active_only: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ConfigurationError(f"temperature={self.temperature} must be positive; use the score itself for 0")
+        if self.score.needs_gradient or self.score.observes:
+            raise ConfigurationError(f"Soft draws by scores of weights or topology, not by {type(self.score).__name__}")
+
+    @property
+    def after_drop(self) -> bool:
+        """As the score."""
+        return bool(getattr(self.score, "after_drop", False))
+
+    def __call__(self, view: LayerView) -> Tensor:
+        """log(score) / temperature + noise, float32 or wider, of the layer's shape; lowest of all where the score is 0."""
+        scores = self.score(view)
+        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        # Exponential variables E give Gumbel noise -log(E). Drawn on the CPU: the same on every device.
+        noise = torch.empty(scores.shape, dtype=torch.float64).exponential_(generator=view.generator).log()
+        positive = scores.clamp(min=torch.finfo(scores.dtype).tiny)
+        drawn = positive.log() / self.temperature - noise.to(scores)
+        # Those without any score come after all others, at random.
+        return torch.where(scores > 0, drawn, drawn - 1e6)

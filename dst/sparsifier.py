@@ -34,7 +34,17 @@ from dst.redistribute import apportion
 from dst.scores import Magnitude, Random
 from dst.sharding import all_agree, check_equal_masks, local, whole
 from dst.topology import top_indices
-from dst.types import CallInit, LayerStat, LayerView, LossInit, Score, folded_generator, resolve_steps, waits_for_batch
+from dst.types import (
+    CallInit,
+    LayerStat,
+    LayerView,
+    LossInit,
+    Pattern,
+    Score,
+    folded_generator,
+    resolve_steps,
+    waits_for_batch,
+)
 from dst.warmup import WarmUp, check_whole
 
 logger = logging.getLogger(__name__)
@@ -588,7 +598,17 @@ class Sparsifier:
         total = sum(layer.weights for layer in self.layers)
         parts = {layer.label: layer.part(masks[layer.parameter]).reshape(-1) for layer in self.layers}
         kept = sum(int(part.sum()) for part in parts.values())
-        if abs(kept - self.method.density * total) > len(self.layers):
+        density = self.method.density
+        pattern = self.method.pattern.for_density(density) if density < 1 else Unstructured()
+        slack = 0
+        for layer in self.layers:
+            mask = layer.part(masks[layer.parameter])
+            if pattern.obstacle(layer) is None and not pattern.holds(layer, mask) and not bool(mask.all()):
+                raise ConfigurationError(
+                    f"the mask of {layer.label} in {path} has not the pattern {type(self.method.pattern).__name__}"
+                )
+            slack += pattern.fit(layer, 1) if pattern.obstacle(layer) is None else layer.weights
+        if abs(kept - density * total) > slack:
             raise ConfigurationError(
                 f"the masks in {path} have density {kept / total:.6g}, the method {self.method.density:.6g}; "
                 f"pass density={kept / total:.6g}"
@@ -644,20 +664,20 @@ class Sparsifier:
         moves = self.method.schedule is not None or self._set_density is not None
         if not moves or density == self._budget_density:
             return
-        method, active = self.method, [self._active(layer) for layer in self.layers]
+        method = self.method
         pattern = method.pattern.for_density(density) if density < 1 else Unstructured()
         if method.allocation.needs_scores and pattern.is_free and density < 1:
-            wanted = network_budget([layer.shape for layer in self.layers], density)
+            free = [layer for layer in self.layers if pattern.obstacle(layer) is None]
+            active = [self._active(layer) for layer in free]
+            wanted = network_budget([layer.shape for layer in free], density)
             if wanted < sum(active):
                 counts = layer_counts(method, self.layers, density, [self._survival(x, step) for x in self.layers])
             else:
                 # Growth has no network-wide threshold: every layer grows in proportion to what it has.
-                room = [layer.weights - a for layer, a in zip(self.layers, active, strict=True)]
+                room = [layer.weights - a for layer, a in zip(free, active, strict=True)]
                 grown = apportion(wanted - sum(active), [float(a) for a in active], room)
-                counts = [
-                    pattern.fit(x, a + g) if pattern.obstacle(x) is None else x.weights
-                    for x, a, g in zip(self.layers, active, grown, strict=True)
-                ]
+                more = {x.label: pattern.fit(x, a + g) for x, a, g in zip(free, active, grown, strict=True)}
+                counts = [more.get(layer.label, layer.weights) for layer in self.layers]
         else:
             counts = layer_counts(method, self.layers, density)
         assert counts is not None
@@ -694,6 +714,8 @@ class Sparsifier:
             if not self._active(layer) == self._budgets[layer.label] == layer.weights
         ]
         changes = self._changes(moved, step, fraction, scores)
+        if pattern.is_grouped:
+            changes = [self._whole_groups(pattern, layer, c) for layer, c in zip(moved, changes, strict=True)]
         condemned = self._condemned(moved, changes, step) if method.chain_removal else {}
         drafts = []
         for layer, change in zip(moved, changes, strict=True):
@@ -708,11 +730,18 @@ class Sparsifier:
                 {role: b for (role, label), b in self._buffers.items() if label == layer.label},
                 partial(self._generator, step, layer),
                 method.regrow_dropped,
-                pattern,
+                pattern if pattern.obstacle(layer) is None else Unstructured(),
                 extra,
             )
             drafts.append((layer, draft))
         return drafts
+
+    def _whole_groups(self, pattern: Pattern, layer: SparseLayer, change: Change) -> Change:
+        """The change that ends at what the pattern can hold."""
+        kept = self._active(layer) - change.drop
+        wanted = kept + change.grow
+        target = layer.weights if pattern.obstacle(layer) else pattern.fit(layer, wanted)
+        return Change(change.drop + max(0, kept - target), max(0, target - kept))
 
     def _generator(self, step: int, layer: SparseLayer, role: str) -> torch.Generator:
         return folded_generator(self.seed, role, step, layer.label)

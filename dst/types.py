@@ -173,6 +173,9 @@ class Pattern(Protocol):
     def fit(self, layer: SparseLayer, count: int) -> int:
         """The number of active weights that comes nearest to ``count`` and the pattern can hold."""
 
+    def holds(self, layer: SparseLayer, mask: Tensor) -> bool:
+        """Whether a mask has the pattern."""
+
     def spread(self, layer: SparseLayer, scores: Tensor) -> Tensor:
         """Every weight's score replaced by that of its group; of the layer's shape."""
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dst import Method, methods
 from dst.allocation import ER, Global, Uniform
 from dst.init import Magnitude, Snip, Synflow
+from dst.patterns import NM, Block, FanIn, Neuron
 from dst.schedules import Constant, InversePower, Linear
 from dst.scores import Gradient, Momentum, Random
 from dst.types import CallInit, LossInit
@@ -38,6 +39,15 @@ METHODS: dict[str, Callable[[], Method]] = {
     ),
     "rigl_snip": lambda: methods.rigl(DENSITY, update_every=4, init=Snip(), allocation=Global()),
     "rigl_synflow": lambda: methods.rigl(DENSITY, update_every=4, init=Synflow(5)),
+    "rigl_block": lambda: methods.rigl_block(DENSITY, update_every=4, pattern=Block(2, 2)),
+    "rigl_neurons": lambda: methods.rigl(DENSITY, update_every=4, pattern=Neuron(), regrow_dropped=False),
+    "rigl_fan_in": lambda: methods.rigl(DENSITY, update_every=4, pattern=FanIn(), replace_step=False),
+    "rigl_nm": lambda: methods.rigl(DENSITY, update_every=4, pattern=NM()),
+    "static_global_blocks": lambda: methods.static(DENSITY, sparsify_at=5, pattern=Block(2, 4)),
+    "srigl": lambda: methods.srigl(DENSITY, update_every=4),
+    "dynadiag": lambda: methods.dynadiag(DENSITY, update_every=4),
+    "cht": lambda: methods.cht(DENSITY, update_every=4),
+    "cht_soft": lambda: methods.cht(DENSITY, update_every=4, temperature=0.5, chain_removal=False),
     "momentum_growth": lambda: methods.rigl(DENSITY, update_every=4, grow=Momentum(0.8), fraction=Linear(0.5)),
     "watching_twice": lambda: methods.set_(
         DENSITY, update_every=5, drop=Momentum(0.5), grow=Momentum(0.9), replace_step=False

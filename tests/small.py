@@ -11,6 +11,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 import dst
+from dst.patterns import Unstructured
 
 
 class Small(nn.Module):
@@ -112,3 +113,19 @@ def train(
         backward(model, optimizer, step, sparsifier)
         sparsifier.before_step()
         optimizer.step()
+
+
+def check_budget(sparsifier: dst.Sparsifier, method: dst.Method) -> None:
+    """Assert that the network has the method's density, as exactly as the pattern can hold it."""
+    pattern = method.pattern.for_density(method.density) if method.density < 1 else Unstructured()
+    active = {row["name"]: row["nonzero"] for row in sparsifier.layer_table()}
+    free = [layer for layer in sparsifier.layers if pattern.obstacle(layer) is None]
+    assert all(active[layer.label] == layer.weights for layer in sparsifier.layers if layer not in free)
+    assert all(pattern.holds(layer, layer.part(sparsifier.masks[layer.parameter])) for layer in free)
+    if not pattern.is_free:
+        assert all(active[layer.label] == pattern.fit(layer, 1) for layer in free)
+        return
+    # A whole number of groups, as near to the layer's share as can be; removed outputs leave a remainder.
+    slack = sum(pattern.fit(layer, 1) for layer in free)
+    missing = method.density * sum(x.weights for x in free) - sum(active[x.label] for x in free)
+    assert abs(missing) <= slack * (2 if getattr(pattern, "ablate", 0) else 1)

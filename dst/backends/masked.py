@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -194,7 +195,10 @@ class Masked:
             sampler = as_sampler(grow)
             if sampler is not None:
                 return sampler.sample(layer.weights, barred, count, views["grow"].generator)
-            return best_free(grow(views["grow"]), count, barred, ties)
+            view = views["grow"]
+            if getattr(grow, "after_drop", False) and draft.regrow_dropped:  # what is barred is what was kept
+                view = replace(view, mask=fill_at_(torch.zeros_like(mask), barred, 1))
+            return best_free(grow(view), count, barred, ties)
 
         return rewire(
             active,

@@ -4,32 +4,40 @@ Every function returns a frozen ``dst.Method``. Durations (``update_every``, ``s
 when they are ints and fractions of the total steps when they are floats.
 """
 
+from dst.methods.cht import cht
 from dst.methods.dense import dense
+from dst.methods.dynadiag import dynadiag
 from dst.methods.grasp import grasp
 from dst.methods.l0 import l0
 from dst.methods.lottery_ticket_rewind import lottery_ticket_rewind
 from dst.methods.movement import movement
 from dst.methods.rigl import rigl
+from dst.methods.rigl_block import rigl_block
 from dst.methods.set_ import set_
 from dst.methods.snip import snip
 from dst.methods.sparse_from_scratch import sparse_from_scratch
 from dst.methods.sr_ste import sr_ste
+from dst.methods.srigl import srigl
 from dst.methods.static import static
 from dst.methods.str_ import str_
 from dst.methods.synflow import synflow
 from dst.methods.top_kast import top_kast
 
 __all__ = [
+    "cht",
     "dense",
+    "dynadiag",
     "grasp",
     "l0",
     "lottery_ticket_rewind",
     "movement",
     "rigl",
+    "rigl_block",
     "set_",
     "snip",
     "sparse_from_scratch",
     "sr_ste",
+    "srigl",
     "static",
     "str_",
     "synflow",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dst import init as inits
 from dst.allocation import Global
 from dst.method import LotterySchedule, Method
-from dst.types import Allocation, Duration
+from dst.patterns import Unstructured
+from dst.types import Allocation, Duration, Pattern
 
 
 def lottery_ticket_rewind(
@@ -15,6 +16,7 @@ def lottery_ticket_rewind(
     rewind_to: Duration = 0,
     rewind: str = "weights",
     allocation: Allocation | None = None,
+    pattern: Pattern | None = None,
     backend: str = "masked",
 ) -> Method:
     """Lottery tickets: iterative magnitude pruning with rewinding.
@@ -34,6 +36,7 @@ def lottery_ticket_rewind(
         rewind: What goes back to it: ``"weights"`` (all), ``"learning_rate"`` (its schedule, with the weights as trained)
             or ``"none"`` (fine-tuning at the last learning rate).
         allocation: How a level's budget is split; by default one global threshold.
+        pattern: Every weight for itself; levels prune single weights, so others are refused.
         backend: Where weights live.
     """
     return Method(
@@ -42,5 +45,6 @@ def lottery_ticket_rewind(
         init=inits.Magnitude(),
         allocation=allocation if allocation is not None else Global(),
         lottery=LotterySchedule(prune_fraction, rewind_to, rewind),
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )

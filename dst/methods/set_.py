@@ -6,8 +6,9 @@ from dst import init as inits
 from dst import scores
 from dst.allocation import ERK
 from dst.method import Method
+from dst.patterns import Unstructured
 from dst.schedules import Constant, Every
-from dst.types import Allocation, Duration, Fraction, Init, Score
+from dst.types import Allocation, Duration, Fraction, Init, Pattern, Score
 
 
 def set_(
@@ -24,6 +25,7 @@ def set_(
     replace_step: bool = False,
     regrow_dropped: bool = True,
     rescale_init: bool = False,
+    pattern: Pattern | None = None,
     backend: str = "masked",
 ) -> Method:
     """Sparse evolutionary training (Mocanu et al. 2018, https://arxiv.org/abs/1707.04780).
@@ -48,6 +50,7 @@ def set_(
         replace_step: Whether an update takes the place of a step.
         regrow_dropped: Whether just-dropped connections are candidates for growth.
         rescale_init: Scale initial weights to the active fan-in.
+        pattern: Which weights live and die together; every weight for itself by default.
         backend: Where weights live.
     """
     return Method(
@@ -62,5 +65,6 @@ def set_(
         replace_step=replace_step,
         regrow_dropped=regrow_dropped,
         rescale_init=rescale_init,
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dst.allocation import ERK
 from dst.method import Method
-from dst.types import Allocation
+from dst.patterns import Unstructured
+from dst.types import Allocation, Pattern
 
 
 def sparse_from_scratch(
@@ -12,6 +13,7 @@ def sparse_from_scratch(
     *,
     allocation: Allocation | None = None,
     rescale_init: bool = True,
+    pattern: Pattern | None = None,
     backend: str = "masked",
 ) -> Method:
     """A random mask, fixed from step 0, with a sparse-aware initialisation.
@@ -23,6 +25,7 @@ def sparse_from_scratch(
         density: Target density, in (0, 1].
         allocation: How the budget is split; ERK by default.
         rescale_init: Scale initial weights to the active fan-in (Evci et al. 2022, https://arxiv.org/abs/2010.03533).
+        pattern: Which weights live and die together; every weight for itself by default.
         backend: Where weights live.
     """
     return Method(
@@ -30,5 +33,6 @@ def sparse_from_scratch(
         density=density,
         allocation=allocation if allocation is not None else ERK(),
         rescale_init=rescale_init,
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dst import init as inits
 from dst.allocation import Global
 from dst.method import Method
-from dst.types import Allocation, Duration, Init
+from dst.patterns import Unstructured
+from dst.types import Allocation, Duration, Init, Pattern
 
 
 def static(
@@ -14,6 +15,7 @@ def static(
     init: Init | None = None,
     sparsify_at: Duration | None = None,
     allocation: Allocation | None = None,
+    pattern: Pattern | None = None,
     backend: str = "masked",
 ) -> Method:
     """A mask that is fixed once and never changes.
@@ -28,6 +30,7 @@ def static(
         init: What the mask is made from.
         sparsify_at: When it is made: 0.25 by default for magnitude, the start for everything else.
         allocation: How the budget is split; by default one global threshold.
+        pattern: Which weights live and die together; every weight for itself by default.
         backend: Where weights live.
     """
     init = init if init is not None else inits.Magnitude()
@@ -39,5 +42,6 @@ def static(
         init=init,
         sparsify_at=sparsify_at,
         allocation=allocation if allocation is not None else Global(),
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )

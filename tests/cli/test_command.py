@@ -5,21 +5,26 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import dst
 from dst import cli
+from dst.catalogue import cost
+from dst.init import Snip
+from dst.scores import Momentum
 
 ROOT = Path(cli.__file__).resolve().parents[1]
 QUICK = ("trainer.max_epochs=2", "trainer.enable_progress_bar=false")
 
 
-def train(folder, *arguments):
+def train(folder, *arguments, path=""):
     environment = {k: v for k, v in os.environ.items() if k not in ("DST_TRACEBACK", "HYDRA_FULL_ERROR")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [path])])}
     command = [sys.executable, "-c", "import sys; from dst.cli import train; sys.exit(train(sys.argv[1:]))"]
     if (ROOT / "train.py").exists():
         command = [sys.executable, str(ROOT / "train.py")]
@@ -147,8 +152,25 @@ def test_an_unknown_command_is_refused(capsys):
     assert "dst train" in capsys.readouterr().out
 
 
-def test_methods_are_listed_with_their_settings(capsys):
+def test_methods_are_listed_with_what_they_are(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     assert cli.main(["methods"]) == 0
-    shown = capsys.readouterr().out
-    for word in ("rigl", "set ", "lottery_ticket_rewind", "update_every", "Evci"):
-        assert word in shown
+    header, *lines = [line.rstrip() for line in capsys.readouterr().out.splitlines() if line.strip()]
+    assert header.split("  ")[0] == "sparsity="
+    rows = {line.split()[0]: re.split(r"\s{2,}", line)[1:] for line in lines}
+    assert sorted(rows) == sorted(name.rstrip("_") for name in dst.methods.__all__)
+    assert rows["rigl"] == ["masked, csr", "gradient", "unstructured", "every ΔT", "arXiv:1911.11134"]
+    assert rows["set"] == ["masked, csr", "random", "unstructured", "never", "arXiv:1707.04780"]
+    assert rows["srigl"] == ["masked", "gradient", "fan in", "every ΔT", "arXiv:2305.02299"]
+    assert rows["static"][:4] == ["masked", "none", "unstructured", "until the mask"]
+    assert rows["dense"][:4] == ["masked, csr", "none", "unstructured", "always"]
+    assert rows["cht"][:4] == ["masked", "CH3L3", "unstructured", "never"]
+    for name, row in rows.items():
+        assert len(row) == 5 or name in ("dense", "small_dense")  # all others have a paper
+
+
+def test_what_a_step_of_a_method_costs():
+    assert cost(dst.methods.static(0.1, init=Snip())) == "first step"
+    assert cost(dst.methods.rigl(0.1, grow=Momentum())) == "always"
+    assert cost(dst.methods.sparse_from_scratch(0.1)) == "never"
+    assert cost(dst.methods.lottery_ticket_rewind(0.1)) == "until the mask"
