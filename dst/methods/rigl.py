@@ -24,6 +24,7 @@ def rigl(
     replace_step: bool = True,
     regrow_dropped: bool = True,
     rescale_init: bool = False,
+    grown_warmup: int = 0,
     backend: str = "masked",
 ) -> Method:
     """RigL, the rigged lottery (Evci et al. 2020, https://arxiv.org/abs/1911.11134, Algorithm 1).
@@ -48,6 +49,7 @@ def rigl(
         replace_step: Whether an update takes the place of a step.
         regrow_dropped: Whether just-dropped connections are candidates for growth.
         rescale_init: Scale initial weights to the active fan-in.
+        grown_warmup: Steps over which grown weights come to move in full.
         backend: Where weights live.
     """
     return Method(
@@ -62,5 +64,6 @@ def rigl(
         replace_step=replace_step,
         regrow_dropped=regrow_dropped,
         rescale_init=rescale_init,
+        grown_warmup=grown_warmup,
         backend=backend,
     )

@@ -23,6 +23,10 @@ def view(weight=None, mask=None, gradient=None, buffer=None, seed=0):
     )
 
 
+def seen(gradient):
+    return LayerView(torch.zeros_like(gradient), torch.ones_like(gradient).bool(), gradient, None, torch.Generator())
+
+
 def test_magnitude_and_gradient():
     assert scores.Magnitude()(view(weight=[[-2.0, 1.0]])).tolist() == [[2.0, 1.0]]
     assert scores.Gradient()(view(gradient=[[-2.0, 1.0]])).tolist() == [[2.0, 1.0]]
@@ -44,9 +48,9 @@ def test_dropping_by_signed_magnitude_takes_the_same_share_of_both_signs():
 
 def test_momentum_is_a_mean_of_dense_gradients():
     score = scores.Momentum(beta=0.75)
-    buffer = score.observe(None, torch.tensor([4.0, -8.0]))
+    buffer = score.observe(None, seen(torch.tensor([4.0, -8.0])))
     assert buffer.tolist() == [1.0, -2.0]
-    buffer = score.observe(buffer, torch.tensor([0.0, 8.0]))
+    buffer = score.observe(buffer, seen(torch.tensor([0.0, 8.0])))
     assert buffer.tolist() == [0.75, 0.5]
     assert score(view(weight=[1.0, 1.0], buffer=[-1.0, 2.0])).tolist() == [1.0, 2.0]
 
@@ -56,9 +60,9 @@ def test_momentum_is_a_mean_of_dense_gradients():
 )
 def test_momentum_is_kept_in_float32_or_wider(dtype, kept):
     gradient = torch.ones(3, dtype=dtype)
-    buffer = scores.Momentum().observe(None, gradient)
+    buffer = scores.Momentum().observe(None, seen(gradient))
     assert buffer.dtype == kept
-    assert scores.Momentum().observe(buffer, gradient).dtype == kept
+    assert scores.Momentum().observe(buffer, seen(gradient)).dtype == kept
     assert gradient.tolist() == [1, 1, 1]
 
 
@@ -91,7 +95,7 @@ def test_what_scores_ask_for(score, gradient, observes):
     assert (score.needs_gradient, score.observes) == (gradient, observes)
     if not observes:
         with pytest.raises(TypeError, match=type(score).__name__):
-            score.observe(None, torch.ones(1))
+            score.observe(None, seen(torch.ones(1)))
 
 
 def test_inits():
