@@ -126,7 +126,7 @@ class KeptSign(_Stateless):
         return torch.where(signs == 0, drawn.to(signs.device), signs)
 
     def __call__(self, view: LayerView) -> Tensor:
-        """weight · sign, float, of the layer's shape."""
+        """Weight · sign, float, of the layer's shape."""
         assert view.buffer is not None
         return view.weight * view.buffer
 

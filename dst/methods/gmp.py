@@ -6,13 +6,14 @@ from dst.allocation import Uniform
 from dst.method import Method
 from dst.schedules import Constant, Cubic, Every
 from dst.scores import Magnitude
-from dst.types import Allocation, Duration, Score
+from dst.types import Allocation, DensitySchedule, Duration, Score
 
 
 def gmp(
     density: float = 0.1,
     *,
     initial_density: float = 1.0,
+    schedule: DensitySchedule | None = None,
     update_every: Duration = 100,
     start: Duration = 0,
     stop: Duration = 0.75,
@@ -31,6 +32,7 @@ def gmp(
     Args:
         density: Final density, in (0, 1].
         initial_density: Density at first, in (0, 1].
+        schedule: Density over time, instead of the cubic one from ``initial_density``, ``start`` to ``stop``.
         update_every: ΔT, steps between updates.
         start: Where pruning begins.
         stop: Where it ends.
@@ -45,7 +47,7 @@ def gmp(
         drop=drop if drop is not None else Magnitude(),
         clock=Every(update_every, start, stop),
         fraction=Constant(0.0),
-        schedule=Cubic(initial_density, start, stop),
+        schedule=schedule if schedule is not None else Cubic(initial_density, start, stop),
         replace_step=False,
         backend=backend,
     )

@@ -7,13 +7,14 @@ from dst import scores
 from dst.allocation import ERK, Global
 from dst.method import Method
 from dst.schedules import Cosine, Cubic, Every
-from dst.types import Allocation, Duration, Fraction, Init, Score
+from dst.types import Allocation, DensitySchedule, Duration, Fraction, Init, Score
 
 
 def granet(
     density: float = 0.1,
     *,
     initial_density: float = 1.0,
+    schedule: DensitySchedule | None = None,
     update_every: Duration = 100,
     start: Duration = 0,
     stop: Duration = 0.75,
@@ -41,6 +42,7 @@ def granet(
     Args:
         density: Final density, in (0, 1].
         initial_density: Density at first, in (0, 1].
+        schedule: Density over time, instead of the cubic one from ``initial_density``, ``start`` to ``stop``.
         update_every: Steps between updates.
         start: First step that may update, and where the density begins to move.
         stop: Where the density has arrived, and the last update happens.
@@ -66,7 +68,7 @@ def granet(
         grow=grow if grow is not None else scores.Gradient(),
         clock=Every(update_every, start, stop),
         fraction=fraction if fraction is not None else Cosine(0.5),
-        schedule=Cubic(initial_density, start, stop),
+        schedule=schedule if schedule is not None else Cubic(initial_density, start, stop),
         replace_step=replace_step,
         regrow_dropped=regrow_dropped,
         rescale_init=rescale_init,
