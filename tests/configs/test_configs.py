@@ -67,7 +67,9 @@ def test_a_methods_pieces_can_be_exchanged(config, group, name, tmp_path):
         "file": [f"sparsity.init.path={tmp_path}/masks.pt"],
         "per_layer": ["sparsity.allocation.densities_by_name={*.hidden.*:0.1,*:0.5}"],
     }
-    cfg = config(f"sparsity={OWNERS.get(group, 'rigl')}", "density=0.2", f"sparsity/{group}={name}", *needed.get(name, []))
+    cfg = config(
+        f"sparsity={OWNERS.get(group, 'rigl')}", "density=0.2", f"sparsity/{group}={name}", *needed.get(name, [])
+    )
     piece = getattr(_make(cfg.sparsity), group)
     assert type(piece) is get_class(cfg.sparsity[group]._target_)
     fields = set(inspect.signature(type(piece)).parameters)
