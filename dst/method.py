@@ -179,7 +179,9 @@ class Method:
 
     def density_at(self, step: int, total_steps: int) -> float:
         """The budget that an update at ``step`` keeps to, in (0, 1]."""
-        return self.density if self.schedule is None else self.schedule(step, total_steps, self.density)
+        if self.schedule is None or step >= total_steps - 1:
+            return self.density  # the last step is the last chance to arrive there
+        return self.schedule(step, total_steps, self.density)
 
     def _needs_inactive_weights(self) -> str | None:
         """Why the method cannot do with non-zeros alone, or ``None``."""

@@ -33,7 +33,7 @@ from dst.scores import Magnitude, Random
 from dst.sharding import all_agree, check_equal_masks, local, whole
 from dst.topology import top_indices
 from dst.types import LayerStat, LayerView, Score, folded_generator, resolve_steps
-from dst.warmup import WarmUp, check_whole
+from dst.warmup import WarmUp, check_whole, check_young
 
 logger = logging.getLogger(__name__)
 
@@ -661,7 +661,7 @@ class Sparsifier:
                 scores,
                 {role: b for (role, label), b in self._buffers.items() if label == layer.label},
                 partial(self._generator, step, layer),
-                method.regrow_dropped,
+                method.regrow_dropped or change.grow == 0,
                 pattern,
                 extra,
             )
@@ -960,6 +960,7 @@ class Sparsifier:
         self._check_masks(state["masks"], "the checkpoint")
         self._check_table(state)
         self._check_buffers(state)
+        check_young(state["warming"], {layer.label: layer for layer in self.layers})
         if state["total_steps"] != self.total_steps:
             logger.warning(
                 "the checkpoint's schedules were laid out for %s steps and go on for %d",

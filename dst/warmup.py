@@ -72,17 +72,23 @@ class WarmUp:
     def load(
         self, state: Mapping[str, Any], layers: Mapping[str, SparseLayer], parameters: Mapping[str, nn.Parameter]
     ) -> None:
-        """Go on from ``state``.
-
-        Raises:
-            StateError: A state that does not fit the layers.
-        """
+        """Go on from ``state``, which ``check_young`` has passed."""
         self._young, self._before = {}, {}
         for label, (positions, born) in state.items():
-            if label not in layers or positions.shape != born.shape:
-                raise StateError(f"the state is damaged: grown weights of {label} do not fit the model")
             device = parameters[layers[label].parameter].device
             self._young[label] = (layers[label], positions.to(device).clone(), born.to(device).clone())
+
+
+def check_young(state: Mapping[str, Any], layers: Mapping[str, SparseLayer]) -> None:
+    """Raise ``StateError`` for what ``WarmUp.state`` cannot have returned for these layers."""
+    for label, young in state.items():
+        fits = label in layers and isinstance(young, (list, tuple)) and len(young) == 2
+        fits = fits and all(isinstance(t, Tensor) and t.dtype == torch.int64 and t.ndim == 1 for t in young)
+        if fits and young[0].shape == young[1].shape:
+            positions = young[0]
+            if not positions.numel() or 0 <= int(positions.min()) <= int(positions.max()) < layers[label].weights:
+                continue
+        raise StateError(f"the state is damaged: grown weights of {label} do not fit the model")
 
 
 def check_whole(parameters: Mapping[str, nn.Parameter], setting: str) -> None:

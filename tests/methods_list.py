@@ -55,7 +55,7 @@ METHODS: dict[str, Callable[[], Method]] = {
     "granet": lambda: methods.granet(DENSITY, update_every=4),
     "granet_sparse_start": lambda: methods.granet(DENSITY, update_every=3, initial_density=0.6, rescale_init=True),
     "granet_growing": lambda: methods.granet(
-        DENSITY, update_every=3, schedule=Stepwise(((4, 0.1), (10, 0.5)), initial=0.2, stop=16), grown_warmup=2
+        DENSITY, update_every=3, schedule=Stepwise(((4, 0.2), (10, 0.5)), initial=0.25, stop=16), grown_warmup=2
     ),
     "ac_dc": lambda: methods.ac_dc(DENSITY, phase=4, start=3),
     "gmp": lambda: methods.gmp(DENSITY, update_every=4),
