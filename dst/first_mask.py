@@ -13,11 +13,15 @@ from dst.layers import SparseLayer
 from dst.method import Method
 from dst.patterns import Unstructured
 from dst.topology import count_active, top_indices
-from dst.types import LayerView, as_sampler, folded_generator
+from dst.types import Allocation, LayerView, as_sampler, folded_generator
 
 
 def layer_counts(
-    method: Method, layers: Sequence[SparseLayer], density: float, scores: Sequence[Tensor] | None = None
+    method: Method,
+    layers: Sequence[SparseLayer],
+    density: float,
+    scores: Sequence[Tensor] | None = None,
+    allocation: Allocation | None = None,
 ) -> list[int] | None:
     """Split a budget over layers, as the method's allocation and pattern have it.
 
@@ -26,6 +30,7 @@ def layer_counts(
         layers: All sparse layers.
         density: The density, in (0, 1], over the layers that can have the pattern; others stay dense.
         scores: One float tensor per layer, of its shape, for an allocation that needs them.
+        allocation: Instead of the method's.
 
     Returns:
         Active weights per layer, or ``None`` where scores decide and there are none yet.
@@ -35,7 +40,7 @@ def layer_counts(
     """
     if density == 1:
         return [layer.weights for layer in layers]
-    pattern = method.pattern.for_density(density)
+    pattern, allocation = method.pattern.for_density(density), allocation or method.allocation
     free = [layer for layer in layers if pattern.obstacle(layer) is None]
     if not free:
         reasons = "; ".join(f"{layer.label}: {pattern.obstacle(layer)}" for layer in layers)
@@ -47,9 +52,9 @@ def layer_counts(
     elif scores is not None:
         score_of = {layer.label: score for layer, score in zip(layers, scores, strict=True)}
         spread = [pattern.spread(layer, score_of[layer.label]) for layer in free]
-        counts = method.allocation.counts(labels, shapes, density, spread)
+        counts = allocation.counts(labels, shapes, density, spread)
     else:
-        counts = planned_counts(method.allocation, labels, shapes, density)
+        counts = planned_counts(allocation, labels, shapes, density)
     if counts is None:
         return None
     fitted = {layer.label: pattern.fit(layer, count) for layer, count in zip(free, counts, strict=True)}
@@ -94,9 +99,10 @@ def first_positions(
 
     density = method.density if density is None else density
     pattern = method.pattern.for_density(density) if density < 1 else Unstructured()
-    by_score = method.allocation.needs_scores and pattern.is_free and density < 1
+    allocation = method.first_allocation or method.allocation
+    by_score = allocation.needs_scores and pattern.is_free and density < 1
     scores = [score(layer) for layer in layers] if by_score else None
-    counts = layer_counts(method, layers, density, scores)
+    counts = layer_counts(method, layers, density, scores, allocation)
     assert counts is not None
     for i, (layer, count) in enumerate(zip(layers, counts, strict=True)):
         if layer.label in placed:

@@ -91,6 +91,7 @@ class Method:
             their variance under the first mask (Evci et al. 2022, section 3.1, https://arxiv.org/abs/2010.03533).
         pattern: Which weights live and die together, and within which window a budget holds; see ``dst.patterns``.
         schedule: The budget over time; ``None`` for the same density throughout. ``density`` is what it ends at.
+        first_allocation: How the first mask's budget is split, where otherwise than later ones; needs ``schedule``.
         redistribute: Moves budget between layers at updates; ``None`` for none.
         amount: How many connections an update drops, instead of ``fraction``.
         surplus: Share of the budget by which an update grows more than it, until the next update drops down to it (MEST's
@@ -124,6 +125,7 @@ class Method:
     rescale_init: bool = False
     pattern: Pattern = field(default_factory=patterns.Unstructured)
     schedule: DensitySchedule | None = None
+    first_allocation: Allocation | None = None
     redistribute: Redistribution | None = None
     amount: Amount | None = None
     surplus: Fraction | None = None
@@ -185,6 +187,10 @@ class Method:
         if self.surplus is not None and (self.redistribute is not None or self.amount is not None):
             raise ConfigurationError(f"{self.name}: surplus does not combine with redistribute or amount")
         self._check_pattern()
+        if self.first_allocation is not None and self.schedule is None:
+            raise ConfigurationError(f"{self.name}: first_allocation differs from allocation only with a schedule")
+        if isinstance(self.grown_warmup, bool) or not isinstance(self.grown_warmup, int):
+            raise ConfigurationError(f"{self.name}: grown_warmup={self.grown_warmup!r} must be a whole number of steps")
         if self.grown_warmup < 0:
             raise ConfigurationError(f"{self.name}: grown_warmup={self.grown_warmup} must not be negative")
 
@@ -213,7 +219,9 @@ class Method:
 
     def density_at(self, step: int, total_steps: int) -> float:
         """The budget that an update at ``step`` keeps to, in (0, 1]."""
-        return self.density if self.schedule is None else self.schedule(step, total_steps, self.density)
+        if self.schedule is None or step >= total_steps - 1:
+            return self.density  # the last step is the last chance to arrive there
+        return self.schedule(step, total_steps, self.density)
 
     def _check_relaxation(self, relaxation: Relaxation, dynamic: bool) -> None:
         kind = type(relaxation).__name__
@@ -258,12 +266,18 @@ class Method:
             return f"{type(self.pattern).__name__} connections are chosen there by masks"
         for score in self.scores().values():
             if score.observes:
-                return f"{type(score).__name__} watches the dense gradient at every step"
+                return f"{type(score).__name__} watches every weight at every step"
         if self.drop is not None and not getattr(self.drop, "active_only", False):
             return f"{type(self.drop).__name__} is no drop score of the active weights alone"
         if self.grow is not None and as_sampler(self.grow) is None and type(self.grow) is not scores.Gradient:
             return f"growth is by gradient or at random there, not by {type(self.grow).__name__}"
         return None
+
+    @property
+    def reads_gradient(self) -> bool:
+        """Whether a topology update reads the dense gradient."""
+        redistributes = self.redistribute is not None and self.redistribute.needs_gradient
+        return redistributes or any(score.needs_gradient for score in self.scores().values())
 
     @property
     def is_dynamic(self) -> bool:

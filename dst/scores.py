@@ -1,7 +1,7 @@
 """Drop and grow scores: each ranks a layer's connections, higher being better to keep or to grow.
 
 A score is a frozen dataclass. ``needs_gradient`` says whether it reads the dense gradient of the step, ``observes`` that
-it must see every step's (the engine then keeps its buffer, and saves it). ``active_only`` marks scores that rank active
+it must see every step (the engine then keeps its buffer, and saves it). ``active_only`` marks scores that rank active
 connections by nothing but the active ones, in whatever shape: those are drop scores for storage without inactive weights.
 ``after_drop`` marks grow scores whose ``view.mask`` is what the drop has left, not what was active before it.
 """
@@ -69,6 +69,67 @@ class SignedMagnitude(_Stateless):
             ranks[order] = torch.arange(1, order.numel() + 1, dtype=torch.float32, device=weight.device) / order.numel()
         result = torch.zeros(view.weight.shape, dtype=torch.float32, device=weight.device)
         return result.put_(active, ranks)
+
+
+@dataclass(frozen=True)
+class MagnitudeAndGradient(_Stateless):
+    """abs(w) + λ · abs(dL/dw): the drop score of MEST (Yuan et al. 2021, https://arxiv.org/abs/2110.14032, section 3.2).
+
+    A small weight that the loss is about to change is spared.
+
+    Attributes:
+        strength: λ, >= 0.
+    """
+
+    active_only: ClassVar[bool] = False
+
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.strength >= 0:
+            raise ConfigurationError(f"strength={self.strength} of the gradient in a drop score must not be negative")
+
+    @property
+    def needs_gradient(self) -> bool:
+        """Always."""
+        return True
+
+    def __call__(self, view: LayerView) -> Tensor:
+        """abs(weight) + strength · abs(gradient), float, of the layer's shape."""
+        assert view.gradient is not None
+        return view.weight.abs() + self.strength * view.gradient.abs()
+
+
+@dataclass(frozen=True)
+class KeptSign(_Stateless):
+    """The weight along a sign that its connection keeps for good: negative once it has crossed zero.
+
+    DeepR's parameter θ (Bellec et al. 2018, https://arxiv.org/abs/1711.05136, section 2) with w = sign · θ. Every
+    position has a sign from the start: that of the first weight where active, a random one elsewhere.
+
+    Deviation: the authors draw all signs at random and make the first weights follow them, which is the same for weights
+    whose distribution is symmetric.
+    """
+
+    active_only: ClassVar[bool] = False  # it knows the signs of every position
+
+    @property
+    def observes(self) -> bool:
+        """Always, for the signs; it needs no gradient."""
+        return True
+
+    def observe(self, buffer: Tensor | None, view: LayerView) -> Tensor:
+        """The signs, int8 of the layer's shape: drawn at first sight, the same ever after."""
+        if buffer is not None:
+            return buffer
+        drawn = torch.randint(2, view.weight.shape, generator=view.generator, dtype=torch.int8) * 2 - 1
+        signs = view.weight.sign().to(torch.int8)
+        return torch.where(signs == 0, drawn.to(signs.device), signs)
+
+    def __call__(self, view: LayerView) -> Tensor:
+        """Weight · sign, float, of the layer's shape."""
+        assert view.buffer is not None
+        return view.weight * view.buffer
 
 
 @dataclass(frozen=True)

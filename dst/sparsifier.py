@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,7 @@ from dst.backends import Draft, Storage, open_storages
 from dst.backends.csr import obstacles
 from dst.backends.saved import count, is_mask, is_union
 from dst.backends.storage import is_finite
-from dst.budget import Change, plan_change
+from dst.budget import Change, leave_none_empty, only_shrinking, plan_change, scaled
 from dst.chains import incomplete, sequences
 from dst.errors import ConfigurationError, StateError
 from dst.first_batch import FirstBatch
@@ -30,7 +30,6 @@ from dst.mask_file import load_masks
 from dst.method import Method, spec_differences
 from dst.optimizer_state import per_weight_state
 from dst.patterns import Unstructured
-from dst.redistribute import apportion
 from dst.scores import Magnitude, Random
 from dst.sharding import all_agree, check_equal_masks, local, whole
 from dst.topology import top_indices
@@ -45,7 +44,7 @@ from dst.types import (
     resolve_steps,
     waits_for_batch,
 )
-from dst.warmup import WarmUp, check_whole
+from dst.warmup import WarmUp, check_whole, check_young
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +171,8 @@ class Sparsifier:
         self._warming = WarmUp(method.grown_warmup) if method.grown_warmup else None
         self._sparsify_step = resolve_steps(method.sparsify_at, total_steps, "sparsify_at")
         if not isinstance(method.init, inits.FromFile):
-            layer_counts(method, self.layers, method.density)
+            for density in {method.density, self._lowest_density()}:
+                layer_counts(method, self.layers, density)
         if self._sparsify_step >= total_steps and method.density < 1:
             raise ConfigurationError(
                 f"sparsify_at={method.sparsify_at} is not before the end of training at step {total_steps}: "
@@ -308,12 +308,10 @@ class Sparsifier:
     def _reads_inactive(self, stepper: _Stepper) -> bool:
         if not self._sparsified or self._moves_inactive(stepper):
             return True
-        scores = self.method.scores().values()
-        if any(score.observes for score in scores):
+        if any(score.observes and score.needs_gradient for score in self.method.scores().values()):
             return stepper.step < self.method.clock.stop_step(self.total_steps)
         # An update that does not take the place of the step is followed by one that moves the grown connections.
-        reads = not self.method.replace_step or any(score.needs_gradient for score in scores)
-        return reads and self._is_due(stepper)
+        return (not self.method.replace_step or self.method.reads_gradient) and self._is_due(stepper)
 
     def _moves_inactive(self, stepper: _Stepper) -> bool:
         """Whether inactive weights are trained that may become active."""
@@ -323,7 +321,10 @@ class Sparsifier:
         """Whether the step to come updates the topology; once it has, it does not where it is tried again."""
         if stepper.updated_at == stepper.step:
             return False
-        return self.method.clock.fires(stepper.step, self.total_steps) or stepper.step == self._settles_at()
+        if self.method.clock.fires(stepper.step, self.total_steps):
+            return True
+        settles_at = self._settles_at()  # an update that was left out there is made up for
+        return settles_at is not None and stepper.updated_at < settles_at <= stepper.step
 
     def _settles_at(self) -> int | None:
         """The step of the last update of a budget that moves: from there on it is the final one."""
@@ -419,7 +420,7 @@ class Sparsifier:
         if not self.method.updates_after_step and self._is_due(stepper):
             self._update(stepper)
         if stepper.updated_at == stepper.step:
-            reads = reads or any(score.needs_gradient for score in self.method.scores().values())
+            reads = reads or self.method.reads_gradient
             stepper.replaced = self.method.replace_step
         if all(n == self.layers[i].weights for i, n in zip(stepper.layers, stepper.active, strict=True)):
             return "dense"
@@ -432,8 +433,6 @@ class Sparsifier:
         """
         stepper = next(s for s in self._steppers if s.optimizer is optimizer)
         stepper.begun = True
-        if self._warming is not None:
-            self._warming.begin(stepper.parameters, self._names)
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._begin(stepper)
@@ -449,13 +448,15 @@ class Sparsifier:
         return (args[0], followed_up, *args[2:]), kwargs
 
     def _begin(self, stepper: _Stepper) -> None:
-        """Gradients are there, and the optimizer is about to use them."""
+        """Gradients and topology are those of the step, and the optimizer is about to use them."""
         if stepper.replaced:
             for group in stepper.optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
         for storage in self._storages:
             storage.begin_step(stepper.optimizer, stepper.parameters)
+        if self._warming is not None:
+            self._warming.begin(stepper.parameters, self._names)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -627,11 +628,12 @@ class Sparsifier:
             self._counters.skipped += 1
             return False
         step, method = stepper.step, self.method
-        fraction = method.fraction(step, method.clock.stop_step(self.total_steps))
-        scores = method.scores()
+        # Where a moving budget settles after the clock's last update, connections only go or come to meet it.
+        replaces = method.clock.fires(step, self.total_steps)
+        fraction = method.fraction(step, method.clock.stop_step(self.total_steps)) if replaces else 0.0
         self._move_budgets(self._density_at(step), step)
-        drafts = self._draft(stepper, step, fraction, scores)
-        grown = self._apply(stepper, drafts)
+        drafts = self._draft(stepper, step, fraction if replaces else None, method.scores())
+        grown = self._apply(stepper, drafts, born=step + method.replace_step)
         self._check_agreement(step)
         self._counters.updates += 1
         active = sum(self._active(self.layers[i]) for i in stepper.layers)
@@ -639,8 +641,11 @@ class Sparsifier:
         self.last_update = Update(step, fraction, grown / max(1, active))
         return True
 
-    def _apply(self, stepper: _Stepper, drafts: Sequence[tuple[SparseLayer, Draft]]) -> int:
-        """Decide all layers' rewirings, then apply them; returns how many connections grew."""
+    def _apply(self, stepper: _Stepper, drafts: Sequence[tuple[SparseLayer, Draft]], *, born: int) -> int:
+        """Decide all layers' rewirings, then apply them; returns how many connections grew.
+
+        ``born`` is the step that first moves them.
+        """
         rewirings = []
         for layer, draft in drafts:
             rewiring = self._home[layer.parameter].decide(layer, draft)
@@ -651,13 +656,18 @@ class Sparsifier:
         for layer, rewiring in rewirings:
             self._home[layer.parameter].apply(layer, rewiring, stepper.optimizer)
             if self._warming is not None:
-                self._warming.follow(layer, rewiring, stepper.step)
+                self._warming.follow(layer, rewiring, born)
         return sum(rewiring.grown.numel() for _, rewiring in rewirings)
 
     def _density_at(self, step: int) -> float:
         if self._set_density is not None:
             return self._set_density
         return self.method.density_at(step, self.total_steps)
+
+    def _lowest_density(self) -> float:
+        """The lowest that the method's schedule comes to, as far as a thousand looks at it tell."""
+        steps = range(0, self.total_steps, max(1, self.total_steps // 1000))
+        return min(self.method.density_at(step, self.total_steps) for step in steps)
 
     def _move_budgets(self, density: float, step: int) -> None:
         """Let the layers' budgets follow the network's, where it moves."""
@@ -666,20 +676,26 @@ class Sparsifier:
             return
         method = self.method
         pattern = method.pattern.for_density(density) if density < 1 else Unstructured()
-        if method.allocation.needs_scores and pattern.is_free and density < 1:
-            free = [layer for layer in self.layers if pattern.obstacle(layer) is None]
-            active = [self._active(layer) for layer in free]
-            wanted = network_budget([layer.shape for layer in free], density)
-            if wanted < sum(active):
-                counts = layer_counts(method, self.layers, density, [self._survival(x, step) for x in self.layers])
-            else:
-                # Growth has no network-wide threshold: every layer grows in proportion to what it has.
-                room = [layer.weights - a for layer, a in zip(free, active, strict=True)]
-                grown = apportion(wanted - sum(active), [float(a) for a in active], room)
-                more = {x.label: pattern.fit(x, a + g) for x, a, g in zip(free, active, grown, strict=True)}
-                counts = [more.get(layer.label, layer.weights) for layer in self.layers]
-        else:
+        free = [layer for layer in self.layers if pattern.obstacle(layer) is None]
+        active = [self._active(layer) for layer in free]
+        counts: list[int] | None
+        if density == 1 or not pattern.is_free:
             counts = layer_counts(method, self.layers, density)
+        else:
+            wanted = network_budget([layer.shape for layer in free], density)
+            if method.allocation.needs_scores and wanted < sum(active):
+                counts = layer_counts(method, self.layers, density, [self._survival(x, step) for x in self.layers])
+            elif method.allocation.needs_scores or method.redistribute is not None:
+                # There is no network-wide threshold for growth, and budget that has moved stays where it is: every layer
+                # grows or shrinks in proportion to what it has.
+                shares = scaled(active, wanted, [layer.weights for layer in free])
+                fitted = {x.label: pattern.fit(x, share) for x, share in zip(free, shares, strict=True)}
+                counts = [fitted.get(layer.label, layer.weights) for layer in self.layers]
+            else:
+                counts = layer_counts(method, self.layers, density)
+                if method.grow is None and self._set_density is None and not pattern.is_grouped and counts is not None:
+                    # A layer's rounded share may rise by a weight while the network's falls.
+                    counts = only_shrinking([self._active(layer) for layer in self.layers], counts)
         assert counts is not None
         self._budgets = {layer.label: count for layer, count in zip(self.layers, counts, strict=True)}
         self._budget_density = density
@@ -688,7 +704,7 @@ class Sparsifier:
         """Drop scores, lowest where inactive."""
         drop = self.method.drop or Magnitude()
         view = self._view(layer, "drop", step, drop)
-        if drop.needs_gradient and (view.buffer if drop.observes else view.gradient) is None:
+        if not _can_score(drop, view):
             view, drop = self._view(layer, "drop", step, Magnitude()), Magnitude()
         scores = drop(view)
         return scores.masked_fill(~view.mask, torch.finfo(scores.dtype).min)
@@ -702,21 +718,27 @@ class Sparsifier:
         )
 
     def _draft(
-        self, stepper: _Stepper, step: int, fraction: float, scores: Mapping[str, Score]
+        self, stepper: _Stepper, step: int, fraction: float | None, scores: Mapping[str, Score]
     ) -> list[tuple[SparseLayer, Draft]]:
-        """What the update is to do in each of the optimizer's layers; layers that stay as they are are left out."""
+        """What the update is to do in each of the optimizer's layers; layers that stay as they are are left out.
+
+        ``fraction`` is the share to replace; ``None`` meets the layers' budgets and replaces nothing, by whatever piece.
+        """
         method = self.method
         density = self._density_at(step)
         pattern = method.pattern.for_density(density) if density < 1 else Unstructured()
+        # Where budget moves between layers, one that has become full may give some back.
+        gives = method.redistribute is not None and fraction is not None and density < 1
         moved = [
             layer
             for layer in (self.layers[i] for i in stepper.layers)
-            if not self._active(layer) == self._budgets[layer.label] == layer.weights
+            if (gives and pattern.obstacle(layer) is None)
+            or not self._active(layer) == self._budgets[layer.label] == layer.weights
         ]
         changes = self._changes(moved, step, fraction, scores)
         if pattern.is_grouped:
             changes = [self._whole_groups(pattern, layer, c) for layer, c in zip(moved, changes, strict=True)]
-        condemned = self._condemned(moved, changes, step) if method.chain_removal else {}
+        condemned = self._condemned(moved, changes, step) if method.chain_removal and fraction is not None else {}
         drafts = []
         for layer, change in zip(moved, changes, strict=True):
             extra = condemned.get(layer.label)
@@ -729,7 +751,7 @@ class Sparsifier:
                 scores,
                 {role: b for (role, label), b in self._buffers.items() if label == layer.label},
                 partial(self._generator, step, layer),
-                method.regrow_dropped,
+                method.regrow_dropped or change.grow == 0,
                 pattern if pattern.obstacle(layer) is None else Unstructured(),
                 extra,
             )
@@ -747,49 +769,56 @@ class Sparsifier:
         return folded_generator(self.seed, role, step, layer.label)
 
     def _changes(
-        self, layers: Sequence[SparseLayer], step: int, fraction: float, scores: Mapping[str, Score]
+        self, layers: Sequence[SparseLayer], step: int, fraction: float | None, scores: Mapping[str, Score]
     ) -> list[Change]:
         """How many connections come and go in every layer."""
-        method = self.method
+        method, replaces = self.method, fraction is not None
         amounts: list[int | None] = [None] * len(layers)
-        if method.amount is not None:
+        if method.amount is not None and replaces:
             views = [self._view(layer, "drop", step, scores["drop"]) for layer in layers]
             drop_scores = [scores["drop"](view) for view in views]
             counts, self._amount_state = method.amount.counts(views, drop_scores, self._amount_state)
             amounts = list(counts)
-        surplus = method.surplus(step, method.clock.stop_step(self.total_steps)) if method.surplus else None
-        if step == self._settles_at():
-            surplus = None if surplus is None else 0.0
+        surplus = None
+        if method.surplus is not None and replaces:
+            settled = step >= (self._settles_at() or 0)
+            surplus = 0.0 if settled else method.surplus(step, method.clock.stop_step(self.total_steps))
         changes = [
             plan_change(
                 self._active(layer),
                 self._budgets[layer.label],
                 layer.weights,
-                fraction=fraction,
+                fraction=fraction or 0.0,
                 grows="grow" in scores,
                 surplus=surplus,
                 amount=amount,
             )
             for layer, amount in zip(layers, amounts, strict=True)
         ]
-        if method.redistribute is None:
+        if method.redistribute is None or not replaces:
             return changes
-        role = "grow" if "grow" in scores else "drop"
         stats = [
-            LayerStat(
-                layer.weights,
-                self._active(layer) - change.drop,
-                method.redistribute.measure(self._view(layer, role, step, scores[role]))
-                if method.redistribute.needs_gradient
-                else 0.0,
-            )
+            LayerStat(layer.weights, self._active(layer) - change.drop, self._strength(layer, step))
             for layer, change in zip(layers, changes, strict=True)
         ]
         grown = method.redistribute.grow_counts(stats, sum(change.grow for change in changes))
-        changes = [Change(change.drop, count) for change, count in zip(changes, grown, strict=True)]
+        changes = leave_none_empty(stats, [Change(c.drop, g) for c, g in zip(changes, grown, strict=True)])
         for layer, stat, change in zip(layers, stats, changes, strict=True):
             self._budgets[layer.label] = stat.kept + change.grow
         return changes
+
+    def _strength(self, layer: SparseLayer, step: int) -> float:
+        """A layer's claim to what is redistributed."""
+        redistribute = self.method.redistribute
+        if redistribute is None or not redistribute.needs_gradient:
+            return 0.0
+        view = self._home[layer.parameter].view(
+            layer,
+            self._generator(step, layer, "redistribute"),
+            gradient=True,
+            buffer=self._buffers.get(("grow", layer.label)),
+        )
+        return redistribute.measure(view)
 
     def _condemned(self, layers: Sequence[SparseLayer], changes: Sequence[Change], step: int) -> dict[str, Tensor]:
         """Label to positions of connections that will lie on no path once the update has dropped its share."""
@@ -823,7 +852,11 @@ class Sparsifier:
             layer = self.layers[index]
             parameter = self._parameters[layer.parameter]
             if parameter.grad is not None:
-                view = self._home[layer.parameter].view(layer, self._generator(stepper.step, layer, "perturb"))
+                view = self._home[layer.parameter].view(
+                    layer,
+                    self._generator(stepper.step, layer, "perturb"),
+                    buffer=self._buffers.get(("drop", layer.label)),
+                )
                 added = perturb(view, float(rates[id(parameter)])).masked_fill(~view.mask, 0)
                 layer.part(parameter.grad).add_(added.to(parameter.grad.dtype))
 
@@ -857,18 +890,11 @@ class Sparsifier:
         self._move_budgets(self._set_density, step)
         chosen: dict[str, Score] = {"drop": Magnitude(), "grow": Random()}
         for role, score in self.method.scores().items():
-            if not score.needs_gradient or all(self._can_score(role, score, layer) for layer in self.layers):
+            if all(_can_score(score, self._view(layer, role, step, score)) for layer in self.layers):
                 chosen[role] = score
         for stepper in self._steppers:
-            drafts = []
-            for layer, draft in self._draft(stepper, step, 0.0, chosen):
-                drafts.append((layer, replace(draft, regrow_dropped=True)))
-            self._apply(stepper, drafts)
+            self._apply(stepper, self._draft(stepper, step, None, chosen), born=stepper.step)
         self._check_agreement(step)
-
-    def _can_score(self, role: str, score: Score, layer: SparseLayer) -> bool:
-        view = self._view(layer, role, self.step, score)
-        return (view.buffer if score.observes else view.gradient) is not None
 
     @torch.no_grad()
     def track_average(self, model: nn.Module) -> None:
@@ -893,20 +919,20 @@ class Sparsifier:
         check_equal_masks(signatures, step, self._group)
 
     def _observe(self, stepper: _Stepper) -> bool:
-        """Show this step's dense gradients to the scores that watch them."""
+        """Show this step's weights and dense gradients to the scores that watch; whether any of them reads gradients."""
         observers = {role: s for role, s in self.method.scores().items() if s.observes}
         if not observers or stepper.step >= self.method.clock.stop_step(self.total_steps):
             return False
-        if self._gradients_are_usable(stepper):
-            for index in stepper.layers:
-                layer = self.layers[index]
-                for role, score in observers.items():
-                    key = (role, layer.label)
-                    generator = folded_generator(self.seed, role, stepper.step, layer.label)
-                    view = self._home[layer.parameter].view(layer, generator, gradient=True)
-                    if view.gradient is not None:
-                        self._buffers[key] = score.observe(self._buffers.get(key), view)
-        return True
+        reads = any(score.needs_gradient for score in observers.values())
+        usable = not reads or self._gradients_are_usable(stepper)
+        for index in stepper.layers:
+            layer = self.layers[index]
+            for role, score in observers.items():
+                key = (role, layer.label)
+                view = self._view(layer, role, stepper.step, score)
+                if not score.needs_gradient or (usable and view.gradient is not None):
+                    self._buffers[key] = score.observe(view.buffer, view)
+        return reads
 
     def _gradients_are_usable(self, stepper: _Stepper, every_layer: bool = False) -> bool:
         """Whether all of the optimizer's gradients are finite, and its layers' present where ``every_layer``.
@@ -993,7 +1019,7 @@ class Sparsifier:
         self._set_density, self._budget_density = state["set_density"], state["budget_density"]
         self._budgets, self._amount_state = dict(state["budgets"]), float(state["amount"])
         if self._warming is not None:
-            self._warming.load(state["warming"], {layer.label: layer for layer in self.layers})
+            self._warming.load(state["warming"], {layer.label: layer for layer in self.layers}, self._parameters)
         self._counters = _Counters(
             int(state["updates"]),
             int(state["skipped"]),
@@ -1046,6 +1072,7 @@ class Sparsifier:
         self._check_table(state)
         self._check_buffers(state)
         self._check_latent(state)
+        check_young(state["warming"], {layer.label: layer for layer in self.layers})
         if state["total_steps"] != self.total_steps:
             logger.warning(
                 "the checkpoint's schedules were laid out for %s steps and go on for %d",
@@ -1183,6 +1210,13 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def _can_score(score: Score, view: LayerView) -> bool:
+    """Whether what the score reads is there."""
+    if score.observes:
+        return view.buffer is not None
+    return view.gradient is not None or not score.needs_gradient
 
 
 def _are_counts(values: Any) -> bool:

@@ -92,7 +92,7 @@ class Score(Protocol):
 
     @property
     def observes(self) -> bool:
-        """Whether ``observe`` must be called at every step."""
+        """Whether ``observe`` must be called at every step; with the dense gradient where ``needs_gradient``."""
 
     def __call__(self, view: LayerView) -> Tensor:
         """Score every position of the layer; float, of the layer's shape."""
@@ -100,7 +100,7 @@ class Score(Protocol):
     def observe(self, buffer: Tensor | None, view: LayerView) -> Tensor:
         """Return the buffer after seeing this step's weights and dense gradient; may update ``buffer`` in place.
 
-        ``view.gradient`` is there, and ``view.buffer`` is not.
+        ``view.gradient`` is there where the score needs it.
         """
 
 
@@ -243,7 +243,7 @@ class Perturbation(Protocol):
         """What is added, of the layer's shape; where inactive it does not matter.
 
         Args:
-            view: The layer; ``gradient`` is ``None``.
+            view: The layer; ``gradient`` is ``None``, ``buffer`` that of the drop score.
             lr: The optimizer's learning rate for it.
         """
 

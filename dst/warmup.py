@@ -32,7 +32,7 @@ class WarmUp:
         self._before: dict[str, Tensor] = {}
 
     def follow(self, layer: SparseLayer, rewiring: Rewiring, step: int) -> None:
-        """Take up what has grown at ``step``, and forget what was dropped."""
+        """Take up what has grown, ``step`` being the first to move it, and forget what was dropped."""
         born = torch.full(rewiring.grown.shape, step, dtype=torch.int64, device=rewiring.grown.device)
         positions = rewiring.grown
         if layer.label in self._young:
@@ -59,7 +59,7 @@ class WarmUp:
             layer, positions, born = self._young[label]
             weight = parameters[layer.parameter].detach()
             where = positions + layer.offset
-            share = ((step - born + 1) / self._steps).clamp(max=1).to(weight.dtype)
+            share = ((step - born + 1) / self._steps).clamp(0, 1).to(weight.dtype)
             weight.put_(where, before + share * (weight.take(where) - before))
             young = step - born + 1 < self._steps
             self._young[label] = (layer, positions[young], born[young])
@@ -69,17 +69,26 @@ class WarmUp:
         """Label to positions and birth steps."""
         return {label: [positions.clone(), born.clone()] for label, (_, positions, born) in self._young.items()}
 
-    def load(self, state: Mapping[str, Any], layers: Mapping[str, SparseLayer]) -> None:
-        """Go on from ``state``.
-
-        Raises:
-            StateError: A state that does not fit the layers.
-        """
+    def load(
+        self, state: Mapping[str, Any], layers: Mapping[str, SparseLayer], parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        """Go on from ``state``, which ``check_young`` has passed."""
         self._young, self._before = {}, {}
         for label, (positions, born) in state.items():
-            if label not in layers or positions.shape != born.shape:
-                raise StateError(f"the state is damaged: grown weights of {label} do not fit the model")
-            self._young[label] = (layers[label], positions.clone(), born.clone())
+            device = parameters[layers[label].parameter].device
+            self._young[label] = (layers[label], positions.to(device).clone(), born.to(device).clone())
+
+
+def check_young(state: Mapping[str, Any], layers: Mapping[str, SparseLayer]) -> None:
+    """Raise ``StateError`` for what ``WarmUp.state`` cannot have returned for these layers."""
+    for label, young in state.items():
+        fits = label in layers and isinstance(young, (list, tuple)) and len(young) == 2
+        fits = fits and all(isinstance(t, Tensor) and t.dtype == torch.int64 and t.ndim == 1 for t in young)
+        if fits and young[0].shape == young[1].shape:
+            positions = young[0]
+            if not positions.numel() or 0 <= int(positions.min()) <= int(positions.max()) < layers[label].weights:
+                continue
+        raise StateError(f"the state is damaged: grown weights of {label} do not fit the model")
 
 
 def check_whole(parameters: Mapping[str, nn.Parameter], setting: str) -> None:

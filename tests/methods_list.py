@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from dst import Method, methods
-from dst.allocation import ER, Global, Uniform
+from dst.allocation import ER, ERK, Global, Uniform
+from dst.amounts import BelowThreshold
 from dst.init import Magnitude, Snip, Synflow
 from dst.patterns import NM, Block, FanIn, Neuron
-from dst.schedules import Constant, InversePower, Linear
+from dst.schedules import Constant, Cosine, InversePower, Linear, Stepwise
 from dst.scores import Gradient, Momentum, Random
 from dst.types import CallInit, LossInit
 
@@ -60,6 +61,28 @@ METHODS: dict[str, Callable[[], Method]] = {
     "movement_soft": lambda: methods.movement(DENSITY, soft=True, stop=0.5, learning_rate=0.2),
     "l0": lambda: methods.l0(DENSITY, stop=0.5, learning_rate=0.1),
     "gradient_drop": lambda: methods.set_(DENSITY, update_every=4, drop=Gradient(), grow=Random()),
+    "grown_warmup": lambda: methods.rigl(DENSITY, update_every=4, grown_warmup=3),
+    "grown_warmup_with_step": lambda: methods.set_(DENSITY, update_every=3, grown_warmup=5, fraction=Constant(0.5)),
+    "snfs": lambda: methods.snfs(DENSITY, update_every=4),
+    "snfs_by_gradient": lambda: methods.snfs(
+        DENSITY, update_every=4, stop=0.75, grow=Gradient(), replace_step=True, regrow_dropped=False
+    ),
+    "deep_r": lambda: methods.deep_r(DENSITY, l1=1e-3, temperature=1e-5),
+    "deep_r_every_few": lambda: methods.deep_r(DENSITY, temperature=1e-6, update_every=5, allocation=Uniform()),
+    "dsr": lambda: methods.dsr(DENSITY, update_every=4, amount=BelowThreshold(0.05, target=0.2)),
+    "rigl_itop": lambda: methods.rigl_itop(DENSITY, update_every=0.125),
+    "mest": lambda: methods.mest(DENSITY, update_every=4, fraction=Cosine(0.4)),
+    "mest_soft_bound": lambda: methods.mest(DENSITY, update_every=4, surplus=Constant(0.3)),
+    "mest_soft_bound_to_the_end": lambda: methods.mest(DENSITY, update_every=3, stop=1.0, surplus=Cosine(0.4)),
+    "granet": lambda: methods.granet(DENSITY, update_every=4),
+    "granet_sparse_start": lambda: methods.granet(DENSITY, update_every=3, initial_density=0.6, rescale_init=True),
+    "granet_growing": lambda: methods.granet(
+        DENSITY, update_every=3, schedule=Stepwise(((4, 0.2), (10, 0.5)), initial=0.25, stop=16), grown_warmup=2
+    ),
+    "ac_dc": lambda: methods.ac_dc(DENSITY, phase=4, start=3),
+    "gmp": lambda: methods.gmp(DENSITY, update_every=4),
+    "gmp_global": lambda: methods.gmp(DENSITY, update_every=3, start=2, allocation=Global()),
+    "gmp_erk": lambda: methods.gmp(DENSITY, update_every=1, stop=1.0, initial_density=0.8, allocation=ERK()),
 }
 """Name to factory of a method that one ``Sparsifier`` can train."""
 

@@ -175,7 +175,9 @@ class Masked:
         if draft.condemned is not None:
             drop_scores = fill_at_(drop_scores.clone(), draft.condemned.to(mask.device), -math.inf)
         if draft.pattern.is_grouped:
-            grow_scores = draft.scores["grow"](views["grow"]) if draft.grow else None
+            # Where nothing is to grow, scopes that have lost more than others get back the best of their own.
+            lowest = torch.finfo(drop_scores.dtype).min
+            grow_scores = draft.scores["grow"](views["grow"]) if draft.grow else drop_scores.masked_fill(~mask, lowest)
             return draft.pattern.rewire(
                 layer,
                 mask,

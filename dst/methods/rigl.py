@@ -26,6 +26,7 @@ def rigl(
     regrow_dropped: bool = True,
     rescale_init: bool = False,
     pattern: Pattern | None = None,
+    grown_warmup: int = 0,
     backend: str = "masked",
 ) -> Method:
     """RigL, the rigged lottery (Evci et al. 2020, https://arxiv.org/abs/1911.11134, Algorithm 1).
@@ -51,6 +52,7 @@ def rigl(
         regrow_dropped: Whether just-dropped connections are candidates for growth.
         rescale_init: Scale initial weights to the active fan-in.
         pattern: Which weights live and die together; every weight for itself by default.
+        grown_warmup: Steps over which grown weights come to move in full.
         backend: Where weights live.
     """
     return Method(
@@ -66,5 +68,6 @@ def rigl(
         regrow_dropped=regrow_dropped,
         rescale_init=rescale_init,
         pattern=pattern if pattern is not None else Unstructured(),
+        grown_warmup=grown_warmup,
         backend=backend,
     )

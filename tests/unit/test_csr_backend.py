@@ -553,7 +553,7 @@ def test_fused_encoder_layers_stay_masked():
         (lambda: methods.static(0.1, backend="csr"), "dense until sparsify_at=0.25"),
         (lambda: methods.static(0.1, init=Snip(), backend="csr"), "Snip, needs the gradient of every weight"),
         (lambda: methods.lottery_ticket_rewind(0.1, backend="csr"), "first level is dense"),
-        (lambda: methods.rigl(0.1, grow=scores.Momentum(), backend="csr"), "Momentum watches the dense gradient"),
+        (lambda: methods.rigl(0.1, grow=scores.Momentum(), backend="csr"), "Momentum watches every weight"),
         (lambda: methods.rigl(0.1, drop=scores.Random(), backend="csr"), "Random is no drop score"),
         (lambda: methods.rigl(0.1, grow=scores.Magnitude(), backend="csr"), "not by Magnitude"),
         (lambda: methods.rigl(0.1, backend="cuda"), "choose from masked, csr, auto"),

@@ -71,6 +71,14 @@ def through_a_file(state):
     return torch.load(buffer, weights_only=True)
 
 
+def settles_at(method):
+    """The step of the update that brings a moving budget to its end, beyond the clock's."""
+    if method.schedule is method.surplus is None:
+        return None
+    last = max(method.clock.stop_step(TOTAL_STEPS), method.schedule.settles_at(TOTAL_STEPS) if method.schedule else 0)
+    return min(last, TOTAL_STEPS - 1)
+
+
 # --- every step of every method -------------------------------------------------------------------------------------
 
 
@@ -89,7 +97,7 @@ def test_what_holds_at_every_step(method_name, optimizer_name):
         handed_out = {name: mask.clone() for name, mask in masks.items()}
         backward(model, optimizer, step, sparsifier)
         sparsifier.before_step()
-        due = was_sparse and method.clock.fires(step, TOTAL_STEPS)
+        due = was_sparse and (method.clock.fires(step, TOTAL_STEPS) or step == settles_at(method))
         fired += due
         assert sparsifier.updates == fired
         after = sparsifier.masks
@@ -123,11 +131,20 @@ def test_what_holds_at_every_step(method_name, optimizer_name):
             assert not equal(stepped, prepared) or (waits_for_batch(method.init) and not was_sparse)
         assert_inactive_are_zero(model, sparsifier)
         if sparsifier.is_sparse:
-            budget = budget or counts(sparsifier)
             assert counts(sparsifier) == reported(sparsifier)
-            if getattr(method.pattern, "ablate", 0) == 0:  # else a layer's outputs share what they can of the budget
+            moved = due and (method.schedule is not None or method.surplus is not None)
+            budget = counts(sparsifier) if moved or budget is None else budget
+            ablates = (
+                getattr(method.pattern, "ablate", 0) > 0
+            )  # then a layer's outputs share what they can of the budget
+            if method.redistribute is None and not ablates:
                 assert counts(sparsifier) == budget
             assert sparsifier.active == sum(counts(sparsifier))
+            assert ablates or sparsifier.active == sum(budget)
+            assert min(counts(sparsifier)) >= 1
+            if due and method.surplus is None and not method.pattern.for_density(method.density).is_grouped:
+                wanted = method.density_at(step, TOTAL_STEPS) * sum(layer.weights for layer in sparsifier.layers)
+                assert abs(sparsifier.active - wanted) <= len(sparsifier.layers)
     assert sparsifier.step == sum(sparsifier.step_counts.values()) == TOTAL_STEPS
     assert sparsifier.is_sparse
     assert (fired > 0) == method.is_dynamic
@@ -136,7 +153,7 @@ def test_what_holds_at_every_step(method_name, optimizer_name):
     if method.is_dynamic:
         partly = [row for row in sparsifier.layer_table() if row["density"] < 1]  # dense ones have nothing to explore
         assert sparsifier.exploration_rate > sum(r["nonzero"] for r in partly) / sum(r["weights"] for r in partly)
-        assert churn > 0
+        assert (churn > 0) == (method.grow is not None)
 
 
 def test_the_network_of_these_tests_has_a_layer_of_every_kind():
