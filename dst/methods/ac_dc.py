@@ -5,8 +5,9 @@ from __future__ import annotations
 from dst import scores
 from dst.allocation import Global
 from dst.method import Method
+from dst.patterns import Unstructured
 from dst.schedules import Alternating, Constant, Every
-from dst.types import Allocation, Duration, Score
+from dst.types import Allocation, Duration, Pattern, Score
 
 
 def ac_dc(
@@ -18,6 +19,7 @@ def ac_dc(
     allocation: Allocation | None = None,
     drop: Score | None = None,
     grown_warmup: int = 0,
+    pattern: Pattern | None = None,
     backend: str = "masked",
 ) -> Method:
     """AC/DC, alternating compressed/decompressed training (Peste et al. 2021, https://arxiv.org/abs/2106.12379).
@@ -36,6 +38,7 @@ def ac_dc(
         allocation: How the budget is split; by default one global threshold.
         drop: Drop score; magnitude by default.
         grown_warmup: Steps over which grown weights come to move in full.
+        pattern: Which weights live and die together; every weight for itself by default.
         backend: Where weights live.
     """
     return Method(
@@ -49,5 +52,6 @@ def ac_dc(
         schedule=Alternating(phase, start, stop),
         replace_step=False,
         grown_warmup=grown_warmup,
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )

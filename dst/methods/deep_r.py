@@ -7,9 +7,10 @@ from dst import scores
 from dst.allocation import ERK
 from dst.amounts import BelowZero
 from dst.method import Method
+from dst.patterns import Unstructured
 from dst.perturbations import Langevin
 from dst.schedules import Constant, Every
-from dst.types import Allocation, Duration, Init
+from dst.types import Allocation, Duration, Init, Pattern
 
 
 def deep_r(
@@ -23,6 +24,7 @@ def deep_r(
     allocation: Allocation | None = None,
     init: Init | None = None,
     rescale_init: bool = False,
+    pattern: Pattern | None = None,
     backend: str = "masked",
 ) -> Method:
     """DeepR, deep rewiring (Bellec et al. 2018, https://arxiv.org/abs/1711.05136, Algorithm 1).
@@ -46,6 +48,7 @@ def deep_r(
         allocation: How the budget is split; ERK by default.
         init: First mask; random by default.
         rescale_init: Scale initial weights to the active fan-in.
+        pattern: Which weights live and die together; every weight for itself by default.
         backend: Where weights live.
     """
     return Method(
@@ -62,5 +65,6 @@ def deep_r(
         replace_step=False,
         regrow_dropped=False,
         rescale_init=rescale_init,
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )

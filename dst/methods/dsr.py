@@ -7,9 +7,10 @@ from dst import scores
 from dst.allocation import Uniform
 from dst.amounts import BelowThreshold
 from dst.method import Method
+from dst.patterns import Unstructured
 from dst.redistribute import Survivors
 from dst.schedules import Constant, Every
-from dst.types import Allocation, Amount, Duration, Init, Redistribution, Score
+from dst.types import Allocation, Amount, Duration, Init, Pattern, Redistribution, Score
 
 
 def dsr(
@@ -27,6 +28,7 @@ def dsr(
     replace_step: bool = False,
     rescale_init: bool = False,
     grown_warmup: int = 0,
+    pattern: Pattern | None = None,
     backend: str = "masked",
 ) -> Method:
     """Dynamic sparse reparameterization (Mostafa & Wang 2019, https://arxiv.org/abs/1902.05967, Algorithm 1).
@@ -52,6 +54,7 @@ def dsr(
         replace_step: Whether an update takes the place of a step.
         rescale_init: Scale initial weights to the active fan-in.
         grown_warmup: Steps over which grown weights come to move in full.
+        pattern: Which weights live and die together; every weight for itself by default.
         backend: Where weights live.
     """
     return Method(
@@ -69,5 +72,6 @@ def dsr(
         regrow_dropped=False,
         rescale_init=rescale_init,
         grown_warmup=grown_warmup,
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )

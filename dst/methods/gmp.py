@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dst.allocation import Uniform
 from dst.method import Method
+from dst.patterns import Unstructured
 from dst.schedules import Constant, Cubic, Every
 from dst.scores import Magnitude
-from dst.types import Allocation, DensitySchedule, Duration, Score
+from dst.types import Allocation, DensitySchedule, Duration, Pattern, Score
 
 
 def gmp(
@@ -19,6 +20,7 @@ def gmp(
     stop: Duration = 0.75,
     allocation: Allocation | None = None,
     drop: Score | None = None,
+    pattern: Pattern | None = None,
     backend: str = "masked",
 ) -> Method:
     """Gradual magnitude pruning (Zhu & Gupta 2017, https://arxiv.org/abs/1710.01878).
@@ -38,6 +40,7 @@ def gmp(
         stop: Where it ends.
         allocation: How the budget is split; uniform by default.
         drop: Drop score; magnitude by default.
+        pattern: Which weights live and die together; every weight for itself by default.
         backend: Where weights live.
     """
     return Method(
@@ -49,5 +52,6 @@ def gmp(
         fraction=Constant(0.0),
         schedule=schedule if schedule is not None else Cubic(initial_density, start, stop),
         replace_step=False,
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )

@@ -6,8 +6,9 @@ from dst import init as inits
 from dst import scores
 from dst.allocation import ERK, Global
 from dst.method import Method
+from dst.patterns import Unstructured
 from dst.schedules import Cosine, Cubic, Every
-from dst.types import Allocation, DensitySchedule, Duration, Fraction, Init, Score
+from dst.types import Allocation, DensitySchedule, Duration, Fraction, Init, Pattern, Score
 
 
 def granet(
@@ -28,6 +29,7 @@ def granet(
     regrow_dropped: bool = True,
     rescale_init: bool = False,
     grown_warmup: int = 0,
+    pattern: Pattern | None = None,
     backend: str = "masked",
 ) -> Method:
     """GraNet, gradual pruning with neuroregeneration (Liu et al. 2021, https://arxiv.org/abs/2106.10404, Algorithm 1).
@@ -56,6 +58,7 @@ def granet(
         regrow_dropped: Whether just-dropped connections are candidates for growth.
         rescale_init: Scale initial weights to the active fan-in of the first mask.
         grown_warmup: Steps over which grown weights come to move in full.
+        pattern: Which weights live and die together; every weight for itself by default.
         backend: Where weights live.
     """
     return Method(
@@ -73,5 +76,6 @@ def granet(
         regrow_dropped=regrow_dropped,
         rescale_init=rescale_init,
         grown_warmup=grown_warmup,
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )

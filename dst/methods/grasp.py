@@ -5,7 +5,8 @@ from __future__ import annotations
 from dst import init as inits
 from dst.allocation import Global
 from dst.method import Method
-from dst.types import Allocation
+from dst.patterns import Unstructured
+from dst.types import Allocation, Pattern
 
 
 def grasp(
@@ -13,6 +14,7 @@ def grasp(
     *,
     temperature: float = 200.0,
     allocation: Allocation | None = None,
+    pattern: Pattern | None = None,
     backend: str = "masked",
 ) -> Method:
     """GraSP: a mask made at the first batch so that the gradient stays large, and fixed.
@@ -25,6 +27,7 @@ def grasp(
         density: Target density, in (0, 1].
         temperature: What the model's outputs are divided by in the first step; 1 where they are no logits.
         allocation: How the budget is split; by default one global threshold.
+        pattern: Which weights live and die together; every weight for itself by default.
         backend: Where weights live.
     """
     return Method(
@@ -32,5 +35,6 @@ def grasp(
         density=density,
         init=inits.Grasp(temperature),
         allocation=allocation if allocation is not None else Global(),
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )

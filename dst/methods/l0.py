@@ -5,8 +5,9 @@ from __future__ import annotations
 from dst import init as inits
 from dst.allocation import Global
 from dst.method import Method
+from dst.patterns import Unstructured
 from dst.relaxations import HardConcrete
-from dst.types import Allocation, Duration
+from dst.types import Allocation, Duration, Pattern
 
 
 def l0(
@@ -20,6 +21,7 @@ def l0(
     gamma: float = -0.1,
     zeta: float = 1.1,
     allocation: Allocation | None = None,
+    pattern: Pattern | None = None,
     backend: str = "latent",
 ) -> Method:
     """L0 regularisation (Louizos et al. 2018, https://arxiv.org/abs/1712.01312): a stochastic gate per weight.
@@ -42,6 +44,7 @@ def l0(
         gamma: Lower end of the stretched interval, < 0.
         zeta: Upper end, > 1.
         allocation: How the budget is split when the mask is fixed; by default one threshold for the network.
+        pattern: Which weights live and die together; every weight for itself by default.
         backend: Latent weights beside ordinary parameters, whatever is given but ``"csr"``, which is refused.
     """
     return Method(
@@ -51,5 +54,6 @@ def l0(
         init=inits.Importance(),
         sparsify_at=stop,
         relaxation=HardConcrete(learning_rate, penalty, beta, gamma, zeta, initial),
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )

@@ -6,8 +6,9 @@ from dst import init as inits
 from dst import scores
 from dst.allocation import Uniform
 from dst.method import Method
+from dst.patterns import Unstructured
 from dst.schedules import Cosine, Every
-from dst.types import Allocation, Duration, Fraction, Init, Score
+from dst.types import Allocation, Duration, Fraction, Init, Pattern, Score
 
 
 def mest(
@@ -26,6 +27,7 @@ def mest(
     regrow_dropped: bool = False,
     rescale_init: bool = False,
     grown_warmup: int = 0,
+    pattern: Pattern | None = None,
     backend: str = "masked",
 ) -> Method:
     """MEST, memory-economic sparse training (Yuan et al. 2021, https://arxiv.org/abs/2110.14032).
@@ -52,6 +54,7 @@ def mest(
         regrow_dropped: Whether just-dropped connections are candidates for growth.
         rescale_init: Scale initial weights to the active fan-in.
         grown_warmup: Steps over which grown weights come to move in full.
+        pattern: Which weights live and die together; every weight for itself by default.
         backend: Where weights live.
     """
     return Method(
@@ -68,5 +71,6 @@ def mest(
         regrow_dropped=regrow_dropped,
         rescale_init=rescale_init,
         grown_warmup=grown_warmup,
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )

@@ -6,9 +6,10 @@ from dst import init as inits
 from dst import scores
 from dst.allocation import Global, Uniform
 from dst.method import Method
+from dst.patterns import Unstructured
 from dst.relaxations import Movement
-from dst.schedules import Constant, Every
-from dst.types import Allocation, Duration
+from dst.schedules import Constant, Cubic, Every
+from dst.types import Allocation, Duration, Pattern
 
 
 def movement(
@@ -22,14 +23,15 @@ def movement(
     threshold: float = 0.1,
     penalty: float = 1.0,
     allocation: Allocation | None = None,
+    pattern: Pattern | None = None,
     backend: str = "latent",
 ) -> Method:
     """Movement pruning (Sanh et al. 2020, https://arxiv.org/abs/2005.07683): keep the weights that move away from zero.
 
-    Scores S are learned with the gradient dL/dW' ⊙ W. Hard: training is dense until ``start``, then active are the best
-    scores of every layer, chosen anew every step until ``stop``. Soft: active is where sigmoid(S) exceeds ``threshold``.
+    Scores S are learned with the gradient dL/dW' ⊙ W. Hard: active are the best scores of every layer, chosen anew every
+    step, as many as a cubic schedule says that is dense until ``start`` and at the target from ``stop`` on. Soft: active is where sigmoid(S) exceeds ``threshold``.
 
-    Deviations: hard, the density drops at ``start`` at once. Soft, the authors choose the penalty and take what
+    Deviations: soft, the authors choose the penalty and take what
     results; here S is pushed, by the same amount everywhere, so that the density follows a cubic schedule, and at
     ``stop`` the mask is fixed: the best scores of the network, exactly as many as the budget has.
 
@@ -37,12 +39,13 @@ def movement(
         density: Target density, in (0, 1].
         soft: The variant with a threshold.
         update_every: Steps between selections, for the hard variant.
-        start: When the hard variant's first mask is made, from the scores so far.
-        stop: When the mask is fixed.
+        start: Where the hard variant's density begins to fall.
+        stop: Where it has reached the target, and the mask is fixed.
         learning_rate: Adam's, of S.
         threshold: The soft variant's, on sigmoid(S), in (0, 0.5).
         penalty: The soft variant's λ, times the mean of sigmoid(S) of each layer, >= 0.
         allocation: How the budget is split; by default uniformly for the hard variant, one threshold for the soft one.
+        pattern: Which weights live and die together; every weight for itself by default.
         backend: Latent weights beside ordinary parameters, whatever is given but ``"csr"``, which is refused.
     """
     if soft:
@@ -53,6 +56,7 @@ def movement(
             init=inits.Importance(),
             sparsify_at=stop,
             relaxation=Movement(learning_rate, threshold, penalty),
+            pattern=pattern if pattern is not None else Unstructured(),
             backend=backend,
         )
     return Method(
@@ -60,12 +64,13 @@ def movement(
         density=density,
         allocation=allocation if allocation is not None else Uniform(),
         init=inits.Importance(),
-        sparsify_at=start,
         drop=scores.Importance(),
         grow=scores.Importance(),
         clock=Every(update_every, start, stop),
         fraction=Constant(1.0),
+        schedule=Cubic(1.0, start, stop),
         replace_step=False,
         relaxation=Movement(learning_rate),
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )

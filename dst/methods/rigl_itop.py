@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from dst.method import Method
 from dst.methods.rigl import rigl
+from dst.patterns import Unstructured
 from dst.schedules import Cosine
-from dst.types import Allocation, Duration, Fraction, Init, Score
+from dst.types import Allocation, Duration, Fraction, Init, Pattern, Score
 
 
 def rigl_itop(
@@ -25,6 +26,7 @@ def rigl_itop(
     regrow_dropped: bool = True,
     rescale_init: bool = False,
     grown_warmup: int = 0,
+    pattern: Pattern | None = None,
     backend: str = "masked",
 ) -> Method:
     """RigL-ITOP: RigL that explores (Liu et al. 2021, https://arxiv.org/abs/2102.02887).
@@ -49,6 +51,7 @@ def rigl_itop(
         regrow_dropped: Whether just-dropped connections are candidates for growth.
         rescale_init: Scale initial weights to the active fan-in.
         grown_warmup: Steps over which grown weights come to move in full.
+        pattern: Which weights live and die together; every weight for itself by default.
         backend: Where weights live.
     """
     method = rigl(
@@ -65,6 +68,7 @@ def rigl_itop(
         regrow_dropped=regrow_dropped,
         rescale_init=rescale_init,
         grown_warmup=grown_warmup,
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )
     return replace(method, name="rigl_itop")

@@ -6,9 +6,10 @@ from dst import init as inits
 from dst import scores
 from dst.allocation import Uniform
 from dst.method import Method
+from dst.patterns import Unstructured
 from dst.redistribute import MeanMomentum
 from dst.schedules import Cosine, Every
-from dst.types import Allocation, Duration, Fraction, Init, Redistribution, Score
+from dst.types import Allocation, Duration, Fraction, Init, Pattern, Redistribution, Score
 
 
 def snfs(
@@ -27,6 +28,7 @@ def snfs(
     regrow_dropped: bool = True,
     rescale_init: bool = False,
     grown_warmup: int = 0,
+    pattern: Pattern | None = None,
     backend: str = "masked",
 ) -> Method:
     """Sparse networks from scratch, by sparse momentum (Dettmers & Zettlemoyer 2019, https://arxiv.org/abs/1907.04840).
@@ -54,6 +56,7 @@ def snfs(
         regrow_dropped: Whether just-dropped connections are candidates for growth.
         rescale_init: Scale initial weights to the active fan-in.
         grown_warmup: Steps over which grown weights come to move in full.
+        pattern: Which weights live and die together; every weight for itself by default.
         backend: Where weights live.
     """
     return Method(
@@ -70,5 +73,6 @@ def snfs(
         regrow_dropped=regrow_dropped,
         rescale_init=rescale_init,
         grown_warmup=grown_warmup,
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )

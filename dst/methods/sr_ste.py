@@ -6,9 +6,10 @@ from dst import init as inits
 from dst import scores
 from dst.allocation import Uniform
 from dst.method import Method
+from dst.patterns import NM
 from dst.relaxations import StraightThrough
 from dst.schedules import Constant, Every
-from dst.types import Allocation, Duration, Init
+from dst.types import Allocation, Duration, Init, Pattern
 
 
 def sr_ste(
@@ -20,14 +21,16 @@ def sr_ste(
     decay: float = 2e-4,
     allocation: Allocation | None = None,
     init: Init | None = None,
+    pattern: Pattern | None = None,
     backend: str = "latent",
 ) -> Method:
     """SR-STE (Zhou et al. 2021, https://arxiv.org/abs/2102.04010, equation 9).
 
-    The forward pass uses the weights of largest magnitude; the gradient moves all weights, and inactive ones are shrunk:
-    g + λ · (1 − m) ⊙ w. λ = 0 is the plain straight-through estimator.
+    The forward pass uses the N largest of every M consecutive weights; the gradient moves all weights, and inactive ones
+    are shrunk: g + λ · (1 − m) ⊙ w. λ = 0 is the plain straight-through estimator, ``pattern=Unstructured()`` gives every
+    layer one budget.
 
-    Deviations: the authors choose N of every M consecutive weights; here the budget is a layer's. λ · (1 − m) ⊙ w is
+    Deviations: N:M follows from the density (0.5 is 1:2, 0.1 is 1:10) unless it is given. λ · (1 − m) ⊙ w is
     added as the optimizer's step begins, behind clipping; the authors add it in the backward pass.
 
     Args:
@@ -38,6 +41,7 @@ def sr_ste(
         decay: λ, >= 0.
         allocation: How the budget is split; uniform by default.
         init: First mask; the largest weights by default.
+        pattern: Which weights live and die together; N:M windows by default, with the numbers that the density says.
         backend: Latent weights beside ordinary parameters, whatever is given but ``"csr"``, which is refused.
     """
     return Method(
@@ -51,5 +55,6 @@ def sr_ste(
         fraction=Constant(1.0),
         replace_step=False,
         relaxation=StraightThrough(inactive_decay=decay),
+        pattern=pattern if pattern is not None else NM(),
         backend=backend,
     )

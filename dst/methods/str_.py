@@ -5,8 +5,9 @@ from __future__ import annotations
 from dst import init as inits
 from dst.allocation import Global
 from dst.method import Method
+from dst.patterns import Unstructured
 from dst.relaxations import LearnedThreshold
-from dst.types import Allocation, Duration
+from dst.types import Allocation, Duration, Pattern
 
 
 def str_(
@@ -16,6 +17,7 @@ def str_(
     initial: float = -8.0,
     decay: float = 1e-4,
     allocation: Allocation | None = None,
+    pattern: Pattern | None = None,
     backend: str = "latent",
 ) -> Method:
     """Soft threshold reparameterization (Kusupati et al. 2020, https://arxiv.org/abs/2002.03231).
@@ -33,6 +35,7 @@ def str_(
         initial: s at the start.
         decay: Weight decay of s, >= 0.
         allocation: How the budget is split when the mask is fixed; by default one threshold for the network.
+        pattern: Which weights live and die together; every weight for itself by default.
         backend: Latent weights beside ordinary parameters, whatever is given but ``"csr"``, which is refused.
     """
     return Method(
@@ -42,5 +45,6 @@ def str_(
         init=inits.Importance(),
         sparsify_at=stop,
         relaxation=LearnedThreshold(initial, decay),
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dst import init as inits
 from dst.allocation import Global
 from dst.method import Method
-from dst.types import Allocation
+from dst.patterns import Unstructured
+from dst.types import Allocation, Pattern
 
 
 def synflow(
@@ -13,6 +14,7 @@ def synflow(
     *,
     iterations: int = 100,
     allocation: Allocation | None = None,
+    pattern: Pattern | None = None,
     backend: str = "masked",
 ) -> Method:
     """SynFlow: a mask made without data in many small steps, and fixed.
@@ -25,6 +27,7 @@ def synflow(
         density: Target density, in (0, 1].
         iterations: Pruning steps on the way to it.
         allocation: How the budget is split; by default one global threshold.
+        pattern: Which weights live and die together; every weight for itself by default.
         backend: Where weights live.
     """
     return Method(
@@ -32,5 +35,6 @@ def synflow(
         density=density,
         init=inits.Synflow(iterations),
         allocation=allocation if allocation is not None else Global(),
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )

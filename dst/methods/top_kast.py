@@ -6,9 +6,10 @@ from dst import init as inits
 from dst import scores
 from dst.allocation import Uniform
 from dst.method import Method
+from dst.patterns import Unstructured
 from dst.relaxations import StraightThrough
 from dst.schedules import Constant, Every
-from dst.types import Allocation, Duration, Init
+from dst.types import Allocation, Duration, Init, Pattern
 
 
 def top_kast(
@@ -21,6 +22,7 @@ def top_kast(
     decay: float = 1e-4,
     allocation: Allocation | None = None,
     init: Init | None = None,
+    pattern: Pattern | None = None,
     backend: str = "latent",
 ) -> Method:
     """Top-KAST (Jayakumar et al. 2021, https://arxiv.org/abs/2106.03517).
@@ -41,6 +43,7 @@ def top_kast(
         decay: Coefficient of the exploration regularisation's gradient, >= 0.
         allocation: How the budget is split; uniform by default.
         init: First mask; the largest weights by default.
+        pattern: Which weights live and die together; every weight for itself by default.
         backend: Latent weights beside ordinary parameters, whatever is given but ``"csr"``, which is refused.
     """
     return Method(
@@ -58,5 +61,6 @@ def top_kast(
             active_decay=decay,
             inactive_decay=decay / density if density > 0 else decay,
         ),
+        pattern=pattern if pattern is not None else Unstructured(),
         backend=backend,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -29,6 +31,11 @@ def top(scores, count):
     return mask.view_as(scores)
 
 
+def cubic_count(step: int) -> int:
+    """Weights of 60 that are active once the schedule from 1 at step 4 to 0.3 at step 20 has come to ``step``."""
+    return math.ceil(60 * (0.3 + 0.7 * (1 - (step - 4) / 16) ** 3) - 1e-9)
+
+
 @pytest.mark.parametrize("soft", [False, True])
 def test_movement(soft):
     torch.manual_seed(0)
@@ -45,14 +52,10 @@ def test_movement(soft):
 
             def keep(s):
                 return (s.sigmoid() > 0.4).float()
-        elif step < 5:  # dense, and at the step whose before_step() makes the first mask, its forward pass
+        else:  # chosen behind the step before, by the cubic schedule's density there
 
-            def keep(s):
-                return torch.ones_like(s)
-        else:
-
-            def keep(s):
-                return top(s, 18)
+            def keep(s, count=60 if step < 5 else cubic_count(step - 1)):
+                return top(s, count)
 
         inputs, target = torch.randn(8, 10), torch.randn(8, 6)
         mask = keep(scores.detach())
@@ -63,8 +66,6 @@ def test_movement(soft):
             o.zero_grad()
         loss = (inputs @ (weight * Straight.apply(scores, keep)).T - target).square().mean()
         (loss + (0.7 * scores.sigmoid().mean() if soft else 0)).backward()
-        if step == 4 and not soft:
-            weight.grad *= top(scores.detach(), 18)
         for o in plain:
             o.step()
         if soft:
@@ -80,6 +81,13 @@ def test_movement(soft):
         torch.testing.assert_close(latent["weight"], weight.detach())
         torch.testing.assert_close(latent["weight/score"], scores.detach())
     assert len(seen) > 5
+    if not soft:
+        assert torch.equal(sparsifier.masks["weight"], top(scores.detach(), cubic_count(19)).bool())
+        model(torch.randn(8, 10)).square().mean().backward()
+        sparsifier.before_step()
+        optimizer.step()
+        assert sparsifier.active == 18  # settled
+        return
     expected = top(scores.detach(), 18).bool()
     model(torch.randn(8, 10)).square().mean().backward()
     sparsifier.before_step()
