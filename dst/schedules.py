@@ -159,7 +159,9 @@ class Cubic:
         start, stop = resolve_steps(self.start, total_steps), self.settles_at(total_steps)
         if step >= stop:
             return final
-        left = 1 - max(0, step - start) / max(1, stop - start)
+        if step <= start:
+            return self.initial  # exactly: rounding must not make a density of 1 another
+        left = 1 - (step - start) / (stop - start)
         return final + (self.initial - final) * left**3
 
     def settles_at(self, total_steps: int) -> int:

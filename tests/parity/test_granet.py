@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 import dst
 from dst import methods
 from dst.allocation import ERK, Global
+from dst.amounts import BelowThreshold
 from dst.errors import ConfigurationError
 from dst.schedules import Constant, Cubic, Stepwise
 from tests.small import Small, random_gradients
@@ -114,13 +116,15 @@ def test_a_density_may_rise_and_fall():
     assert trace == [150] * 4 + [100] * 4 + [250] * 6 + [50] * 6
 
 
-def test_between_the_clocks_end_and_the_schedules_nothing_is_replaced():
+@pytest.mark.parametrize("amount", [None, BelowThreshold(10.0, 0.5)])
+def test_between_the_clocks_end_and_the_schedules_nothing_is_replaced(amount):
     """The update that settles the budget drops what is due and no more."""
     model = nn.Linear(20, 20)
     optimizer = torch.optim.SGD(model.parameters(), 0.0)
     method = methods.granet(
         0.1, schedule=Stepwise((), initial=0.5, stop=10), update_every=2, stop=5, fraction=Constant(0.5)
     )
+    method = replace(method, amount=amount)
     sparsifier = dst.Sparsifier(model, optimizer, method, total_steps=12)
     for step in range(12):
         random_gradients(model, step)
@@ -148,3 +152,15 @@ def test_a_schedule_that_passes_through_too_low_a_density_is_refused_at_once():
     method = methods.granet(0.5, schedule=Stepwise(((4, 0.001),)))
     with pytest.raises(ConfigurationError, match=r"density=0\.001 keeps 1 weights for 2 layers"):
         dst.Sparsifier(model, optimizer, method, total_steps=20)
+
+
+def test_the_last_step_arrives_at_the_density():
+    model = nn.Linear(20, 20)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0)
+    method = methods.granet(0.1, schedule=Stepwise((), initial=0.5, stop=1.0), update_every=2, stop=1.0)
+    sparsifier = dst.Sparsifier(model, optimizer, method, total_steps=12)
+    for step in range(12):
+        random_gradients(model, step)
+        sparsifier.before_step()
+        optimizer.step()
+        assert sparsifier.active == (200 if step < 11 else 40)

@@ -1,4 +1,4 @@
-"""Durations, clocks and fractions."""
+"""Durations, clocks, fractions and densities."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dst.errors import ConfigurationError
-from dst.schedules import Constant, Cosine, Every, InversePower, Linear, Never
+from dst.schedules import Alternating, Constant, Cosine, Cubic, Every, InversePower, Linear, Never, Stepwise
 from dst.types import resolve_steps
 
 
@@ -110,3 +110,50 @@ def test_fractions_refuse_an_initial_value_out_of_range(kind, initial):
 def test_inverse_power_refuses_a_power_that_is_not_positive():
     with pytest.raises(ConfigurationError, match="power=0"):
         InversePower(0.3, power=0)
+
+
+# --- densities ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "density"),
+    [(0, 1.0), (1, 0.5), (19, 0.5), (20, 0.05), (29, 0.05), (30, 0.8), (74, 0.8), (75, 0.1), (99, 0.1)],
+)
+def test_a_density_in_steps(step, density):
+    schedule = Stepwise([[1, 0.5], [0.2, 0.05], [30, 0.8]], initial=1.0)  # lists, as YAML has them
+    assert schedule(step, 100, 0.1) == density
+    assert schedule.settles_at(100) == 75
+    assert hash(schedule) == hash(Stepwise(((1, 0.5), (0.2, 0.05), (30, 0.8))))
+
+
+@given(st.floats(0.01, 1), st.floats(0.01, 1), st.integers(0, 60), st.integers(0, 60), st.integers(1, 100))
+def test_the_cubic_density_goes_one_way_from_initial_to_final(initial, final, start, length, total):
+    schedule = Cubic(initial, start, start + length)
+    found = [schedule(step, total, final) for step in range(start + length + 5)]
+    assert all(d == initial for d in found[: start + (length > 0)])
+    assert all(d == final for d in found[start + length :])
+    way = sorted(found, reverse=initial > final)
+    assert found == pytest.approx(way)
+    assert schedule.settles_at(total) == start + length
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Cubic(0.0),
+        lambda: Cubic(1.5),
+        lambda: Cubic(1.0, start=-1),
+        lambda: Cubic(1.0, stop=1.5),
+        lambda: Stepwise(((0.1, 0.0),)),
+        lambda: Stepwise(((0.1, 1.1),)),
+        lambda: Stepwise(((-1, 0.5),)),
+        lambda: Stepwise((), initial=0.0),
+        lambda: Stepwise((), stop=2.0),
+        lambda: Alternating(every=0),
+        lambda: Alternating(start=-0.1),
+        lambda: Alternating(stop=1.1),
+    ],
+)
+def test_densities_out_of_range(make):
+    with pytest.raises(ConfigurationError):
+        make()

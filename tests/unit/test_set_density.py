@@ -201,11 +201,12 @@ def test_budget_that_has_moved_stays_where_it_is():
     assert not any((m & ~before[n]).any() for n, m in sparsifier.masks.items())
 
 
-def test_patterns_hold():
+@pytest.mark.parametrize("regrow", [True, False])
+def test_patterns_hold(regrow):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 8))
     optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    method = replace(methods.rigl(0.25, update_every=2), pattern=NM(m=4))
+    method = replace(methods.rigl(0.25, update_every=2, regrow_dropped=regrow), pattern=NM(m=4))
     sparsifier = dst.Sparsifier(model, optimizer, method, total_steps=20)
     for density, ones in ((0.5, 2), (0.25, 1), (0.75, 3), (1.0, 4), (0.5, 2)):
         before = sparsifier.masks
