@@ -11,7 +11,7 @@ from dst import Method, methods
 from dst.allocation import ER, ERK, Global, Uniform
 from dst.amounts import BelowThreshold
 from dst.init import Magnitude, Snip, Synflow
-from dst.patterns import NM, Block, FanIn, Neuron
+from dst.patterns import NM, Block, FanIn, Neuron, Unstructured
 from dst.schedules import Constant, Cosine, InversePower, Linear, Stepwise
 from dst.scores import Gradient, Momentum, Random
 from dst.types import CallInit, LossInit
@@ -55,7 +55,8 @@ METHODS: dict[str, Callable[[], Method]] = {
     ),
     "top_kast": lambda: methods.top_kast(DENSITY, backward_density=0.5, decay=0.01),
     "top_kast_at_times": lambda: methods.top_kast(DENSITY, update_every=5, stop=0.75, allocation=ER(), init=Snip()),
-    "sr_ste": lambda: methods.sr_ste(DENSITY, decay=0.05),
+    "sr_ste": lambda: methods.sr_ste(DENSITY, decay=0.05, pattern=Unstructured()),
+    "sr_ste_nm": lambda: methods.sr_ste(0.25, decay=0.05),
     "str": lambda: methods.str_(DENSITY, stop=0.5, initial=-3.0),
     "movement": lambda: methods.movement(DENSITY, start=3),
     "movement_soft": lambda: methods.movement(DENSITY, soft=True, stop=0.5, learning_rate=0.2),

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 import dst
 from dst.patterns import Unstructured
+from tests.methods_list import TOTAL_STEPS
 
 
 class Small(nn.Module):
@@ -113,6 +114,14 @@ def train(
         backward(model, optimizer, step, sparsifier)
         sparsifier.before_step()
         optimizer.step()
+
+
+def settles_at(method: dst.Method) -> int | None:
+    """The step of the update that brings a moving budget to its end, beyond the clock's."""
+    if method.schedule is method.surplus is None:
+        return None
+    last = max(method.clock.stop_step(TOTAL_STEPS), method.schedule.settles_at(TOTAL_STEPS) if method.schedule else 0)
+    return min(last, TOTAL_STEPS - 1)
 
 
 def check_budget(sparsifier: dst.Sparsifier, method: dst.Method) -> None:

@@ -54,8 +54,8 @@ def test_movement(soft):
                 return (s.sigmoid() > 0.4).float()
         else:  # chosen behind the step before, by the cubic schedule's density there
 
-            def keep(s, count=60 if step < 5 else cubic_count(step - 1)):
-                return top(s, count)
+            def keep(s, at=step - 1):
+                return top(s, cubic_count(at) if at >= 4 else 60)
 
         inputs, target = torch.randn(8, 10), torch.randn(8, 6)
         mask = keep(scores.detach())

@@ -22,7 +22,7 @@ from dst.scores import Random as RandomScore
 from dst.topology import count_active, drop_count
 from dst.types import waits_for_batch
 from tests.methods_list import DENSITY, DYNAMIC, LATENT, METHODS, TOTAL_STEPS
-from tests.small import OPTIMIZERS, Odd, Small, backward, batch, check_budget, random_gradients, train
+from tests.small import OPTIMIZERS, Odd, Small, backward, batch, check_budget, random_gradients, settles_at, train
 
 
 def build(method, optimizer="sgd", *, model=None, total_steps=TOTAL_STEPS, **options):
@@ -69,14 +69,6 @@ def through_a_file(state):
     torch.save(state, buffer)
     buffer.seek(0)
     return torch.load(buffer, weights_only=True)
-
-
-def settles_at(method):
-    """The step of the update that brings a moving budget to its end, beyond the clock's."""
-    if method.schedule is method.surplus is None:
-        return None
-    last = max(method.clock.stop_step(TOTAL_STEPS), method.schedule.settles_at(TOTAL_STEPS) if method.schedule else 0)
-    return min(last, TOTAL_STEPS - 1)
 
 
 # --- every step of every method -------------------------------------------------------------------------------------
