@@ -1,14 +1,17 @@
-"""Puts the configuration files into the built package, beside the code that reads them."""
+"""Puts the configuration files into the built package, and builds the sparse kernels where there is a C++ compiler."""
 
 from __future__ import annotations
 
+import runpy
 import shutil
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 CONF = Path(__file__).parent / "conf"
+KERNELS = Path(__file__).parent / "dst" / "kernels"
 
 
 class BuildWithConf(build_py):
@@ -35,4 +38,19 @@ class BuildWithConf(build_py):
         return {path: target / path.relative_to(CONF) for path in sorted(CONF.rglob("*.yaml"))}
 
 
-setup(cmdclass={"build_py": BuildWithConf})
+class BuildKernels(build_ext):
+    """Compiles ``spmm.cpp`` with the package's own builder: it is no Python module and needs no Python headers."""
+
+    def build_extension(self, ext: Extension) -> None:
+        """Write the library where setuptools expects the extension, or warn and leave it out."""
+        builder = runpy.run_path(str(KERNELS / "build.py"))
+        try:
+            builder["build"](Path(self.get_ext_fullpath(ext.name)).resolve())
+        except builder["BuildError"] as error:
+            self.warn(f"sparse kernels not built, torch's CSR operations will serve: {error}")
+
+
+setup(
+    ext_modules=[Extension("dst.kernels._spmm", ["dst/kernels/spmm.cpp"], optional=True)],
+    cmdclass={"build_py": BuildWithConf, "build_ext": BuildKernels},
+)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from dst import scores
@@ -22,6 +23,10 @@ class Random:
     def scores(self, view: LayerView) -> Tensor:
         """Uniform random numbers of the layer's shape."""
         return scores.Random()(view)
+
+    def sample(self, size: int, barred: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Draw the first connections directly, with memory in proportion to their number."""
+        return scores.Random().sample(size, barred, count, generator)
 
 
 @dataclass(frozen=True)

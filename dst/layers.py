@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dst.errors import ConfigurationError
+from dst.nn import SparseLinear
 
 Selector = str | type[nn.Module]
 """A shell-style pattern for parameter, layer or module names, or a module type."""
@@ -114,15 +115,21 @@ def find_layers(
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ConfigurationError(f"{name} has no shape yet: run one batch through the lazy module first")
-        if parameter.ndim < 2:
+        stored = _stored(name, owners[id(parameter)])
+        if parameter.ndim < 2 and stored is None:
             continue
-        parts = _parts(name, parameter, owners[id(parameter)])
+        parts = _parts(name, parameter, owners[id(parameter)]) if stored is None else [stored]
         for layer in parts:
             names = {layer.label, *(n for full, m, _ in owners[id(parameter)] for n in (full, m))}
             modules = [module for _, _, module in owners[id(parameter)]]
             included = _selected(include, names, modules, used) if include is not None else None
             excluded = _selected(exclude, names, modules, used)
             reason = _reason_to_stay_dense(parameter, owners[id(parameter)], included, excluded)
+            if stored is not None and reason is not None:
+                raise ConfigurationError(
+                    f"{layer.label} stores only its non-zeros and cannot be dense ({reason}): pass the same include and "
+                    "exclude to dst.prepare"
+                )
             if reason is None:
                 layers.append(layer)
             else:
@@ -136,6 +143,24 @@ def find_layers(
         reasons = "; ".join(f"{d.name}: {d.reason}" for d in dense) or "it has no weight with two dimensions or more"
         raise ConfigurationError(f"nothing in {type(model).__name__} can be sparse ({reasons}); see include=")
     return layers, dense
+
+
+def sparse_modules(model: nn.Module) -> dict[str, SparseLinear]:
+    """The modules of a model that store only non-zeros, by the name of the dense weight that each stands for."""
+    return {
+        f"{name}.weight" if name else "weight": module
+        for name, module in model.named_modules()
+        if isinstance(module, SparseLinear)
+    }
+
+
+def _stored(name: str, owners: Sequence[tuple[str, str, nn.Module]]) -> SparseLayer | None:
+    """The layer whose non-zeros a parameter holds, or ``None``."""
+    module, attribute = owners[0][2], name.rpartition(".")[2]
+    if not isinstance(module, SparseLinear) or attribute != "values":
+        return None
+    weight = name.removesuffix(attribute) + "weight"
+    return SparseLayer(weight, weight, type(module).__name__, module.shape)
 
 
 def _selectors(selectors: Iterable[Selector], name: str) -> list[Selector]:
@@ -175,7 +200,7 @@ def _selected(
         if (
             any(n == s or fnmatch.fnmatchcase(n, s) for n in names)
             if isinstance(s, str)
-            else any(isinstance(m, s) for m in modules)
+            else any(isinstance(m, s) or (isinstance(m, SparseLinear) and issubclass(nn.Linear, s)) for m in modules)
         )
     ]
     used.update(hits)
@@ -205,6 +230,6 @@ def _reason_to_stay_dense(
     if any(isinstance(m, _EMBEDDINGS) for m in modules):
         return "embedding" if len(modules) == 1 else "tied to an embedding"
     recurrent = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-    if any(isinstance(m, (*_WEIGHT_MODULES, *recurrent)) for m in modules):
+    if any(isinstance(m, (*_WEIGHT_MODULES, *recurrent, SparseLinear)) for m in modules):
         return None
     return f"{type(modules[0]).__name__} is not a known layer (use include= to make it sparse)"

@@ -129,7 +129,18 @@ class SparseTraining(Callback):
             raise ConfigurationError(f"{strategy} {_REFUSED_STRATEGIES[strategy]}")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-        prepare(pl_module, self.method)
+        if self.method.backend != "masked":
+            device = trainer.strategy.root_device
+            if device.type != "cpu" or strategy == "ModelParallelStrategy":
+                raise ConfigurationError(
+                    f'backend="{self.method.backend}" computes on the CPU and with whole layers, and the trainer uses {device} '
+                    f'and {strategy}: pass accelerator="cpu" and no model parallelism, or use backend="masked"'
+                )
+            # Lightning would call it, in these contexts, after this hook; layers must exist before they are swapped.
+            plugin = trainer.precision_plugin
+            with trainer.strategy.tensor_init_context(), plugin.module_init_context():
+                pl_module.configure_model()
+        prepare(pl_module, self.method, seed=self.seed, include=self.include, exclude=self.exclude)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Build the ``Sparsifier``: a checkpoint's weights and optimizer states are loaded by now.

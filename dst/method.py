@@ -11,11 +11,11 @@ import numpy as np
 
 from dst import allocation as allocations
 from dst import init as inits
-from dst import schedules
+from dst import schedules, scores
 from dst.errors import ConfigurationError
-from dst.types import Allocation, Clock, Duration, Fraction, Init, Score, check_duration
+from dst.types import Allocation, Clock, Duration, Fraction, Init, Score, as_sampler, check_duration
 
-BACKENDS = ("masked",)
+BACKENDS = ("masked", "csr")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Method:
         rescale_init: Scale each output's initial weights by sqrt(fan-in / active fan-in), so that activations keep
             their variance under the first mask (Evci et al. 2022, section 3.1, https://arxiv.org/abs/2010.03533).
         lottery: Levels of iterative pruning with rewinding: several fits, driven by ``dst.lottery``.
-        backend: Where weights live; ``"masked"`` keeps ordinary parameters with zeros in place.
+        backend: Where weights live: ``"masked"`` keeps ordinary parameters with zeros in place, ``"csr"`` stores and
+            computes non-zeros alone, on the CPU (``dst.prepare`` makes its layers).
 
     Raises:
         ConfigurationError: A value out of range or a combination that cannot work.
@@ -99,6 +100,27 @@ class Method:
             raise ConfigurationError(f"{self.name}: rescale_init needs a mask from step 0, not at {self.sparsify_at}")
         if self.lottery is not None and dynamic:
             raise ConfigurationError(f"{self.name}: lottery levels have fixed masks; use clock=Never()")
+        if self.backend == "csr" and self.density < 1 and (reason := self._needs_inactive_weights()):
+            raise ConfigurationError(
+                f'{self.name}: backend="csr" stores only non-zeros, and {reason}; use backend="masked"'
+            )
+
+    def _needs_inactive_weights(self) -> str | None:
+        """Why the method cannot do with non-zeros alone, or ``None``."""
+        if self.lottery is not None:
+            return "its first level is dense"
+        if self.init.needs_gradient:
+            return f"the first mask, by {type(self.init).__name__}, needs the gradient of every weight"
+        if self.sparsify_at != 0:
+            return f"training is dense until sparsify_at={self.sparsify_at} (0 makes the mask at once)"
+        for score in self.scores().values():
+            if score.observes:
+                return f"{type(score).__name__} watches the dense gradient at every step"
+        if self.drop is not None and not getattr(self.drop, "active_only", False):
+            return f"{type(self.drop).__name__} is no drop score of the active weights alone"
+        if self.grow is not None and as_sampler(self.grow) is None and type(self.grow) is not scores.Gradient:
+            return f"growth is by gradient or at random there, not by {type(self.grow).__name__}"
+        return None
 
     @property
     def is_dynamic(self) -> bool:

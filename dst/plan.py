@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dst.allocation import planned_counts
+from dst.backends.csr import obstacles
 from dst.layers import Selector, find_layers
 from dst.method import Method
 
@@ -22,7 +23,8 @@ class PlanRow:
         shape: Its shape.
         weights: Number of weights.
         active: Weights that will be active, or ``None`` where scores decide (global allocation).
-        note: Why it stays dense, or what else there is to say.
+        storage: ``"masked"``, ``"csr"``, or ``"dense"`` where it keeps all its weights.
+        note: Why it stays dense or masked, or what else there is to say.
     """
 
     name: str
@@ -30,6 +32,7 @@ class PlanRow:
     shape: tuple[int, ...]
     weights: int
     active: int | None
+    storage: str
     note: str
 
 
@@ -40,13 +43,13 @@ class Plan:
     rows: tuple[PlanRow, ...]
 
     def __str__(self) -> str:
-        header = ("weight", "module", "shape", "weights", "active", "density", "")
+        header = ("weight", "module", "shape", "weights", "active", "density", "storage", "")
         table = [header]
         for row in self.rows:
             active = "by score" if row.active is None else f"{row.active:,}"
             density = "" if row.active is None or not row.weights else f"{row.active / row.weights:.4f}"
             shape = "×".join(map(str, row.shape))
-            table.append((row.name, row.kind, shape, f"{row.weights:,}", active, density, row.note))
+            table.append((row.name, row.kind, shape, f"{row.weights:,}", active, density, row.storage, row.note))
         widths = [max(len(line[i]) for line in table) for i in range(len(header))]
         right = {3, 4, 5}
         lines = [
@@ -84,17 +87,15 @@ def plan(
         method.allocation, [layer.label for layer in layers], [layer.shape for layer in layers], method.density
     )
     decided: list[int | None] = [None] * len(layers) if counts is None else list(counts)
-    rows = [
-        PlanRow(
-            layer.label,
-            layer.kind,
-            layer.shape,
-            layer.weights,
-            count,
-            "stays dense" if count == layer.weights else "",
-        )
-        for layer, count in zip(layers, decided, strict=True)
-    ]
+    barred = obstacles(model, layers) if method.backend == "csr" else {}
+    rows = []
+    for layer, count in zip(layers, decided, strict=True):
+        storage, note = method.backend, ""
+        if count == layer.weights:
+            storage, note = "dense", "stays dense"
+        elif reason := barred.get(layer.label):
+            storage, note = "masked", reason
+        rows.append(PlanRow(layer.label, layer.kind, layer.shape, layer.weights, count, storage, note))
     rows += [_dense_row(d.name, d.kind, d.shape, d.reason) for d in dense]
     return Plan(tuple(rows))
 
@@ -103,4 +104,4 @@ def _dense_row(name: str, kind: str, shape: tuple[int, ...], reason: str) -> Pla
     weights = 1
     for size in shape:
         weights *= size
-    return PlanRow(name, kind, shape, weights, weights, f"dense: {reason}")
+    return PlanRow(name, kind, shape, weights, weights, "dense", f"dense: {reason}")

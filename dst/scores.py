@@ -1,22 +1,27 @@
 """Drop and grow scores: each ranks a layer's connections, higher being better to keep or to grow.
 
 A score is a frozen dataclass. ``needs_gradient`` says whether it reads the dense gradient of the step, ``observes`` that
-it must see every step's (the engine then keeps its buffer, and saves it).
+it must see every step's (the engine then keeps its buffer, and saves it). ``active_only`` marks scores that rank active
+connections by nothing but the active ones, in whatever shape: those are drop scores for storage without inactive weights.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dst.errors import ConfigurationError
+from dst.topology import random_free
 from dst.types import LayerView
 
 
 class _Stateless:
     """A score that keeps no buffer and reads no gradient."""
+
+    active_only: ClassVar[bool] = True
 
     @property
     def needs_gradient(self) -> bool:
@@ -126,7 +131,13 @@ class Momentum(_Stateless):
 class Random(_Stateless):
     """Uniform random scores: SET's growth, and the random first mask."""
 
+    active_only: ClassVar[bool] = False  # a number for every position, drawn in one stream
+
     def __call__(self, view: LayerView) -> Tensor:
         """Uniform in [0, 1), float32, of the layer's shape."""
         # Drawn on the CPU, so that the stream is the same on every device; ties are settled by the selection.
         return torch.rand(view.weight.shape, generator=view.generator).to(view.weight.device)
+
+    def sample(self, size: int, barred: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Draw positions directly, with memory in proportion to what is barred."""
+        return random_free(size, barred, count, generator)

@@ -98,11 +98,18 @@ def all_agree(value: bool, group: dist.ProcessGroup | None = None) -> bool:
     return bool(flag.item())
 
 
+def average_(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Average a tensor over all processes, in place."""
+    if world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
+        tensor.div_(world_size(group))
+
+
 def check_equal_masks(masks: Iterable[tuple[str, Tensor]], step: int, group: dist.ProcessGroup | None = None) -> None:
     """Stop if the processes' masks differ: they would train different networks from here on.
 
     Args:
-        masks: Names and bool tensors, whole.
+        masks: Names and whole masks, or what stands for them.
         step: The step, for the message.
         group: The processes.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,24 +15,19 @@ from torch.optim.swa_utils import AveragedModel
 
 from dst import init as inits
 from dst.allocation import planned_counts
-from dst.backends.masked import BitMasks
+from dst.backends import Draft, Storage, open_storages
+from dst.backends.csr import obstacles
+from dst.backends.saved import count, is_mask, is_union
+from dst.backends.storage import is_finite
 from dst.errors import ConfigurationError, StateError
+from dst.first_mask import first_positions
 from dst.layers import Selector, SparseLayer, find_layers
 from dst.mask_file import load_masks
 from dst.method import Method, spec_differences
-from dst.optimizer_state import clear_state, mask_state, per_weight_state
-from dst.sharding import (
-    all_agree,
-    check_equal_masks,
-    is_sharded,
-    local,
-    local_positions,
-    part_of,
-    spread,
-    whole,
-)
-from dst.topology import Rewiring, drop_and_grow, drop_count, fill_at_, select_top
-from dst.types import LayerView, folded_generator, resolve_steps
+from dst.optimizer_state import per_weight_state
+from dst.sharding import all_agree, check_equal_masks, local, whole
+from dst.topology import Rewiring, drop_count
+from dst.types import folded_generator, resolve_steps
 
 logger = logging.getLogger(__name__)
 
@@ -133,24 +128,20 @@ class Sparsifier:
         self.total_steps = total_steps
         self.seed = seed
         self.layers, self.dense_weights = find_layers(model, include, exclude)
-        named = dict(model.named_parameters())
-        self._parameters = {layer.parameter: named[layer.parameter] for layer in self.layers}
-        for name, parameter in self._parameters.items():
-            _check_parameter(name, parameter)
+        self._storages = open_storages(model, self.layers, method, seed=seed, group=process_group)
+        self._obstacles = obstacles(model, self.layers) if method.backend == "csr" else {}
+        # By the name of the dense parameter: who stores it, and what the optimizer holds of it.
+        self._home: dict[str, Storage] = {name: s for s in self._storages for name in s.parameters}
+        self._parameters = {x.parameter: self._home[x.parameter].parameters[x.parameter] for x in self.layers}
         self._names = {parameter: name for name, parameter in self._parameters.items()}
         self._steppers = self._assign([optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))
         self._group = process_group
-        self._masks = {n: torch.ones_like(local(p), dtype=torch.bool) for n, p in self._parameters.items()}
-        self._union: dict[str, Tensor] = {}
-        self._active = [layer.weights for layer in self.layers]
         self._buffers: dict[tuple[str, str], Tensor] = {}
-        self._bits = BitMasks()
         self._counters = _Counters()
         self._sparsified = method.density == 1
         self._warned: set[str] = set()
         self.last_update: Update | None = None
         self._originals: list[tuple[Tensor, Tensor, int]] = []  # what the first mask cut, as it was
-        self._averages: list[dict[str, Tensor]] = []
         self._sparsify_step = resolve_steps(method.sparsify_at, total_steps, "sparsify_at")
         if not isinstance(method.init, inits.FromFile):
             labels, shapes = [layer.label for layer in self.layers], [layer.shape for layer in self.layers]
@@ -169,6 +160,7 @@ class Sparsifier:
             originals = [(t, t.clone()) for t in self._cut_by_first_mask()]
             self._sparsify(0)
             self._originals = [(t, copy, t._version) for t, copy in originals]
+        self._expect_gradients()
         self._hooks = [s.optimizer.register_step_post_hook(self._after_step) for s in self._steppers]
         self._hooks += [s.optimizer.register_step_pre_hook(self._on_step) for s in self._steppers]
 
@@ -176,11 +168,13 @@ class Sparsifier:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Parameter name to bool tensor of its shape, True where active. Not to be changed in place.
+        """Name of the dense parameter to bool tensor of its shape, True where active. Not to be changed in place.
 
-        Masks of DTensor parameters are DTensors of the same layout.
+        Masks of DTensor parameters are DTensors of the same layout. Where only non-zeros are stored, masks are built at
+        every call.
         """
-        return {name: spread(mask, self._parameters[name]) for name, mask in self._masks.items()}
+        found = {name: mask for storage in self._storages for name, mask in storage.masks().items()}
+        return {name: found[name] for name in self._parameters}
 
     @property
     def step(self) -> int:
@@ -213,7 +207,10 @@ class Sparsifier:
     @property
     def active(self) -> int:
         """Active weights over all sparse layers."""
-        return sum(self._active)
+        return sum(map(self._active, self.layers))
+
+    def _active(self, layer: SparseLayer) -> int:
+        return self._home[layer.parameter].active[layer.label]
 
     @property
     def density(self) -> float:
@@ -237,16 +234,9 @@ class Sparsifier:
         abs(union of masks) / weights (Liu et al. 2021, https://arxiv.org/abs/2102.02887). Layers that are wholly dense
         are in neither term; it is 1 where all layers are.
         """
-        explored = total = 0
-        for layer, active in zip(self.layers, self._active, strict=True):
-            if active < layer.weights:
-                union = self._union.get(layer.parameter)
-                if union is None:
-                    explored += active
-                else:
-                    explored += int(layer.part(whole(spread(union, self._parameters[layer.parameter]))).sum())
-                total += layer.weights
-        return explored / total if total else 1.0
+        partial = [layer for layer in self.layers if self._active(layer) < layer.weights]
+        explored = sum(self._home[layer.parameter].explored(layer) for layer in partial)
+        return explored / sum(layer.weights for layer in partial) if partial else 1.0
 
     def layer_table(self) -> list[dict[str, Any]]:
         """One dict per sparse layer: ``name``, ``shape``, ``weights``, ``nonzero`` (active weights), ``density``."""
@@ -258,13 +248,13 @@ class Sparsifier:
                 "nonzero": active,
                 "density": active / layer.weights,
             }
-            for layer, active in zip(self.layers, self._active, strict=True)
+            for layer, active in ((layer, self._active(layer)) for layer in self.layers)
         ]
 
     def mask_of(self, parameter: nn.Parameter) -> Tensor | None:
-        """The mask of a parameter (its local part's, for a DTensor), or ``None`` for one that is not sparse."""
+        """The mask of a parameter that holds inactive weights (its local part's, for a DTensor), ``None`` for others."""
         name = self._names.get(parameter)
-        return None if name is None else self._masks[name]
+        return None if name is None else self._home[name].mask_of(name)
 
     def needs_dense_gradient(self, parameter: nn.Parameter) -> bool:
         """Whether the step to come reads the gradient of this parameter's inactive weights.
@@ -272,7 +262,9 @@ class Sparsifier:
         True in dense phases, at updates that read the gradient or are followed by a step, and always for scores that watch
         every step.
         """
-        stepper = next(s for s in self._steppers if any(p is parameter for p in s.parameters))
+        return self._reads_inactive(next(s for s in self._steppers if any(p is parameter for p in s.parameters)))
+
+    def _reads_inactive(self, stepper: _Stepper) -> bool:
         if not self._sparsified:
             return True
         scores = self.method.scores().values()
@@ -280,7 +272,18 @@ class Sparsifier:
             return stepper.step < self.method.clock.stop_step(self.total_steps)
         # An update that does not take the place of the step is followed by one that moves the grown connections.
         reads = not self.method.replace_step or any(score.needs_gradient for score in scores)
-        return reads and self.method.clock.fires(stepper.step, self.total_steps)
+        return reads and self._is_due(stepper)
+
+    def _is_due(self, stepper: _Stepper) -> bool:
+        """Whether the step to come updates the topology; once it has, it does not where it is tried again."""
+        return stepper.updated_at != stepper.step and self.method.clock.fires(stepper.step, self.total_steps)
+
+    def _expect_gradients(self, steppers: Iterable[_Stepper] | None = None) -> None:
+        """Tell the storages what the coming step of the optimizers (by default all) needs to see."""
+        for stepper in self._steppers if steppers is None else steppers:
+            expected = self.method.density < 1 and self._reads_inactive(stepper)
+            for storage in self._storages:
+                storage.expect_dense_gradient(stepper.parameters, expected)
 
     # -- the training loop ----------------------------------------------------------------------------------------
 
@@ -303,7 +306,10 @@ class Sparsifier:
         for stepper in chosen:
             stepper.replaced = False
             stepper.announced = self._prepare(stepper)
-            self._bits.mask_gradients(stepper.parameters)
+            for storage in self._storages:
+                storage.mask_gradients(stepper.parameters)
+            # What was kept for this step is used; should it not be taken, the next attempt begins anew.
+            self._expect_gradients([stepper])
 
     def _prepare(self, stepper: _Stepper) -> str:
         """Do what is due before a step and say what kind of step it is."""
@@ -325,7 +331,7 @@ class Sparsifier:
             return "dense"
         observing = self._observe(stepper)
         kind = "dense_gradient" if observing else "sparse" if self.method.density < 1 else "dense"
-        if self.method.clock.fires(stepper.step, self.total_steps) and stepper.updated_at != stepper.step:
+        if self._is_due(stepper):
             self._update(stepper)
         if stepper.updated_at == stepper.step:
             needs_gradient = any(score.needs_gradient for score in self.method.scores().values())
@@ -363,7 +369,8 @@ class Sparsifier:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step post-hook: weights that are inactive are zero again, and the clock advances."""
         stepper = next(s for s in self._steppers if s.optimizer is optimizer)
-        self._bits.mask_weights(stepper.parameters)
+        for storage in self._storages:
+            storage.mask_weights(stepper.parameters)
         self._originals = []
         if not stepper.begun:
             return  # the step of a class within that of its subclass has told already
@@ -376,10 +383,14 @@ class Sparsifier:
         self._counters.steps[stepper.announced] += 1
         stepper.announced = None
         stepper.step += 1
+        self._expect_gradients([stepper])
 
     def finalize(self) -> None:
         """End sparse training: inactive weights are zero, and the optimizers' hooks are removed."""
-        self._bits.mask_weights(self._parameters.values())
+        parameters = list(self._parameters.values())
+        for storage in self._storages:
+            storage.mask_weights(parameters)
+            storage.expect_dense_gradient(parameters, False)
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -388,75 +399,88 @@ class Sparsifier:
     def mask_optimizer_state(self) -> None:
         """Clear per-weight optimizer state at inactive positions, as after loading an optimizer from a dense run."""
         for stepper in self._steppers:
-            for name, parameter in self._parameters.items():
-                mask_state(stepper.optimizer, parameter, self._masks[name])
+            for storage in self._storages:
+                storage.mask_optimizer_state(stepper.optimizer)
 
     def _cut_by_first_mask(self) -> list[Tensor]:
-        """The weights and per-weight optimizer states that making the first mask sets to zero in places."""
+        """The weights and per-weight optimizer states that making the first mask changes."""
         tensors = []
         for stepper in self._steppers:
             for parameter in stepper.parameters:
-                tensors.append(local(parameter.detach()))
-                tensors += [local(value) for _, value in per_weight_state(stepper.optimizer, parameter)]
+                if self.method.rescale_init or not self._home[self._names[parameter]].is_placed:
+                    tensors.append(local(parameter.detach()))
+                    tensors += [local(value) for _, value in per_weight_state(stepper.optimizer, parameter)]
         return tensors
 
     # -- the first mask -------------------------------------------------------------------------------------------
 
     def _sparsify(self, step: int) -> None:
         """Make the first mask, from the weights, gradients or file of this moment."""
-        if isinstance(self.method.init, inits.FromFile):
-            masks = self._masks_from_file(self.method.init.path)
-        else:
-            masks = self._masks_from_scores(step)
+        first = (
+            self._first_from_file(self.method.init.path)
+            if isinstance(self.method.init, inits.FromFile)
+            else self._first_by_score(step)
+        )
+        for storage in self._storages:
+            storage.adopt(first)
         if self.method.rescale_init:
-            self._rescale(masks)
-        self._adopt(masks)
+            for layer in self.layers:
+                self._home[layer.parameter].rescale(layer)
         self.mask_optimizer_state()
-        self._check_agreement(masks, step)
+        self._check_agreement(step)
         self._sparsified = True
         if self.method.is_dynamic:
-            self._union = {name: mask.clone() for name, mask in self._masks.items()}
+            for storage in self._storages:
+                storage.explore()
 
-    def _masks_from_scores(self, step: int) -> dict[str, Tensor]:
-        views = [self._view(i, "init", step, gradient=self.method.init.needs_gradient) for i in range(len(self.layers))]
-        scores = [self.method.init.scores(view) for view in views]
-        counts = self.method.allocation.counts(
-            [layer.label for layer in self.layers],
-            [layer.shape for layer in self.layers],
-            self.method.density,
-            scores if self.method.allocation.needs_scores else None,
-        )
-        masks = {n: torch.ones(p.shape, dtype=torch.bool, device=p.device) for n, p in self._parameters.items()}
-        for layer, score, count in zip(self.layers, scores, counts, strict=True):
-            generator = folded_generator(self.seed, "init ties", step, layer.label)
-            layer.part(masks[layer.parameter]).copy_(
-                select_top(score, count, torch.ones_like(score, dtype=torch.bool), generator)
+    def _first_by_score(self, step: int) -> dict[str, Tensor]:
+        """Layer label to first positions, of layers that are not placed already."""
+        placed = [layer.label for layer in self.layers if self._home[layer.parameter].is_placed]
+        found = {}
+        for layer, wanted, positions in first_positions(
+            self.method,
+            self.layers,
+            lambda layer, generator: self._home[layer.parameter].view(
+                layer, generator, gradient=self.method.init.needs_gradient
+            ),
+            seed=self.seed,
+            step=step,
+            placed=placed,
+        ):
+            if positions is not None:
+                self._check_storage(layer, wanted)
+                found[layer.label] = positions
+            elif not self.method.allocation.needs_scores and wanted != self._active(layer):
+                raise ConfigurationError(
+                    f"{layer.parameter} was prepared with {self._active(layer)} connections, and the method gives it "
+                    f"{wanted}: pass the same method, include and exclude to dst.prepare"
+                )
+        return found
+
+    def _check_storage(self, layer: SparseLayer, count: int) -> None:
+        """Refuse to train masked what should have been prepared."""
+        if count < layer.weights and self._obstacles.get(layer.label, "") is None:
+            raise ConfigurationError(
+                f'{layer.parameter} has ordinary weights, and the method has backend="{self.method.backend}": call '
+                "model = dst.prepare(model, method) before the optimizer is built, with the same include and exclude"
             )
-        return masks
 
-    def _masks_from_file(self, path: str) -> dict[str, Tensor]:
+    def _first_from_file(self, path: str) -> dict[str, Tensor]:
         masks = load_masks(path)
         self._check_masks(masks, f"mask file {path}")
         total = sum(layer.weights for layer in self.layers)
-        kept = sum(int(layer.part(masks[layer.parameter]).sum()) for layer in self.layers)
+        parts = {layer.label: layer.part(masks[layer.parameter]).reshape(-1) for layer in self.layers}
+        kept = sum(int(part.sum()) for part in parts.values())
         if abs(kept - self.method.density * total) > len(self.layers):
             raise ConfigurationError(
                 f"the masks in {path} have density {kept / total:.6g}, the method {self.method.density:.6g}; "
                 f"pass density={kept / total:.6g}"
             )
-        return {name: masks[name].to(p.device) for name, p in self._parameters.items()}
-
-    def _rescale(self, masks: Mapping[str, Tensor]) -> None:
-        """Scale each output's weights by sqrt(fan-in / active fan-in)."""
+        found = {label: part.nonzero().squeeze(1) for label, part in parts.items()}
         for layer in self.layers:
-            mask = layer.part(masks[layer.parameter])
-            inputs = [d for d in range(mask.ndim) if d != layer.output_dim]
-            active = mask.sum(dim=inputs, keepdim=True)
-            fan_in = layer.weights // layer.shape[layer.output_dim]
-            parameter = self._parameters[layer.parameter]
-            scale = torch.ones(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-            layer.part(scale).mul_((fan_in / active.clamp(min=1)).sqrt().to(scale.dtype))
-            local(parameter.detach()).mul_(part_of(scale, parameter))
+            if not self._home[layer.parameter].is_placed:
+                self._check_storage(layer, found[layer.label].numel())
+        return found
 
     # -- topology updates -----------------------------------------------------------------------------------------
 
@@ -469,65 +493,35 @@ class Sparsifier:
         fraction = self.method.fraction(step, stop)
         # All layers' rewirings are decided before any is applied.
         rewirings = [(i, r) for i in stepper.layers if (r := self._rewire(i, step, fraction)) is not None]
-        for name in {self.layers[i].parameter for i, _ in rewirings}:
-            self._masks[name] = self._masks[name].clone()  # masks that were handed out stay as they were
         for index, rewiring in rewirings:
-            self._apply(stepper, self.layers[index], rewiring)
+            layer = self.layers[index]
+            self._home[layer.parameter].apply(layer, rewiring, stepper.optimizer)
         grown = sum(rewiring.grown.numel() for _, rewiring in rewirings)
-        self._check_agreement({self.layers[i].parameter for i, _ in rewirings}, step)
+        self._check_agreement(step)
         self._counters.updates += 1
         stepper.updated_at = step
-        self.last_update = Update(step, fraction, grown / max(1, sum(self._active[i] for i in stepper.layers)))
+        active = sum(self._active(self.layers[i]) for i in stepper.layers)
+        self.last_update = Update(step, fraction, grown / max(1, active))
         return True
 
     def _rewire(self, index: int, step: int, fraction: float) -> Rewiring | None:
         """One layer's rewiring, or ``None`` where nothing can or need change."""
         layer, method = self.layers[index], self.method
-        count = drop_count(self._active[index], fraction)
-        if count == 0 or self._active[index] == layer.weights:
+        active = self._active(layer)
+        count = drop_count(active, fraction)
+        if count == 0 or active == layer.weights:
             return None
-        scores = {}
-        for role, score in method.scores().items():
-            view = self._view(index, role, step, gradient=score.needs_gradient)
-            missing = view.buffer if score.observes else view.gradient
-            if score.needs_gradient and missing is None:
-                self._warn_once(f"{layer.parameter} had no gradient at a topology update and keeps its connections")
-                return None
-            scores[role] = score(view)
-        return drop_and_grow(
-            self._whole_mask(layer),
-            scores["drop"],
-            scores["grow"],
+        draft = Draft(
             count,
-            regrow_dropped=method.regrow_dropped,
-            generator=folded_generator(self.seed, "ties", step, layer.label),
+            method.scores(),
+            {role: b for (role, label), b in self._buffers.items() if label == layer.label},
+            lambda role: folded_generator(self.seed, role, step, layer.label),
+            method.regrow_dropped,
         )
-
-    def _apply(self, stepper: _Stepper, layer: SparseLayer, rewiring: Rewiring) -> None:
-        """Take over a layer's new topology: weights and optimizer state are zero where it changed."""
-        name, parameter = layer.parameter, self._parameters[layer.parameter]
-        here = Rewiring(
-            local_positions(rewiring.grown + layer.offset, parameter),
-            local_positions(rewiring.dropped + layer.offset, parameter),
-        )
-        here.apply_(self._masks[name])
-        fill_at_(self._union[name], here.grown, 1)
-        fill_at_(local(parameter.detach()), here.dropped, 0)
-        clear_state(stepper.optimizer, parameter, torch.cat([here.grown, here.dropped]))
-        for average in self._averages:
-            copy = local(average[name].detach())
-            fill_at_(copy, here.dropped.to(copy.device), 0)
-        self._bits.rewire(parameter, here)
-
-    def _adopt(self, masks: Mapping[str, Tensor]) -> None:
-        """Take over whole masks: weights are zero where they are inactive."""
-        self._active = [int(layer.part(masks[layer.parameter]).sum()) for layer in self.layers]
-        for name, mask in masks.items():
-            parameter = self._parameters[name]
-            self._masks[name] = part_of(mask, parameter).clone()
-            self._bits.set(parameter, self._masks[name])
-        self._bits.mask_weights(self._parameters.values())
-        self._mask_averages()
+        rewiring = self._home[layer.parameter].decide(layer, draft)
+        if rewiring is None:
+            self._warn_once(f"{layer.parameter} had no gradient at a topology update and keeps its connections")
+        return rewiring
 
     @torch.no_grad()
     def track_average(self, model: nn.Module) -> None:
@@ -543,23 +537,13 @@ class Sparsifier:
         Raises:
             ConfigurationError: The copy lacks a sparse parameter.
         """
-        named = dict(unwrap(model).named_parameters())
-        if missing := sorted(set(self._parameters) - set(named)):
-            raise ConfigurationError(f"the averaged model has no {', '.join(missing)}; it must be a copy of the model")
-        average: dict[str, Tensor] = {name: named[name] for name in self._parameters}
-        if not any(known[n] is p for known in self._averages for n, p in list(average.items())[:1]):
-            self._averages.append(average)
-        self._mask_averages()
+        for storage in self._storages:
+            storage.track_average(unwrap(model))
 
-    def _mask_averages(self) -> None:
-        for average in self._averages:
-            for name, mask in self._masks.items():
-                local(average[name].detach()).masked_fill_(~mask.to(average[name].device), 0)
-
-    def _check_agreement(self, names: Iterable[str], step: int) -> None:
+    def _check_agreement(self, step: int) -> None:
         """Compare the replicated masks of all processes."""
-        replicated = [(n, self._masks[n]) for n in sorted(names) if not is_sharded(self._parameters[n])]
-        check_equal_masks(replicated, step, self._group)
+        signatures = [signature for storage in self._storages for signature in storage.signatures()]
+        check_equal_masks(signatures, step, self._group)
 
     def _observe(self, stepper: _Stepper) -> bool:
         """Show this step's dense gradients to the scores that watch them."""
@@ -588,25 +572,12 @@ class Sparsifier:
             )
         groups = stepper.optimizer.param_groups
         present = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        finite = all_agree(all(_is_finite(local(g)) for g in present), self._group)
+        finite = all(is_finite(local(g)) for g in present)
+        finite = finite and all(storage.collected_is_finite(stepper.parameters) for storage in self._storages)
+        finite = all_agree(finite, self._group)
         if not finite:
             self._warn_once("gradients are not finite where the topology needs them; the update is left out")
         return finite
-
-    def _view(self, index: int, role: str, step: int, gradient: bool) -> LayerView:
-        layer = self.layers[index]
-        parameter = self._parameters[layer.parameter]
-        dense = parameter.grad if gradient else None
-        return LayerView(
-            weight=layer.part(whole(parameter.detach())),
-            mask=self._whole_mask(layer),
-            gradient=None if dense is None else layer.part(whole(dense)),
-            buffer=self._buffers.get((role, layer.label)),
-            generator=folded_generator(self.seed, role, step, layer.label),
-        )
-
-    def _whole_mask(self, layer: SparseLayer) -> Tensor:
-        return layer.part(whole(spread(self._masks[layer.parameter], self._parameters[layer.parameter])))
 
     # -- saving and loading ---------------------------------------------------------------------------------------
 
@@ -627,13 +598,11 @@ class Sparsifier:
             if self.last_update is None
             else [self.last_update.step, self.last_update.fraction, self.last_update.churn],
             "layers": self.layer_table(),
-            "masks": self._whole_copies(self._masks),
-            "union": self._whole_copies(self._union),
+            "masks": {n: mask for storage in self._storages for n, mask in storage.masks_state().items()},
+            "union": {n: union for storage in self._storages for n, union in storage.union_state().items()},
             "buffers": {role + "/" + label: b.clone() for (role, label), b in self._buffers.items()},
+            "collected": {n: c for storage in self._storages for n, c in storage.collected_state().items()},
         }
-
-    def _whole_copies(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: whole(spread(mask, self._parameters[name])).clone() for name, mask in masks.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -654,22 +623,22 @@ class Sparsifier:
                 tensor.copy_(original)
         self._originals = []
         self._sparsified = bool(state["sparsified"])
-        masks = {n: state["masks"][n].to(p.device).clone() for n, p in self._parameters.items()}
-        self._union = {
-            n: part_of(u, self._parameters[n]).to(masks[n].device).clone() for n, u in state["union"].items()
-        }
+        for storage in self._storages:
+            storage.load(state["masks"], state["union"])
         self._buffers = {}
         for key, buffer in state["buffers"].items():
             role, _, label = key.partition("/")
             layer = next(layer for layer in self.layers if layer.label == label)
             self._buffers[role, label] = buffer.to(self._parameters[layer.parameter].device).clone()
-        self._adopt(masks)
-        self._check_agreement(masks, int(state["steps"][0]))
+        self._check_agreement(int(state["steps"][0]))
         for stepper, step, updated_at in zip(self._steppers, state["steps"], state["updated_at"], strict=True):
             stepper.step, stepper.updated_at, stepper.announced = int(step), int(updated_at), None
         self._counters = _Counters(int(state["updates"]), int(state["skipped"]), dict(state["step_counts"]))
         last = state["last_update"]
         self.last_update = None if last is None else Update(int(last[0]), float(last[1]), float(last[2]))
+        self._expect_gradients()
+        for storage in self._storages:
+            storage.load_collected(state["collected"])
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
         expected = self.state_dict()
@@ -677,10 +646,12 @@ class Sparsifier:
             raise StateError("this is not the state of a dst Sparsifier, or it is damaged")
         if state["format"] != STATE_FORMAT:
             raise StateError(f"the state has format {state['format']}; this version of dst reads {STATE_FORMAT}")
-        for key in ("method", "masks", "union", "buffers", "step_counts"):
+        for key in ("method", "masks", "union", "buffers", "step_counts", "collected"):
             if not isinstance(state[key], Mapping):
                 raise StateError(f"the state is damaged: {key} is no mapping")
-        if differences := spec_differences(state["method"], self.method.spec()):
+        # Every backend reads what another has saved.
+        saved = {**state["method"], "backend": self.method.backend}
+        if differences := spec_differences(saved, self.method.spec()):
             raise StateError(f"the checkpoint is of another method ({'; '.join(differences)})")
         if state["seed"] != self.seed:
             raise StateError(f"the checkpoint has seed {state['seed']}, this run {self.seed}: use the same")
@@ -707,7 +678,11 @@ class Sparsifier:
     def _check_table(self, state: Mapping[str, Any]) -> None:
         """Compare the state's layers with this run's, and with the counts of its own masks."""
         saved = {row.get("name"): row.get("nonzero") for row in state["layers"]}
-        here = {layer.label: int(layer.part(state["masks"][layer.parameter]).sum()) for layer in self.layers}
+        masks = state["masks"]
+        here = {
+            x.label: count(masks[x.parameter] if masks[x.parameter].ndim == 1 else x.part(masks[x.parameter]))
+            for x in self.layers
+        }
         if saved.keys() != here.keys():
             different = sorted(map(str, saved.keys() ^ here.keys()))
             raise StateError(f"the checkpoint has other sparse layers: {', '.join(different)} differ")
@@ -717,7 +692,7 @@ class Sparsifier:
     def _check_buffers(self, state: Mapping[str, Any]) -> None:
         """What belongs to the masks: their union, once there are any that move, and the scores' buffers."""
         if state["union"] or (state["sparsified"] and self.method.is_dynamic and self.method.density < 1):
-            self._check_masks(state["union"], "the checkpoint's union of masks")
+            self._check_masks(state["union"], "the checkpoint's union of masks", is_union)
         shapes = {f"{role}/{layer.label}": layer.shape for role in self.method.scores() for layer in self.layers}
         for key, buffer in state["buffers"].items():
             if key not in shapes or not isinstance(buffer, Tensor) or tuple(buffer.shape) != shapes[key]:
@@ -725,7 +700,9 @@ class Sparsifier:
         if not isinstance(state["updated_at"], list) or len(state["updated_at"]) != len(state["steps"]):
             raise StateError("the state is damaged: steps and updated_at do not belong together")
 
-    def _check_masks(self, masks: Mapping[str, Tensor], source: str) -> None:
+    def _check_masks(
+        self, masks: Mapping[str, Tensor], source: str, fits: Callable[[Tensor, tuple[int, ...]], bool] = is_mask
+    ) -> None:
         if set(masks) != set(self._parameters):
             missing, extra = (
                 sorted(set(self._parameters) - set(masks)),
@@ -735,11 +712,16 @@ class Sparsifier:
                 f"{source} does not fit the model: "
                 + "; ".join(t for t in (missing and f"lacks {missing}", extra and f"has unknown {extra}") if t)
             )
-        for name, parameter in self._parameters.items():
-            mask = masks[name]
-            if not isinstance(mask, Tensor) or mask.shape != parameter.shape or mask.dtype != torch.bool:
+        for name in self._parameters:
+            mask, shape, held = masks[name], self._home[name].shape(name), self._parameters[name].numel()
+            if not isinstance(mask, Tensor) or not fits(mask, shape):
                 found = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-                raise StateError(f"{source} has {name} as {found}, the model as {tuple(parameter.shape)}")
+                raise StateError(f"{source} has {name} as {found}, the model as {shape}")
+            if fits is is_mask and self._home[name].is_placed and count(mask) != held:
+                raise StateError(
+                    f"{source} has {count(mask)} connections in {name}, the model was prepared with {held}: "
+                    "prepare it with the method of the checkpoint"
+                )
 
     # -- small helpers --------------------------------------------------------------------------------------------
 
@@ -806,25 +788,5 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether every entry is finite; the sum settles it in one pass unless it overflows."""
-    if tensor.layout == torch.sparse_coo:
-        tensor = tensor.coalesce().values()
-    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())
-
-
 def _are_counts(values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
-
-
-def _check_parameter(name: str, parameter: Tensor) -> None:
-    if parameter.device.type == "meta":
-        raise ConfigurationError(
-            f"{name} is on the meta device: give it storage first (model.to_empty, or load weights)"
-        )
-    if any(step == 0 and size > 1 for step, size in zip(parameter.stride(), parameter.shape, strict=True)):
-        raise ConfigurationError(
-            f"{name} is expanded, so that its entries share memory: give each its own by .contiguous()"
-        )
-    if not parameter.is_floating_point():
-        raise ConfigurationError(f"{name} has dtype {parameter.dtype}; only floating-point weights can be sparse")

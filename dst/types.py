@@ -95,6 +95,27 @@ class Score(Protocol):
         """Return the buffer after seeing this step's dense gradient; may update ``buffer`` in place."""
 
 
+@runtime_checkable
+class Sampler(Protocol):
+    """A score or init whose best connections are a uniform draw: it needs no number for every position."""
+
+    def sample(self, size: int, barred: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Draw ``count`` of ``size`` positions but the barred (sorted, int64); sorted, on the device of ``barred``."""
+
+
+def as_sampler(piece: object) -> Sampler | None:
+    """The score or init itself if it draws its connections, ``None`` if it scores them.
+
+    A subclass that scores in a way of its own does not draw, though it inherits ``sample``.
+    """
+    for kind in type(piece).__mro__:
+        if "sample" in vars(kind):
+            return piece if isinstance(piece, Sampler) else None
+        if "__call__" in vars(kind) or "scores" in vars(kind):
+            return None
+    return None
+
+
 class Allocation(Protocol):
     """Splits a network's budget over its layers."""
 

@@ -2,23 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from torch import nn
+from torch.distributed import ProcessGroup
 
+from dst.backends import csr
+from dst.backends.csr import Csr
+from dst.backends.masked import Masked
+from dst.backends.storage import Draft, Storage
+from dst.errors import ConfigurationError
+from dst.layers import Selector, SparseLayer, sparse_modules
 from dst.method import Method
+from dst.types import as_sampler
+
+__all__ = ["Csr", "Draft", "Masked", "Storage", "open_storages", "prepare"]
 
 
-def prepare(model: nn.Module, method: Method) -> nn.Module:
+def prepare(
+    model: nn.Module,
+    method: Method,
+    *,
+    seed: int = 0,
+    include: Iterable[Selector] | None = None,
+    exclude: Iterable[Selector] | None = None,
+) -> nn.Module:
     """Swap modules for ones that store only non-zeros, where the method's backend has such.
 
     Call it before the optimizer is built, whatever the backend: the masked backend trains ordinary modules, and the model
     comes back as it is. The Lightning callback calls it by itself.
 
+    With ``backend="csr"`` every ``nn.Linear`` that is to be sparse becomes a ``dst.nn.SparseLinear`` with the method's
+    first connections: those that the masked backend would choose for the same seed. Other sparse layers stay masked, and
+    linear layers that keep all their weights stay dense; ``dst.plan`` tells which. A model that was prepared before comes
+    back as it is. Linear layers may be on the meta device where the first connections are random: the dense weight then
+    never exists, and values are drawn with the fan-in of the sparse layer.
+
     Args:
         model: The model.
         method: The method that will train it.
+        seed: As for ``Sparsifier``: the same there and on all ranks.
+        include: As for ``Sparsifier``.
+        exclude: As for ``Sparsifier``.
 
     Returns:
-        The model to train: the same object, modified in place where the backend needs it.
+        The model to train: the same object, modified in place where the backend needs it (a new one if the model itself is
+        a linear layer).
+
+    Raises:
+        ConfigurationError: As for ``Sparsifier``: an infeasible budget, a selector that selects nothing, …
     """
-    # Method refuses unknown backends, and "masked" keeps ordinary modules.
-    return model
+    if method.backend != "csr" or method.density == 1:
+        return model
+    return csr.prepare(model, method, seed=seed, include=include, exclude=exclude)
+
+
+def open_storages(
+    model: nn.Module,
+    layers: Sequence[SparseLayer],
+    method: Method,
+    *,
+    seed: int = 0,
+    group: ProcessGroup | None = None,
+) -> list[Storage]:
+    """The storages of a model's sparse layers.
+
+    Args:
+        model: The model.
+        layers: Its sparse layers.
+        method: The method that trains it.
+        seed: The seed of random choices.
+        group: The processes that train together.
+
+    Returns:
+        One storage per backend in use.
+
+    Raises:
+        ConfigurationError: Sparse modules under a method of another backend or drawn with another seed, or parameters that
+            cannot be trained.
+    """
+    modules, named = sparse_modules(model), dict(model.named_parameters())
+    stored = [layer for layer in layers if layer.parameter in modules]
+    masked = [layer for layer in layers if layer.parameter not in modules]
+    if stored and method.backend != "csr":
+        raise ConfigurationError(
+            f'{stored[0].parameter} is a SparseLinear, and the method has backend="{method.backend}": use '
+            'backend="csr", or dst.to_dense(model) to go on with masks'
+        )
+    for layer in stored:
+        drawn = modules[layer.parameter].pattern_seed
+        if as_sampler(method.init) is not None and drawn not in (None, seed):
+            raise ConfigurationError(
+                f"{layer.parameter} was drawn by dst.prepare(seed={drawn}), and this is seed={seed}: give both the same"
+            )
+    storages: list[Storage] = []
+    if masked:
+        storages.append(Masked({x.parameter: named[x.parameter] for x in masked}, masked))
+    if stored:
+        storages.append(Csr({x.parameter: modules[x.parameter] for x in stored}, stored, group))
+    return storages

@@ -7,13 +7,20 @@ weights' dtype does (a fifteenth of one by bool masks), and unlike one it makes 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from dst.sharding import local
-from dst.topology import Rewiring
+from dst.backends.saved import as_mask, union_as_mask
+from dst.backends.storage import Draft
+from dst.errors import ConfigurationError
+from dst.layers import SparseLayer
+from dst.optimizer_state import clear_state, mask_state
+from dst.sharding import is_sharded, local, local_positions, part_of, spread, whole
+from dst.topology import Rewiring, best_free, fill_at_, rewire
+from dst.types import LayerView, as_sampler
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -60,3 +67,221 @@ class BitMasks:
 def _expand(mask: Tensor, like: Tensor) -> Tensor:
     """-1 (all bits) where active and 0 elsewhere, laid out as ``like`` so that both are walked in one order."""
     return torch.empty_like(like, dtype=_INTEGERS[like.element_size()]).copy_(mask).neg_()
+
+
+class Masked:
+    """Storage in ordinary parameters; see ``dst.backends.storage.Storage``.
+
+    Args:
+        parameters: Name to parameter.
+        layers: The layers they consist of.
+    """
+
+    is_placed = False
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], layers: Sequence[SparseLayer]) -> None:
+        for name, parameter in parameters.items():
+            _check_parameter(name, parameter)
+        self.parameters: Mapping[str, nn.Parameter] = dict(parameters)
+        self.active = {layer.label: layer.weights for layer in layers}
+        self._layers = list(layers)
+        self._masks = {n: torch.ones_like(local(p), dtype=torch.bool) for n, p in self.parameters.items()}
+        self._union: dict[str, Tensor] = {}
+        self._bits = BitMasks()
+        self._averages: list[dict[str, Tensor]] = []
+
+    def masks(self) -> dict[str, Tensor]:
+        """See ``Storage``."""
+        return {name: spread(mask, self.parameters[name]) for name, mask in self._masks.items()}
+
+    def mask_of(self, name: str) -> Tensor | None:
+        """See ``Storage``."""
+        return self._masks[name]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See ``Storage``."""
+        return tuple(self.parameters[name].shape)
+
+    def view(
+        self,
+        layer: SparseLayer,
+        generator: torch.Generator,
+        *,
+        gradient: bool = False,
+        mask: Tensor | None = None,
+        buffer: Tensor | None = None,
+    ) -> LayerView:
+        """See ``Storage``; a mask that is known already need not be gathered once more."""
+        parameter = self.parameters[layer.parameter]
+        dense = parameter.grad if gradient else None
+        return LayerView(
+            weight=layer.part(whole(parameter.detach())),
+            mask=self._whole_mask(layer) if mask is None else mask,
+            gradient=None if dense is None else layer.part(whole(dense)),
+            buffer=buffer,
+            generator=generator,
+        )
+
+    def _whole_mask(self, layer: SparseLayer) -> Tensor:
+        return layer.part(whole(spread(self._masks[layer.parameter], self.parameters[layer.parameter])))
+
+    def adopt(self, positions: Mapping[str, Tensor]) -> None:
+        """See ``Storage``."""
+        masks = {n: torch.ones(p.shape, dtype=torch.bool, device=local(p).device) for n, p in self.parameters.items()}
+        for layer in self._layers:
+            mask = layer.part(masks[layer.parameter]).zero_()
+            fill_at_(mask, positions[layer.label].to(mask.device), 1)
+        self._take_over(masks)
+
+    def _take_over(self, masks: Mapping[str, Tensor]) -> None:
+        self.active = {layer.label: int(layer.part(masks[layer.parameter]).sum()) for layer in self._layers}
+        for name, mask in masks.items():
+            self._masks[name] = part_of(mask, self.parameters[name]).clone()
+            self._bits.set(self.parameters[name], self._masks[name])
+        self.mask_weights(self.parameters.values())
+        self._mask_averages()
+
+    def rescale(self, layer: SparseLayer) -> None:
+        """See ``Storage``."""
+        mask = self._whole_mask(layer)
+        inputs = [d for d in range(mask.ndim) if d != layer.output_dim]
+        active = mask.sum(dim=inputs, keepdim=True)
+        fan_in = layer.weights // layer.shape[layer.output_dim]
+        parameter = self.parameters[layer.parameter]
+        scale = torch.ones(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        layer.part(scale).mul_((fan_in / active.clamp(min=1)).sqrt().to(scale.dtype))
+        local(parameter.detach()).mul_(part_of(scale, parameter))
+
+    def decide(self, layer: SparseLayer, draft: Draft) -> Rewiring | None:
+        """See ``Storage``."""
+        mask, views = self._whole_mask(layer), {}
+        for role, score in draft.scores.items():
+            view = views[role] = self.view(
+                layer,
+                draft.generator(role),
+                gradient=score.needs_gradient,
+                mask=mask,
+                buffer=draft.buffers.get(role),
+            )
+            if score.needs_gradient and (view.buffer if score.observes else view.gradient) is None:
+                return None
+        drop, grow, ties = draft.scores["drop"], draft.scores["grow"], draft.generator("ties")
+        sampler = as_sampler(grow)
+        active = mask.reshape(-1).nonzero().squeeze(1)
+        ranking = drop(views["drop"]).take(active)
+
+        def choose(count: int, barred: Tensor) -> Tensor:
+            if sampler is not None:
+                return sampler.sample(layer.weights, barred, count, views["grow"].generator)
+            return best_free(grow(views["grow"]), count, barred, ties)
+
+        return rewire(
+            active, ranking, layer.weights, draft.count, choose, regrow_dropped=draft.regrow_dropped, generator=ties
+        )
+
+    def apply(self, layer: SparseLayer, rewiring: Rewiring, optimizer: Optimizer) -> None:
+        """See ``Storage``; the gradient is dense and fits any connections."""
+        name, parameter = layer.parameter, self.parameters[layer.parameter]
+        here = Rewiring(
+            local_positions(rewiring.grown + layer.offset, parameter),
+            local_positions(rewiring.dropped + layer.offset, parameter),
+        )
+        self._masks[name] = here.apply_(self._masks[name].clone())  # masks that were handed out stay as they were
+        if self._union:
+            fill_at_(self._union[name], here.grown, 1)
+        fill_at_(local(parameter.detach()), here.dropped, 0)
+        clear_state(optimizer, parameter, torch.cat([here.grown, here.dropped]))
+        for average in self._averages:
+            copy = local(average[name].detach())  # it may live on another device
+            fill_at_(copy, here.dropped.to(copy.device), 0)
+        self._bits.rewire(parameter, here)
+
+    def expect_dense_gradient(self, parameters: Collection[nn.Parameter], expected: bool) -> None:
+        """See ``Storage``; gradients are always dense."""
+
+    def collected_is_finite(self, parameters: Collection[nn.Parameter]) -> bool:
+        """See ``Storage``: the gradients are the parameters'."""
+        return True
+
+    def collected_state(self) -> dict[str, list[list[Tensor]]]:
+        """See ``Storage``."""
+        return {}
+
+    def load_collected(self, collected: Mapping[str, list[list[Tensor]]]) -> None:
+        """See ``Storage``."""
+
+    def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """See ``Storage``."""
+        self._bits.mask_gradients(parameters)
+
+    def mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:
+        """See ``Storage``."""
+        self._bits.mask_weights(parameters)
+
+    def mask_optimizer_state(self, optimizer: Optimizer) -> None:
+        """See ``Storage``."""
+        for name, parameter in self.parameters.items():
+            mask_state(optimizer, parameter, self._masks[name])
+
+    def track_average(self, model: nn.Module) -> None:
+        """See ``Storage``."""
+        named = dict(model.named_parameters())
+        if missing := sorted(set(self.parameters) - set(named)):
+            raise ConfigurationError(f"the averaged model has no {', '.join(missing)}; it must be a copy of the model")
+        average: dict[str, Tensor] = {name: named[name] for name in self.parameters}
+        if not any(known[n] is p for known in self._averages for n, p in list(average.items())[:1]):
+            self._averages.append(average)
+        self._mask_averages()
+
+    def _mask_averages(self) -> None:
+        for average in self._averages:
+            for name, mask in self._masks.items():
+                local(average[name].detach()).masked_fill_(~mask.to(average[name].device), 0)
+
+    def explore(self) -> None:
+        """See ``Storage``."""
+        self._union = {name: mask.clone() for name, mask in self._masks.items()}
+
+    def explored(self, layer: SparseLayer) -> float:
+        """See ``Storage``."""
+        union = self._union.get(layer.parameter)
+        if union is None:
+            return self.active[layer.label]
+        return int(layer.part(whole(spread(union, self.parameters[layer.parameter]))).sum())
+
+    def signatures(self) -> Iterable[tuple[str, Tensor]]:
+        """See ``Storage``."""
+        return [(n, mask) for n, mask in sorted(self._masks.items()) if not is_sharded(self.parameters[n])]
+
+    def masks_state(self) -> dict[str, Tensor]:
+        """See ``Storage``."""
+        return self._whole_copies(self._masks)
+
+    def union_state(self) -> dict[str, Tensor]:
+        """See ``Storage``."""
+        return self._whole_copies(self._union)
+
+    def _whole_copies(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: whole(spread(mask, self.parameters[name])).clone() for name, mask in masks.items()}
+
+    def load(self, masks: Mapping[str, Tensor], union: Mapping[str, Tensor]) -> None:
+        """See ``Storage``."""
+        here = {n: local(p).device for n, p in self.parameters.items()}
+        self._take_over({n: as_mask(masks[n], self.shape(n)).to(here[n]) for n in self.parameters})
+        self._union = {}
+        for name in self.parameters.keys() & union.keys():
+            explored = union_as_mask(union[name], self.shape(name))
+            self._union[name] = part_of(explored.to(here[name]), self.parameters[name]).clone()
+
+
+def _check_parameter(name: str, parameter: Tensor) -> None:
+    if parameter.device.type == "meta":
+        raise ConfigurationError(
+            f"{name} is on the meta device: give it storage first (model.to_empty, or load weights)"
+        )
+    if any(step == 0 and size > 1 for step, size in zip(parameter.stride(), parameter.shape, strict=True)):
+        raise ConfigurationError(
+            f"{name} is expanded, so that its entries share memory: give each its own by .contiguous()"
+        )
+    if not parameter.is_floating_point():
+        raise ConfigurationError(f"{name} has dtype {parameter.dtype}; only floating-point weights can be sparse")

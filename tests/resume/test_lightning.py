@@ -17,7 +17,7 @@ import dst
 from dst.checkpoints import load_checkpoint
 from dst.lightning import SparseTraining
 from tests.methods_list import DYNAMIC, METHODS, TOTAL_STEPS
-from tests.resume.fits import BATCHES, Fit, Module, StopAt, check_rows, check_same, differences
+from tests.resume.fits import BATCHES, Fit, Interrupted, Module, StopAt, check_rows, check_same, differences
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 
@@ -103,6 +103,26 @@ def test_a_checkpoint_within_gradient_accumulation_keeps_the_gradients(micro: in
     found = list(differences(whole.outcome(), resumed.outcome()))
     assert not found, found
     check_rows(whole, interrupted, resumed)
+
+
+def test_gradients_are_saved_where_they_accumulate_and_nowhere_else(tmp_path: Path) -> None:
+    """Interrupted again before the first micro-batch, they are still there; between steps they would be ballast."""
+
+    class SaveFirst(Callback):
+        def on_train_batch_start(self, trainer: lightning.Trainer, *args: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "again.ckpt")
+            raise Interrupted
+
+    sparse, saver = SparseTraining(METHODS["set"]()), SaveAt(14, tmp_path / "middle.ckpt")
+    Fit(sparse, tmp_path, callbacks=[sparse, saver], accumulate=3)
+    second = SparseTraining(METHODS["set"]())
+    resume = tmp_path / "middle.ckpt"
+    Fit(second, tmp_path, callbacks=[SaveFirst(), second], accumulate=3, resume=resume)
+    key = "dst_accumulated_gradients"
+    first, again = (load_checkpoint(tmp_path / f"{name}.ckpt")[key] for name in ("middle", "again"))
+    assert set(first) == {n for n, _ in Module().named_parameters()}
+    assert not list(differences(first, again))
+    assert key not in load_checkpoint(tmp_path / "step=4.ckpt")
 
 
 def in_a_process(work: Callable[[], None]) -> int:
@@ -213,6 +233,28 @@ def test_a_checkpoint_cut_off_is_refused_by_name(tmp_path: Path) -> None:
         last.write_bytes(whole[:length])
         with pytest.raises(dst.StateError, match=r"last\.ckpt cannot be read.*latest_readable"):
             Fit(SparseTraining(METHODS["rigl"]()), tmp_path / "again", resume=last)
+
+
+def test_a_dense_checkpoint_on_the_connections_of_a_fit_before(tmp_path: Path) -> None:
+    """Momentum of connections that the callback's masks lack is cut, as the weights are."""
+    Fit(SparseTraining(METHODS["dense"]()), tmp_path, callbacks=[], steps=BATCHES, optimizer="adamw")
+    module, sparse = Module("adamw"), SparseTraining(METHODS["sparse_from_scratch"]())
+    Fit(sparse, tmp_path / "b", module=module, steps=BATCHES)
+    seen = []
+
+    class First(Callback):
+        def on_train_batch_start(self, trainer: lightning.Trainer, *args: Any) -> None:
+            assert sparse.sparsifier is not None
+            for name, mask in sparse.sparsifier.masks.items():
+                state = trainer.optimizers[0].state[module.get_parameter(name)]
+                assert state["exp_avg"][mask].ne(0).any()
+                seen.append(state["exp_avg"][~mask].eq(0).all() and module.get_parameter(name)[~mask].eq(0).all())
+
+    resume = tmp_path / "step=6.ckpt"
+    again = Fit(sparse, tmp_path / "c", module=module, callbacks=[sparse, First()], resume=resume, steps=2 * BATCHES)
+    assert again.finished
+    assert len(seen) == 3 * BATCHES
+    assert all(seen)
 
 
 def test_a_checkpoint_without_sparse_training_starts_from_its_weights(tmp_path: Path) -> None:

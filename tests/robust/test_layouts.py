@@ -32,6 +32,9 @@ def test_non_contiguous_weights_train_like_contiguous_ones(name: str, optimizer:
             model.attention.in_proj_weight = nn.Parameter(strided(model.attention.in_proj_weight.detach()))
             assert not model.hidden.weight.is_contiguous()
         model = model.double()
+        for parameter in model.parameters():
+            # Gradients that are zero in exact arithmetic come out as rounding errors, which differ between layouts.
+            parameter.register_hook(lambda gradient: gradient.mul(2.0**40).round().mul(2.0**-40))
         made = OPTIMIZERS[optimizer](model.parameters())
         sparsifier = dst.Sparsifier(model, made, METHODS[name](), total_steps=24)
         train(model, made, sparsifier, 24)

@@ -45,10 +45,20 @@ def test_a_plan_needs_no_storage_and_changes_nothing():
 def test_a_plan_prints_as_a_table():
     model = nn.Sequential(nn.Embedding(100, 20), nn.Linear(20, 50), nn.Linear(50, 2))
     lines = str(dst.plan(model, methods.rigl(0.1, allocation=Uniform()))).splitlines()
-    assert lines[0].split() == ["weight", "module", "shape", "weights", "active", "density"]
-    assert lines[1].split() == ["1.weight", "Linear", "50×20", "1,000", "100", "0.1000"]
-    assert lines[2].split() == ["2.weight", "Linear", "2×50", "100", "10", "0.1000"]
-    assert lines[3].split() == ["0.weight", "Embedding", "100×20", "2,000", "2,000", "1.0000", "dense:", "embedding"]
+    assert lines[0].split() == ["weight", "module", "shape", "weights", "active", "density", "storage"]
+    assert lines[1].split() == ["1.weight", "Linear", "50×20", "1,000", "100", "0.1000", "masked"]
+    assert lines[2].split() == ["2.weight", "Linear", "2×50", "100", "10", "0.1000", "masked"]
+    assert lines[3].split() == [
+        "0.weight",
+        "Embedding",
+        "100×20",
+        "2,000",
+        "2,000",
+        "1.0000",
+        "dense",
+        "dense:",
+        "embedding",
+    ]
     assert len(lines) == 4
 
 

@@ -1,0 +1,358 @@
+"""Storage of non-zeros alone: ``nn.Linear`` becomes ``dst.nn.SparseLinear``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from dst.backends.explored import Explored
+from dst.backends.saved import as_positions, narrow, union_as_bits
+from dst.backends.storage import Draft, is_finite
+from dst.errors import ConfigurationError, StateError
+from dst.first_mask import first_positions
+from dst.init import FromFile
+from dst.layers import SparseLayer, find_layers, sparse_modules
+from dst.mask_file import load_masks
+from dst.method import Method
+from dst.nn import FeatureMajorLinear, SparseLinear, remap
+from dst.optimizer_state import per_weight_state
+from dst.sharding import all_agree, average_
+from dst.topology import Rewiring, rewire, tie_key
+from dst.types import LayerView, as_sampler, folded_generator
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HOOKS = tuple(name for name in nn.Linear(1, 1).__dict__ if name.endswith("_hooks") and "state_dict" not in name)
+
+
+class Csr:
+    """Storage in ``SparseLinear`` modules; see ``dst.backends.storage.Storage``.
+
+    Args:
+        modules: Name of the dense weight to module.
+        layers: The layers that they are.
+        group: The processes that train together.
+    """
+
+    is_placed = True
+
+    def __init__(
+        self, modules: Mapping[str, SparseLinear], layers: Sequence[SparseLayer], group: ProcessGroup | None = None
+    ) -> None:
+        self._modules, self._layers, self._group = dict(modules), list(layers), group
+        self.parameters: Mapping[str, nn.Parameter] = {name: module.values for name, module in modules.items()}
+        for name, values in self.parameters.items():
+            if type(values) is not nn.Parameter or values.device.type != "cpu":
+                raise ConfigurationError(
+                    f"the non-zeros of {name} are {type(values).__name__} on {values.device}; the csr backend computes on "
+                    'the CPU and with whole layers: train there, or use backend="masked"'
+                )
+        self.active = {layer.label: modules[layer.parameter].nnz for layer in layers}
+        self._explored: dict[str, Explored] = {}
+        self._averages: list[dict[str, SparseLinear]] = []
+
+    def masks(self) -> dict[str, Tensor]:
+        """See ``Storage``; built anew at every call."""
+        return {name: module.mask() for name, module in self._modules.items()}
+
+    def mask_of(self, name: str) -> Tensor | None:
+        """See ``Storage``: the parameter holds nothing inactive."""
+        return None
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See ``Storage``."""
+        return self._modules[name].shape
+
+    def view(self, layer: SparseLayer, generator: torch.Generator, *, gradient: bool = False) -> LayerView:
+        """See ``Storage``."""
+        module = self._modules[layer.parameter]
+        return LayerView(module.dense_weight(), module.mask(), None, None, generator)
+
+    def adopt(self, positions: Mapping[str, Tensor]) -> None:
+        """See ``Storage``: the modules have their connections."""
+
+    def rescale(self, layer: SparseLayer) -> None:
+        """See ``Storage``."""
+        module = self._modules[layer.parameter]
+        counts = module.pattern.row_pointers.diff()
+        scale = (module.in_features / counts.clamp(min=1)).sqrt().to(module.values.dtype)
+        module.values.detach().mul_(scale[module.pattern.row_indices.to(torch.int64)])
+
+    def decide(self, layer: SparseLayer, draft: Draft) -> Rewiring | None:
+        """See ``Storage``; scores see the active connections alone, as vectors in the order of their positions."""
+        module = self._modules[layer.parameter]
+        drop, grow, ties = draft.scores["drop"], draft.scores["grow"], draft.generator("ties")
+        sampler = as_sampler(grow)
+        gradient = module.values.grad if drop.needs_gradient else None
+        if drop.needs_gradient and gradient is None:
+            return None
+        # All processes take the same way here: each tile of the gradient is reduced over them.
+        if grow.needs_gradient and all_agree(not module.collected, self._group):
+            return None
+        active, weight = module.pattern.flat(), module.row_major(module.values)
+        ranking = drop(
+            LayerView(
+                weight,
+                torch.ones_like(weight, dtype=torch.bool),
+                None if gradient is None else module.row_major(gradient),
+                None,
+                draft.generator("drop"),
+            )
+        )
+
+        def choose(count: int, barred: Tensor) -> Tensor:
+            if sampler is not None:
+                return sampler.sample(layer.weights, barred, count, draft.generator("grow"))
+            return module.grow_candidates(count, exclude=barred, reduce=self._reduce, key=tie_key(ties))
+
+        return rewire(
+            active, ranking, layer.weights, draft.count, choose, regrow_dropped=draft.regrow_dropped, generator=ties
+        )
+
+    def _reduce(self, tensor: Tensor) -> None:
+        average_(tensor, self._group)
+
+    def apply(self, layer: SparseLayer, rewiring: Rewiring, optimizer: Optimizer) -> None:
+        """See ``Storage``."""
+        name, module = layer.parameter, self._modules[layer.parameter]
+        gradient = module.values.grad
+        source = module.rewire(rewiring.grown, rewiring.dropped)
+        for _, state in per_weight_state(optimizer, module.values):
+            state.copy_(remap(state, source))
+        if gradient is not None:
+            anew = module.collected_gradient()
+            self._reduce(anew)
+            module.values.grad = torch.where(source >= 0, gradient[source.clamp(min=0)], anew)
+        if self._explored:
+            self._explored[name].add(rewiring.grown)
+        for average in self._averages:
+            average[name].rewire(rewiring.grown, rewiring.dropped)
+
+    def expect_dense_gradient(self, parameters: Collection[nn.Parameter], expected: bool) -> None:
+        """See ``Storage``."""
+        for module in self._of(parameters):
+            module.collect_dense_gradient(expected)
+
+    def _of(self, parameters: Collection[nn.Parameter]) -> list[SparseLinear]:
+        chosen = set(parameters)
+        return [module for module in self._modules.values() if module.values in chosen]
+
+    def collected_is_finite(self, parameters: Collection[nn.Parameter]) -> bool:
+        """See ``Storage``."""
+        return all(is_finite(t) for module in self._of(parameters) for pair in module.collected for t in pair)
+
+    def collected_state(self) -> dict[str, list[list[Tensor]]]:
+        """See ``Storage``."""
+        held = {name: [[x.clone(), g.clone()] for x, g in m.collected] for name, m in self._modules.items()}
+        return {name: pairs for name, pairs in held.items() if pairs}
+
+    def load_collected(self, collected: Mapping[str, list[list[Tensor]]]) -> None:
+        """See ``Storage``."""
+        for name in self._modules.keys() & collected.keys():
+            self._modules[name].restore_collected([(x.clone(), g.clone()) for x, g in collected[name]])
+
+    def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """See ``Storage``: there is nothing inactive."""
+
+    def mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:
+        """See ``Storage``: there is nothing inactive."""
+
+    def mask_optimizer_state(self, optimizer: Optimizer) -> None:
+        """See ``Storage``: there is nothing inactive."""
+
+    def track_average(self, model: nn.Module) -> None:
+        """See ``Storage``."""
+        found = sparse_modules(model)
+        if missing := sorted(set(self._modules) - set(found)):
+            raise ConfigurationError(
+                f"the averaged model has no sparse {', '.join(missing)}: copy the model after dst.prepare (in Lightning, "
+                "list SparseTraining before the callback that averages)"
+            )
+        average = {name: found[name] for name in self._modules}
+        if not any(known[n] is m for known in self._averages for n, m in list(average.items())[:1]):
+            self._averages.append(average)
+        self._match_averages()
+
+    def _match_averages(self) -> None:
+        for average in self._averages:
+            for name, module in self._modules.items():
+                if not torch.equal(average[name].pattern.flat(), module.pattern.flat()):
+                    average[name].set_pattern(module.pattern.flat())
+
+    def explore(self) -> None:
+        """See ``Storage``."""
+        for name, module in self._modules.items():
+            self._explored[name] = Explored(module.in_features * module.out_features, module.in_features)
+            self._explored[name].add(module.pattern.flat())
+
+    def explored(self, layer: SparseLayer) -> float:
+        """See ``Storage``."""
+        explored = self._explored.get(layer.parameter)
+        return self.active[layer.label] if explored is None else explored.count()
+
+    def signatures(self) -> Iterable[tuple[str, Tensor]]:
+        """See ``Storage``."""
+        return [(name, module.pattern.flat()) for name, module in sorted(self._modules.items())]
+
+    def masks_state(self) -> dict[str, Tensor]:
+        """See ``Storage``: sorted positions, in 32 bits where they fit."""
+        return {name: narrow(m.pattern.flat(), m.in_features * m.out_features) for name, m in self._modules.items()}
+
+    def union_state(self) -> dict[str, Tensor]:
+        """See ``Storage``: one bit a position."""
+        return {name: explored.bits.clone() for name, explored in self._explored.items()}
+
+    def load(self, masks: Mapping[str, Tensor], union: Mapping[str, Tensor]) -> None:
+        """See ``Storage``."""
+        for name, module in self._modules.items():
+            positions = as_positions(masks[name])
+            # A model that was loaded before has these connections, and its values stay as they are.
+            if not torch.equal(positions, module.pattern.flat()):
+                module.set_pattern(positions)
+        self.active = {layer.label: self._modules[layer.parameter].nnz for layer in self._layers}
+        self._explored = {}
+        for name in self._modules.keys() & union.keys():
+            self._explored[name] = union_as_bits(union[name], self.shape(name))
+        self._match_averages()
+
+
+# -- which layers, and how they come about --------------------------------------------------------------------------
+
+
+def obstacles(model: nn.Module, layers: Sequence[SparseLayer]) -> dict[str, str | None]:
+    """Why layers cannot be stored as non-zeros.
+
+    Args:
+        model: The model.
+        layers: Its sparse layers.
+
+    Returns:
+        Layer label to the reason, ``None`` where there is none.
+    """
+    linears = _linears(model)
+    fused = {id(child) for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer) for child in m.children()}
+    found: dict[str, str | None] = {}
+    for layer in layers:
+        owners = linears.get(layer.parameter)
+        if layer.kind == SparseLinear.__name__:
+            found[layer.label] = None
+        elif owners is None:
+            found[layer.label] = f"{layer.kind} has no csr kernel"
+        elif len({id(module) for module in owners}) > 1:
+            found[layer.label] = "tied weights"
+        elif id(owners[0]) in fused:
+            found[layer.label] = "TransformerEncoderLayer reads the weight itself"
+        elif owners[0].weight.device.type not in ("cpu", "meta"):
+            found[layer.label] = f"on {owners[0].weight.device.type}; csr computes on the CPU"
+        elif owners[0].weight.dtype not in _DTYPES:
+            found[layer.label] = f"dtype {owners[0].weight.dtype}"
+        else:
+            found[layer.label] = None
+    return found
+
+
+def _linears(model: nn.Module) -> dict[str, list[nn.Linear]]:
+    """Parameter name to the ``nn.Linear`` modules whose weight it is, if no other kind of module holds it."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    owners: dict[str, list[nn.Module]] = {}
+    for module in model.modules():
+        for _, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(names[id(parameter)], []).append(module)
+    # Subclasses may read their weight in ways of their own.
+    return {
+        name: [m for m in modules if isinstance(m, nn.Linear)]
+        for name, modules in owners.items()
+        if name.rpartition(".")[2] == "weight" and all(type(m) in (nn.Linear, FeatureMajorLinear) for m in modules)
+    }
+
+
+def prepare(
+    model: nn.Module,
+    method: Method,
+    *,
+    seed: int,
+    include: Iterable[str | type[nn.Module]] | None,
+    exclude: Iterable[str | type[nn.Module]] | None,
+) -> nn.Module:
+    """Swap linear layers for sparse ones with their first connections; see ``dst.prepare``."""
+    if any(m.pattern_seed is not None for m in model.modules() if isinstance(m, SparseLinear)):
+        return model  # prepared before; layers that stayed dense then stay so
+    layers, _ = find_layers(model, include, exclude)
+    linears, modules = _linears(model), sparse_modules(model)
+    barred = obstacles(model, layers)
+    swapped: dict[int, nn.Module] = {}
+    for layer, positions in _first(model, layers, method, seed, modules):
+        if barred[layer.label] is None and positions is not None and positions.numel() < layer.weights:
+            linear = linears[layer.parameter][0]
+            swapped[id(linear)] = _sparse(layer.label, linear, positions, method, seed)
+    if not swapped:
+        return model
+    for module in model.modules():
+        # Dense layers take activations as sparse ones leave them.
+        if type(module) is nn.Linear and id(module) not in swapped:
+            swapped[id(module)] = FeatureMajorLinear.from_linear(module)
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if id(child) in swapped:
+                module._modules[name] = swapped[id(child)]
+    return swapped.get(id(model), model)
+
+
+def _first(
+    model: nn.Module,
+    layers: Sequence[SparseLayer],
+    method: Method,
+    seed: int,
+    modules: Mapping[str, SparseLinear],
+) -> Iterable[tuple[SparseLayer, Tensor | None]]:
+    """Layers and their first positions, ``None`` for those that are sparse modules already."""
+    if isinstance(method.init, FromFile):
+        masks, named = load_masks(method.init.path), dict(model.named_parameters())
+        for layer in layers:
+            shape = layer.shape if layer.parameter in modules else tuple(named[layer.parameter].shape)
+            if layer.parameter not in masks or masks[layer.parameter].shape != shape:
+                raise StateError(f"the mask file {method.init.path} has no {layer.parameter} of shape {shape}")
+            yield layer, None if layer.parameter in modules else as_positions(layer.part(masks[layer.parameter]))
+        return
+    named = dict(model.named_parameters())
+
+    def view(layer: SparseLayer, generator: torch.Generator) -> LayerView:
+        if layer.parameter in modules:
+            weight = modules[layer.parameter].dense_weight()
+        elif named[layer.parameter].device.type == "meta":
+            raise ConfigurationError(
+                f"{layer.parameter} is on the meta device, and {type(method.init).__name__} with this allocation needs its "
+                "values: give it storage first, or draw the first connections at random by ERK"
+            )
+        else:
+            weight = layer.part(named[layer.parameter].detach())
+        return LayerView(weight, torch.ones_like(weight, dtype=torch.bool), None, None, generator)
+
+    placed = [layer.label for layer in layers if layer.parameter in modules]
+    for layer, _, positions in first_positions(method, layers, view, seed=seed, placed=placed):
+        yield layer, positions
+
+
+def _sparse(label: str, linear: nn.Linear, positions: Tensor, method: Method, seed: int) -> SparseLinear:
+    """A sparse layer of some weights of a dense one, which is left as it is."""
+    on_meta = linear.weight.device.type == "meta"
+    sparse = SparseLinear(
+        linear.in_features,
+        linear.out_features,
+        positions,
+        None if on_meta else linear.weight.detach().reshape(-1)[positions],
+        bias=linear.bias is not None,
+        dtype=linear.weight.dtype,
+        generator=folded_generator(seed, "values", label),
+    )
+    if linear.bias is not None and sparse.bias is not None:
+        if not on_meta:
+            sparse.bias.detach().copy_(linear.bias.detach())
+        sparse.bias.requires_grad_(linear.bias.requires_grad)
+    for name in _HOOKS:
+        sparse.__dict__[name] = linear.__dict__[name]
+    sparse.pattern_seed = seed
+    return sparse.train(linear.training)

@@ -1,0 +1,124 @@
+"""What the engine asks of the storage of weights; one class per backend gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dst.layers import SparseLayer
+from dst.topology import Rewiring
+from dst.types import LayerView, Score
+
+
+@dataclass(frozen=True)
+class Draft:
+    """An update of one layer, before it is decided.
+
+    Attributes:
+        count: Connections to drop, and then to grow.
+        scores: ``drop`` and ``grow``.
+        buffers: Role to what the score's ``observe`` returned last; only of scores that observe.
+        generator: Role, or ``"ties"``, to a fresh CPU generator folded from seed, step, layer and it.
+        regrow_dropped: As in ``dst.topology.rewire``.
+    """
+
+    count: int
+    scores: Mapping[str, Score]
+    buffers: Mapping[str, Tensor]
+    generator: Callable[[str], torch.Generator]
+    regrow_dropped: bool
+
+
+class Storage(Protocol):
+    """The weights of some sparse parameters and which of them are active.
+
+    Parameters go by the name that they have in the dense model, and positions are row-major in a layer of its shape.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    """Name to the parameter that the optimizer holds."""
+    active: dict[str, int]
+    """Layer label to its number of active weights."""
+    is_placed: bool
+    """Whether the layers come with their first connections, made by ``dst.prepare``."""
+
+    def masks(self) -> dict[str, Tensor]:
+        """Name to bool mask of the dense shape (a DTensor for a parameter that is one)."""
+
+    def mask_of(self, name: str) -> Tensor | None:
+        """The mask of this process's part of a parameter, where the parameter holds inactive weights too."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the dense weight."""
+
+    def view(self, layer: SparseLayer, generator: torch.Generator, *, gradient: bool = False) -> LayerView:
+        """The layer at its dense shape, for the scores of a first mask."""
+
+    def adopt(self, positions: Mapping[str, Tensor]) -> None:
+        """Take over connections: layer label to sorted positions. Inactive weights are zero then."""
+
+    def rescale(self, layer: SparseLayer) -> None:
+        """Scale each output's weights by sqrt(fan-in / active fan-in)."""
+
+    def decide(self, layer: SparseLayer, draft: Draft) -> Rewiring | None:
+        """Decide an update and change nothing; ``None`` where a gradient that it needs is missing."""
+
+    def apply(self, layer: SparseLayer, rewiring: Rewiring, optimizer: Optimizer) -> None:
+        """Make an update: weights and optimizer state are zero where it changed, and go on where it did not.
+
+        The gradient fits the new connections afterwards, those that have grown included where it was expected.
+        """
+
+    def expect_dense_gradient(self, parameters: Collection[nn.Parameter], expected: bool) -> None:
+        """Announce whether the step to come reads gradients of inactive weights; called before its forward pass."""
+
+    def collected_is_finite(self, parameters: Collection[nn.Parameter]) -> bool:
+        """Whether what stands for gradients of inactive weights, where parameters hold none, is finite."""
+
+    def collected_state(self) -> dict[str, list[list[Tensor]]]:
+        """That, for a checkpoint in the middle of an accumulated step."""
+
+    def load_collected(self, collected: Mapping[str, list[list[Tensor]]]) -> None:
+        """Go on from ``collected_state``; without effect where the coming step does not need it."""
+
+    def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Set gradients of inactive weights to zero."""
+
+    def mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Set inactive weights to zero."""
+
+    def mask_optimizer_state(self, optimizer: Optimizer) -> None:
+        """Set an optimizer's state of inactive weights to zero."""
+
+    def track_average(self, model: nn.Module) -> None:
+        """Keep a copy of the model on the same connections from now on; refuse one that lacks a parameter."""
+
+    def explore(self) -> None:
+        """Count from now on which connections have ever been active."""
+
+    def explored(self, layer: SparseLayer) -> float:
+        """How many connections of a layer have ever been active."""
+
+    def signatures(self) -> Iterable[tuple[str, Tensor]]:
+        """Name and a tensor, equal on processes whose masks are; only for parameters that all processes hold whole."""
+
+    def masks_state(self) -> dict[str, Tensor]:
+        """Masks for a checkpoint: whole bool tensors, or sorted positions."""
+
+    def union_state(self) -> dict[str, Tensor]:
+        """What ``explore`` counted, for a checkpoint."""
+
+    def load(self, masks: Mapping[str, Tensor], union: Mapping[str, Tensor]) -> None:
+        """Go on from ``masks_state`` and ``union_state``, of this backend or another."""
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every entry is finite; the sum settles it in one pass unless it overflows."""
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce().values()
+    return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

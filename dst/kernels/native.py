@@ -1,0 +1,270 @@
+"""The compiled engine: the C interface of ``spmm.cpp`` behind tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_double, c_float, c_int, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dst.kernels.pattern import Pattern, split_flat
+
+ABI = 5
+ISA = ("portable", "avx2", "avx512")
+_SIGNATURES = {
+    "dst_forward": [
+        c_int,
+        c_int,
+        c_int64,
+        c_int64,
+        *[c_void_p] * 4,
+        c_int64,
+        c_void_p,
+        c_int64,
+        c_int64,
+        c_void_p,
+        c_int,
+        c_int,
+    ],
+    "dst_backward": [
+        *[c_int, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64],
+        *[c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int],
+    ],
+    "dst_gradient": [c_int, c_int64, c_int64, c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int],
+    "dst_gather": [c_int, c_int64, c_void_p, c_void_p, c_void_p, c_int],
+    "dst_transpose_pattern": [c_int, c_int64, c_int64, *[c_void_p] * 5],
+    "dst_match_patterns": [c_int, c_int64, *[c_void_p] * 7],
+    "dst_forward_plan": [c_void_p, c_void_p, c_void_p, c_int],
+    "dst_merge": [c_int64, c_void_p, c_int64, c_void_p, c_void_p],
+    "dst_grow_update": [c_int, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 4, *[c_void_p] * 5],
+    "dst_grow_finish": [c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
+}
+
+
+class Kernels:
+    """Compiled kernels for float32 and float64 on the CPU.
+
+    Activations are ``[batch, features]`` tensors whose storage is feature-major (strides ``(1, batch)``), so that a
+    chain of layers never copies. Results depend neither on the number of threads nor on their timing.
+    """
+
+    name = "compiled"
+
+    def __init__(self, path: Path):
+        """Load the library at ``path``.
+
+        Raises:
+            OSError: not a loadable library, or one with another interface.
+        """
+        # torch is imported above: its OpenMP run-time is in the process first, so both use one pool of threads.
+        self._library = ctypes.CDLL(str(path))
+        self.path = path
+        if not hasattr(self._library, "dst_abi") or self._library.dst_abi() != ABI:
+            raise OSError(f"{path} was built from another version of the kernels; run python -m dst.kernels.build")
+        for name, types in _SIGNATURES.items():
+            function = getattr(self._library, name)
+            function.argtypes = types
+            function.restype = None
+        self._forward = self._library.dst_forward
+        self._backward = self._library.dst_backward
+        self._gradient = self._library.dst_gradient
+        self._gather = self._library.dst_gather
+
+    @property
+    def isa(self) -> str:
+        """Instruction set in use: "avx512", "avx2" or "portable"."""
+        return ISA[self._library.dst_isa()]
+
+    @isa.setter
+    def isa(self, wanted: str) -> None:
+        self._library.dst_set_isa(ISA.index(wanted))
+
+    def pattern(self, flat: Tensor, rows: int, columns: int) -> Pattern:
+        """Build a pattern from sorted, distinct flat indices (int64)."""
+        kind = torch.uint16 if max(rows, columns) <= 1 << 16 else torch.int32
+        row_pointers, column_indices = split_flat(flat, rows, columns)
+        column_indices = column_indices.to(kind)
+        column_pointers = torch.empty(columns + 1, dtype=torch.int32)
+        row_indices = torch.empty_like(column_indices)
+        permutation = torch.empty(flat.numel(), dtype=torch.int32)
+        self._library.dst_transpose_pattern(
+            kind is torch.int32, rows, columns, row_pointers.data_ptr(), column_indices.data_ptr(),
+            column_pointers.data_ptr(), row_indices.data_ptr(), permutation.data_ptr(),
+        )  # fmt: skip
+        return Pattern(rows, columns, column_pointers, row_indices, row_pointers, column_indices, permutation)
+
+    def match(self, old: Pattern, new: Pattern) -> Tensor:
+        """Return int64 ``[new.nnz]``: the old position of each new position, -1 where it is newly grown."""
+        source = torch.empty(new.nnz, dtype=torch.int32)
+        self._library.dst_match_patterns(
+            new.wide, new.rows, old.row_pointers.data_ptr(), old.column_indices.data_ptr(), old.permutation.data_ptr(),
+            new.row_pointers.data_ptr(), new.column_indices.data_ptr(), new.permutation.data_ptr(), source.data_ptr(),
+        )  # fmt: skip
+        return source.to(torch.int64)
+
+    def merge(self, a: Tensor, b: Tensor) -> Tensor:
+        """Merge two sorted int64 vectors into one."""
+        a, b = a.contiguous(), b.contiguous()
+        out = torch.empty(a.numel() + b.numel(), dtype=torch.int64)
+        self._library.dst_merge(a.numel(), a.data_ptr(), b.numel(), b.data_ptr(), out.data_ptr())
+        return out
+
+    def refresh(self, pattern: Pattern, values: Tensor, out: Tensor) -> None:
+        """Copy ``values`` (column order) into ``out`` (row order)."""
+        self._gather(
+            values.dtype is torch.float64, pattern.nnz, pattern.permutation.data_ptr(), values.data_ptr(),
+            out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+
+    def feature_major(self, x: Tensor) -> Tensor:
+        """Return ``x`` ``[batch, features]`` as a ``[features, batch]`` tensor with unit stride over the batch."""
+        batch, features = x.shape
+        if batch == 1:
+            return x.contiguous().view(features, 1)
+        if x.stride(0) == 1 and x.stride(1) >= batch:
+            return x.t()
+        if not (x.stride(1) == 1 and x.stride(0) >= features):
+            x = x.contiguous()
+        out = torch.empty(features, batch, dtype=x.dtype)
+        self._gradient(
+            x.dtype is torch.float64, features, batch, x.data_ptr(), x.stride(0), 1, None, 0, out.data_ptr(), None,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def forward(self, pattern: Pattern, row_values: Tensor, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        """Return ``W x + bias`` (then ReLU) as ``[batch, rows]``, strides ``(1, batch)``.
+
+        Args:
+            pattern: where the non-zeros are.
+            row_values: the values in row order, ``[nnz]``.
+            x: ``[columns, batch]`` from `feature_major`.
+            bias: ``[rows]``, contiguous, or None.
+            relu: apply ReLU.
+        """
+        batch = x.shape[1]
+        y = torch.empty_strided((batch, pattern.rows), (1, max(batch, 1)), dtype=x.dtype)
+        self._forward(
+            x.dtype is torch.float64, pattern.wide, pattern.rows, pattern.columns, pattern.row_pointers.data_ptr(),
+            pattern.column_indices.data_ptr(), row_values.data_ptr(), x.data_ptr(), x.stride(0), y.data_ptr(), batch,
+            batch, None if bias is None else bias.data_ptr(), relu, torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    def backward(
+        self, pattern: Pattern, values: Tensor, x: Tensor, g: Tensor, y: Tensor | None, *, input: bool, bias: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
+        """Return the gradients of input, values and bias, and the output gradient used.
+
+        Args:
+            pattern: where the non-zeros are.
+            values: the values in column order, ``[nnz]``.
+            x: ``[columns, batch]``, as given to `forward`.
+            g: gradient of the output, ``[batch, rows]``, any strides.
+            y: the output where ReLU was applied, else None.
+            input: whether the input's gradient is wanted.
+            bias: whether the bias's gradient is wanted.
+
+        Returns:
+            Input gradient ``[batch, columns]`` with strides ``(1, batch)`` or None, values' gradient ``[nnz]``, bias
+            gradient ``[rows]`` or None, output gradient before ReLU, feature-major ``[rows, batch]``.
+        """
+        double, threads = x.dtype is torch.float64, torch.get_num_threads()
+        batch, rows = g.shape
+        gb = torch.empty(rows, dtype=x.dtype) if bias else None
+        if batch > 1 and g.stride(0) == 1 and g.stride(1) >= batch:
+            batch_major, stride = 0, g.stride(1)
+        else:
+            if not (g.stride(1) == 1 and g.stride(0) >= rows):
+                g = g.contiguous()
+            batch_major, stride = 1, g.stride(0)
+        gt = torch.empty(rows, batch, dtype=x.dtype) if batch_major or y is not None else g.t()
+        if batch_major or y is not None or bias:
+            self._gradient(
+                double, rows, batch, g.data_ptr(), stride, batch_major, None if y is None else y.data_ptr(), batch,
+                gt.data_ptr() if batch_major or y is not None else None, None if gb is None else gb.data_ptr(), threads,
+            )  # fmt: skip
+        gx = torch.empty_strided((batch, pattern.columns), (1, max(batch, 1)), dtype=x.dtype) if input else None
+        gv = torch.empty_like(values)
+        self._backward(
+            double, pattern.wide, rows, pattern.columns, pattern.column_pointers.data_ptr(),
+            pattern.row_indices.data_ptr(), values.data_ptr(), x.data_ptr(), x.stride(0), gt.data_ptr(), gt.stride(0),
+            None if gx is None else gx.data_ptr(), batch, gv.data_ptr(), batch, threads,
+        )  # fmt: skip
+        return gx, gv, gb, gt
+
+    def plan(self, pattern: Pattern, row_values: Tensor, bias: Tensor | None, relu: bool) -> Plan:
+        """Prepare forward passes of single examples; the tensors must outlive the plan's use."""
+        return Plan(self._library, pattern, row_values, bias, relu)
+
+    def top_k(self, k: int, dtype: torch.dtype, key: int) -> NativeTopK:
+        """Return an empty running top-k for tiles of ``dtype``, its ties broken by ``key``."""
+        return NativeTopK(self._library, k, dtype, key)
+
+
+class _PlanFields(ctypes.Structure):
+    _fields_ = (
+        *((name, c_int64) for name in ("is_double", "wide", "rows", "columns", "relu")),
+        *((name, c_void_p) for name in ("pointers", "indices", "values", "bias")),
+    )
+
+
+class Plan:
+    """The forward pass of a layer for one example at a time, with as little around the arithmetic as Python allows."""
+
+    def __init__(self, library: ctypes.CDLL, pattern: Pattern, row_values: Tensor, bias: Tensor | None, relu: bool):
+        # Detached: if a parameter's storage is replaced, this one lives on until the owner notices by `bias`.
+        self._keep = (pattern, row_values, None if bias is None else bias.detach())
+        self.bias = None if bias is None else bias.data_ptr()
+        self._dtype = row_values.dtype
+        self._rows, self._columns = pattern.rows, pattern.columns
+        self._fields = _PlanFields(
+            row_values.dtype is torch.float64, pattern.wide, pattern.rows, pattern.columns, relu,
+            pattern.row_pointers.data_ptr(), pattern.column_indices.data_ptr(), row_values.data_ptr(), self.bias,
+        )  # fmt: skip
+        self._address = ctypes.addressof(self._fields)
+        self._call = library.dst_forward_plan
+
+    def run(self, x: Tensor) -> Tensor | None:
+        """Return the output ``[1, rows]`` for ``x`` ``[1, columns]``, or None if ``x`` is anything else."""
+        if x.shape != (1, self._columns) or x.dtype is not self._dtype or not x.is_contiguous() or not x.is_cpu:
+            return None
+        y = torch.empty((1, self._rows), dtype=self._dtype)
+        self._call(self._address, x.data_ptr(), y.data_ptr(), torch.get_num_threads())
+        return y
+
+
+class NativeTopK:
+    """The k largest absolute values of a matrix seen tile by tile; ties are broken by ``tie_order``."""
+
+    def __init__(self, library: ctypes.CDLL, k: int, dtype: torch.dtype, key: int):
+        self._library, self._k, self._double, self._key = library, k, dtype is torch.float64, key
+        self._capacity = 2 * k + 4096
+        self._values = torch.empty(self._capacity + 1, dtype=dtype)
+        self._indices = torch.empty(self._capacity + 1, dtype=torch.int64)
+        self._count, self._rank = c_int64(0), c_int64(0)
+        self._threshold: c_double | c_float = c_double(-1.0) if self._double else c_float(-1.0)
+
+    def update(self, tile: Tensor, base: int, exclude: Tensor) -> None:
+        """Feed the next tile.
+
+        Args:
+            tile: contiguous; overwritten at the excluded places.
+            base: flat index of its first element; tiles come in increasing order.
+            exclude: int64 flat indices within the tile that may not be chosen.
+        """
+        self._library.dst_grow_update(
+            self._double, tile.data_ptr(), tile.numel(), base, exclude.data_ptr(), exclude.numel(), self._k,
+            self._capacity, self._key, self._values.data_ptr(), self._indices.data_ptr(),
+            ctypes.addressof(self._count), ctypes.addressof(self._threshold), ctypes.addressof(self._rank),
+        )  # fmt: skip
+
+    def finish(self) -> Tensor:
+        """Return the chosen flat indices, sorted, int64 ``[<= k]``."""
+        count = ctypes.addressof(self._count)
+        self._library.dst_grow_finish(
+            self._double, self._k, self._key, self._values.data_ptr(), self._indices.data_ptr(), count
+        )  # fmt: skip
+        return self._indices[: self._count.value].clone()

@@ -1,0 +1,78 @@
+"""Where the non-zeros of a weight matrix are, in both orders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Pattern:
+    """The positions of the non-zeros of a ``[rows, columns]`` matrix; values in column order belong to it.
+
+    "Position" is a non-zero's place in column order (by column, then by row); "flat" is its row-major index
+    ``row * columns + column``.
+
+    Attributes:
+        rows: rows of the matrix (output features).
+        columns: columns of the matrix (input features).
+        column_pointers: int32 ``[columns + 1]``, where each column starts in column order.
+        row_indices: ``[nnz]``, the rows in column order; uint16 where they fit and the engine reads it, else int32.
+        row_pointers: int32 ``[rows + 1]``, where each row starts in row order.
+        column_indices: ``[nnz]``, the columns in row order; type as ``row_indices``.
+        permutation: int32 ``[nnz]``, row order → column order.
+    """
+
+    rows: int
+    columns: int
+    column_pointers: Tensor
+    row_indices: Tensor
+    row_pointers: Tensor
+    column_indices: Tensor
+    permutation: Tensor
+
+    @property
+    def nnz(self) -> int:
+        """Number of non-zeros."""
+        return self.permutation.numel()
+
+    @property
+    def wide(self) -> bool:
+        """Whether the indices are 32-bit."""
+        return self.row_indices.dtype is torch.int32
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all index tensors."""
+        tensors = (self.column_pointers, self.row_indices, self.row_pointers, self.column_indices, self.permutation)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def flat(self) -> Tensor:
+        """Return the sorted row-major flat indices, int64 ``[nnz]``."""
+        return _expand(self.row_pointers, self.columns).add_(self.column_indices.to(torch.int64))
+
+    def flat_by_position(self) -> Tensor:
+        """Return the row-major flat index of every position, int64 ``[nnz]``: aligned with the values."""
+        flat = self.row_indices.to(torch.int64).mul_(self.columns)
+        return flat.add_(_expand(self.column_pointers, 1))
+
+    def mask(self) -> Tensor:
+        """Return the bool mask ``[rows, columns]``. Materialises the matrix: for small layers and for conversion."""
+        mask = torch.zeros(self.rows * self.columns, dtype=torch.bool)
+        mask[self.flat()] = True
+        return mask.view(self.rows, self.columns)
+
+
+def _expand(pointers: Tensor, scale: int) -> Tensor:
+    counts = (pointers[1:] - pointers[:-1]).to(torch.int64)
+    lines = torch.arange(counts.numel(), dtype=torch.int64).mul_(scale)
+    return torch.repeat_interleave(lines, counts, output_size=int(pointers[-1]))
+
+
+def split_flat(flat: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Split sorted flat indices into int32 row pointers ``[rows + 1]`` and int64 column indices ``[nnz]``."""
+    edges = torch.arange(rows + 1, dtype=torch.int64).mul_(columns)
+    pointers = torch.searchsorted(flat, edges).to(torch.int32)
+    return pointers, flat.remainder(columns) if columns else flat

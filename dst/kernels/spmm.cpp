@@ -1,0 +1,871 @@
+// Kernels for linear layers that store only their non-zero weights.
+//
+// Plain C ABI, C++17, no dependency but the standard library and, where the compiler offers it, OpenMP. The body
+// between the two halves of this file is compiled once per instruction set (the file includes itself) and the best
+// one is chosen when the library is first used.
+//
+// Layout. Activations are feature-major: X is [in, batch], Y is [out, batch], so a non-zero weight is one scalar times
+// one contiguous vector. The weight W [out, in] is kept in two orders: by columns (CSC: the master values, what the
+// optimizer sees) and by rows (CSR: a copy of the values that `gather` refreshes). Indices inside a row or a column
+// are unsigned 16-bit where they fit and signed 32-bit otherwise ("wide"); pointers and permutations are 32-bit.
+//
+// Every output element is computed by one thread in an order that depends on shapes alone, so results depend neither
+// on the number of threads nor on their timing.
+
+#ifndef DST_ISA
+// ------------------------------------------------------------------------------------------------ common half
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <utility>
+#include <vector>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define DST_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+// Bytes of the input that one forward pass over a tile of the batch may touch: a common second-level cache. The backward
+// pass gains more from wide tiles (fewer horizontal sums) than from a resident operand.
+constexpr int64_t kCacheBytes = 1024 * 1024;
+
+// Parallel regions smaller than this many multiply-adds cost more to start than they save.
+constexpr int64_t kSerialWork = 1 << 15;
+
+template <class T>
+struct Forward {
+    int64_t rows, columns;
+    const int32_t* pointers;
+    const void* indices;
+    const T* values;
+    const T* x;
+    int64_t x_stride;
+    T* y;
+    int64_t y_stride;
+    int64_t batch;
+    const T* bias;
+    bool relu;
+    int threads;
+};
+
+template <class T>
+struct Backward {
+    int64_t rows, columns;
+    const int32_t* pointers;
+    const void* indices;
+    const T* values;
+    const T* x;
+    int64_t x_stride;
+    const T* g;
+    int64_t g_stride;
+    T* gx;  // may be null: the first layer needs no input gradient
+    int64_t gx_stride;
+    T* gv;
+    int64_t batch;
+    int threads;
+};
+
+// How the batch is cut: `tiles` pieces of at most `vectors` vectors each.
+struct Tiling {
+    int64_t tiles, vectors;
+};
+
+inline Tiling tile_batch(int64_t batch, int64_t features, int64_t width, int64_t most, int64_t bytes) {
+    const int64_t total = (batch + width - 1) / width;
+    int64_t fit = kCacheBytes / std::max<int64_t>(1, features * width * bytes);
+    fit = std::min(most, std::max<int64_t>(fit, std::min<int64_t>(most, 2)));
+    Tiling t;
+    t.tiles = std::max<int64_t>(1, (total + fit - 1) / fit);
+    t.vectors = (total + t.tiles - 1) / t.tiles;
+    return t;
+}
+
+// First row whose cumulated cost reaches `target`; a row costs its non-zeros and a constant.
+inline int64_t balanced_cut(const int32_t* pointers, int64_t rows, int64_t target) {
+    int64_t lo = 0, hi = rows;
+    while (lo < hi) {
+        const int64_t mid = (lo + hi) / 2;
+        if (int64_t(pointers[mid]) + 4 * mid < target) lo = mid + 1;
+        else hi = mid;
+    }
+    return lo;
+}
+
+}  // namespace
+
+// ---- one inclusion per instruction set
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#define DST_X86 1
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,f16c,prefer-vector-width=512")
+#endif
+#define DST_ISA avx512
+#define DST_LEVEL 2
+#include "spmm.cpp"
+#undef DST_ISA
+#undef DST_LEVEL
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define DST_ISA avx2
+#define DST_LEVEL 1
+#include "spmm.cpp"
+#undef DST_ISA
+#undef DST_LEVEL
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+#define DST_ISA portable
+#define DST_LEVEL 0
+#include "spmm.cpp"
+#undef DST_ISA
+#undef DST_LEVEL
+
+// ------------------------------------------------------------------------------------------------ C ABI
+namespace {
+
+int detect() {
+#ifdef DST_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+int& level() {
+    static int chosen = detect();
+    return chosen;
+}
+
+template <class T>
+void run_forward(const Forward<T>& a, int wide) {
+#ifdef DST_X86
+    if (level() == 2) return wide ? avx512::forward<T, int32_t>(a) : avx512::forward<T, uint16_t>(a);
+    if (level() == 1) return wide ? avx2::forward<T, int32_t>(a) : avx2::forward<T, uint16_t>(a);
+#endif
+    return wide ? portable::forward<T, int32_t>(a) : portable::forward<T, uint16_t>(a);
+}
+
+template <class T>
+void run_backward(const Backward<T>& a, int wide) {
+#ifdef DST_X86
+    if (level() == 2) return wide ? avx512::backward<T, int32_t>(a) : avx512::backward<T, uint16_t>(a);
+    if (level() == 1) return wide ? avx2::backward<T, int32_t>(a) : avx2::backward<T, uint16_t>(a);
+#endif
+    return wide ? portable::backward<T, int32_t>(a) : portable::backward<T, uint16_t>(a);
+}
+
+template <class T>
+void run_gradient(int64_t features, int64_t batch, const T* g, int64_t g_stride, int batch_major, const T* y,
+                  int64_t y_stride, T* out, T* bias, int threads) {
+#ifdef DST_X86
+    if (level() == 2) return avx512::gradient<T>(features, batch, g, g_stride, batch_major, y, y_stride, out, bias, threads);
+    if (level() == 1) return avx2::gradient<T>(features, batch, g, g_stride, batch_major, y, y_stride, out, bias, threads);
+#endif
+    return portable::gradient<T>(features, batch, g, g_stride, batch_major, y, y_stride, out, bias, threads);
+}
+
+template <class T>
+void gather(int64_t n, const int32_t* permutation, const T* from, T* to, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && n > kSerialWork)
+    for (int64_t i = 0; i < n; ++i) to[i] = from[permutation[i]];
+}
+
+template <class I>
+void transpose_pattern(int64_t rows, int64_t columns, const int32_t* row_pointers, const I* column_indices,
+                       int32_t* column_pointers, I* row_indices, int32_t* permutation) {
+    std::fill(column_pointers, column_pointers + columns + 1, 0);
+    const int64_t n = row_pointers[rows];
+    for (int64_t j = 0; j < n; ++j) ++column_pointers[int64_t(column_indices[j]) + 1];
+    for (int64_t c = 0; c < columns; ++c) column_pointers[c + 1] += column_pointers[c];
+    std::vector<int32_t> next(column_pointers, column_pointers + columns);
+    for (int64_t r = 0; r < rows; ++r)
+        for (int32_t j = row_pointers[r]; j < row_pointers[r + 1]; ++j) {
+            const int32_t at = next[column_indices[j]]++;
+            row_indices[at] = I(r);
+            permutation[j] = at;
+        }
+}
+
+template <class I>
+void match_patterns(int64_t rows, const int32_t* old_pointers, const I* old_indices, const int32_t* old_permutation,
+                    const int32_t* new_pointers, const I* new_indices, const int32_t* new_permutation, int32_t* source) {
+    for (int64_t r = 0; r < rows; ++r) {
+        int32_t i = old_pointers[r];
+        for (int32_t j = new_pointers[r]; j < new_pointers[r + 1]; ++j) {
+            while (i < old_pointers[r + 1] && old_indices[i] < new_indices[j]) ++i;
+            const bool same = i < old_pointers[r + 1] && old_indices[i] == new_indices[j];
+            source[new_permutation[j]] = same ? old_permutation[i] : -1;
+        }
+    }
+}
+
+// Bits of a floating-point number in an order that sorts as the number does (NaN of either sign at the ends).
+template <class T>
+struct Bits;
+template <>
+struct Bits<float> {
+    using U = uint32_t;
+};
+template <>
+struct Bits<double> {
+    using U = uint64_t;
+};
+
+template <class T>
+DST_INLINE typename Bits<T>::U ordered(T value) {
+    using U = typename Bits<T>::U;
+    constexpr U sign = U(1) << (sizeof(U) * 8 - 1);
+    U u;
+    std::memcpy(&u, &value, sizeof u);
+    return u & sign ? ~u : u | sign;
+}
+
+// The k-th smallest (k from 1 to n): a histogram over the leading bits, then a selection within one bin.
+template <class T>
+T select(int64_t n, int64_t k, const T* values) {
+    constexpr int shift = sizeof(T) * 8 - 14;
+    std::vector<int64_t> bins(1 << 14, 0);
+    for (int64_t i = 0; i < n; ++i) ++bins[ordered(values[i]) >> shift];
+    size_t bin = 0;
+    while (k > bins[bin]) k -= bins[bin++];
+    std::vector<T> inside;
+    inside.reserve(bins[bin]);
+    for (int64_t i = 0; i < n; ++i)
+        if (ordered(values[i]) >> shift == bin) inside.push_back(values[i]);
+    std::nth_element(inside.begin(), inside.begin() + (k - 1), inside.end(),
+                     [](T a, T b) { return ordered(a) < ordered(b); });
+    return inside[k - 1];
+}
+
+// The rank of a position among equal values, the smallest first: SplitMix64's finalizer, as `dst.topology.tie_order`.
+inline int64_t tie_order(int64_t position, int64_t key) {
+    uint64_t z = uint64_t(position) * 0x9E3779B97F4A7C15u + uint64_t(key);
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    return int64_t(z ^ (z >> 31));
+}
+
+// Keep the k best of *count > k pairs, by larger value and then by smaller tie order; pairs arrive and stay in index
+// order. `least` and `rank` become the value and the tie order of the last one kept.
+template <class T>
+void prune(int64_t k, int64_t* count, T* values, int64_t* indices, int64_t key, T* least, int64_t* rank) {
+    *least = select(*count, *count - k + 1, values);
+    int64_t equal = k;
+    std::vector<int64_t> ties;
+    for (int64_t i = 0; i < *count; ++i) {
+        equal -= values[i] > *least;
+        if (values[i] == *least) ties.push_back(tie_order(indices[i], key));
+    }
+    std::nth_element(ties.begin(), ties.begin() + (equal - 1), ties.end());
+    *rank = ties[equal - 1];
+    int64_t kept = 0;
+    for (int64_t i = 0; i < *count; ++i) {
+        const T value = values[i];
+        const bool keep = value > *least || (value == *least && tie_order(indices[i], key) <= *rank);
+        values[kept] = value;
+        indices[kept] = indices[i];
+        kept += keep;
+    }
+    *count = kept;
+}
+
+template <class T>
+void grow_update(T* tile, int64_t n, int64_t base, const int64_t* exclude, int64_t excluded, int64_t k, int64_t capacity,
+                 int64_t key, T* values, int64_t* indices, int64_t* count, T* threshold, int64_t* rank) {
+    // A NaN compares false with everything, so an excluded position can never enter, not even among tied zeros.
+    for (int64_t i = 0; i < excluded; ++i) tile[exclude[i] - base] = std::numeric_limits<T>::quiet_NaN();
+    if (k <= 0) return;
+    constexpr int64_t block = 32;
+    T least = *threshold;
+    int64_t held = *count;
+    for (int64_t i = 0; i < n; i += block) {
+        const int64_t m = std::min(block, n - i);
+        if (m == block) {
+            int any = 0;
+            for (int64_t q = 0; q < block; ++q) any |= std::fabs(tile[i + q]) >= least;
+            if (!any) continue;
+        }
+        if (held + m > capacity) prune(k, &held, values, indices, key, &least, rank);
+        for (int64_t q = 0; q < m; ++q) {
+            const T value = std::fabs(tile[i + q]);
+            values[held] = value;
+            indices[held] = base + i + q;
+            held += value > least || (value == least && tie_order(base + i + q, key) < *rank);
+        }
+    }
+    *count = held;
+    *threshold = least;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Version of this interface; the loader refuses a library built from another one.
+int dst_abi() { return 5; }
+
+// Instruction set in use: 0 portable, 1 AVX2, 2 AVX-512. `dst_set_isa` lowers it (for tests); it never raises it above
+// what the machine has.
+int dst_isa() { return level(); }
+int dst_set_isa(int wanted) {
+    level() = std::max(0, std::min(wanted, detect()));
+    return level();
+}
+
+void dst_forward(int is_double, int wide, int64_t rows, int64_t columns, const int32_t* pointers, const void* indices,
+                 const void* values, const void* x, int64_t x_stride, void* y, int64_t y_stride, int64_t batch,
+                 const void* bias, int relu, int threads) {
+    if (is_double)
+        run_forward<double>({rows, columns, pointers, indices, (const double*)values, (const double*)x, x_stride, (double*)y,
+                             y_stride, batch, (const double*)bias, relu != 0, threads}, wide);
+    else
+        run_forward<float>({rows, columns, pointers, indices, (const float*)values, (const float*)x, x_stride, (float*)y,
+                            y_stride, batch, (const float*)bias, relu != 0, threads}, wide);
+}
+
+// A layer's forward pass for single examples, its arguments fixed beforehand: at batch 1 passing them costs as much as
+// the arithmetic.
+struct dst_plan {
+    int64_t is_double, wide, rows, columns, relu;
+    const void *pointers, *indices, *values, *bias;
+};
+
+void dst_forward_plan(const dst_plan* p, const void* x, void* y, int threads) {
+    dst_forward(int(p->is_double), int(p->wide), p->rows, p->columns, (const int32_t*)p->pointers, p->indices, p->values, x, 1,
+                y, 1, 1, p->bias, int(p->relu), threads);
+}
+
+void dst_backward(int is_double, int wide, int64_t rows, int64_t columns, const int32_t* pointers, const void* indices,
+                  const void* values, const void* x, int64_t x_stride, const void* g, int64_t g_stride, void* gx,
+                  int64_t gx_stride, void* gv, int64_t batch, int threads) {
+    if (is_double)
+        run_backward<double>({rows, columns, pointers, indices, (const double*)values, (const double*)x, x_stride,
+                              (const double*)g, g_stride, (double*)gx, gx_stride, (double*)gv, batch, threads}, wide);
+    else
+        run_backward<float>({rows, columns, pointers, indices, (const float*)values, (const float*)x, x_stride,
+                             (const float*)g, g_stride, (float*)gx, gx_stride, (float*)gv, batch, threads}, wide);
+}
+
+// Bring a gradient (or an input) into feature-major order; where `y` is given zero it where y is not positive, where
+// `bias` is given sum each feature over the batch. `out` may be null when the gradient is feature-major and y is null.
+void dst_gradient(int is_double, int64_t features, int64_t batch, const void* g, int64_t g_stride, int batch_major,
+                  const void* y, int64_t y_stride, void* out, void* bias, int threads) {
+    if (is_double)
+        run_gradient<double>(features, batch, (const double*)g, g_stride, batch_major, (const double*)y, y_stride,
+                             (double*)out, (double*)bias, threads);
+    else
+        run_gradient<float>(features, batch, (const float*)g, g_stride, batch_major, (const float*)y, y_stride, (float*)out,
+                            (float*)bias, threads);
+}
+
+void dst_gather(int is_double, int64_t n, const int32_t* permutation, const void* from, void* to, int threads) {
+    if (is_double) gather<double>(n, permutation, (const double*)from, (double*)to, threads);
+    else gather<float>(n, permutation, (const float*)from, (float*)to, threads);
+}
+
+void dst_transpose_pattern(int wide, int64_t rows, int64_t columns, const int32_t* row_pointers, const void* column_indices,
+                           int32_t* column_pointers, void* row_indices, int32_t* permutation) {
+    if (wide)
+        transpose_pattern<int32_t>(rows, columns, row_pointers, (const int32_t*)column_indices, column_pointers,
+                                   (int32_t*)row_indices, permutation);
+    else
+        transpose_pattern<uint16_t>(rows, columns, row_pointers, (const uint16_t*)column_indices, column_pointers,
+                                    (uint16_t*)row_indices, permutation);
+}
+
+void dst_match_patterns(int wide, int64_t rows, const int32_t* old_pointers, const void* old_indices,
+                        const int32_t* old_permutation, const int32_t* new_pointers, const void* new_indices,
+                        const int32_t* new_permutation, int32_t* source) {
+    if (wide)
+        match_patterns<int32_t>(rows, old_pointers, (const int32_t*)old_indices, old_permutation, new_pointers,
+                                (const int32_t*)new_indices, new_permutation, source);
+    else
+        match_patterns<uint16_t>(rows, old_pointers, (const uint16_t*)old_indices, old_permutation, new_pointers,
+                                 (const uint16_t*)new_indices, new_permutation, source);
+}
+
+// Merge two sorted vectors.
+void dst_merge(int64_t n, const int64_t* a, int64_t m, const int64_t* b, int64_t* out) {
+    std::merge(a, a + n, b, b + m, out);
+}
+
+// Feed one tile of a gradient (n elements, the first having flat index `base`) to a running top-k by absolute value, ties
+// broken by `key`. `values`/`indices` hold `capacity` >= k + 64 pairs and one more place; *count, *threshold and *rank
+// start at 0, -1 and 0. The tile is overwritten at the excluded positions.
+void dst_grow_update(int is_double, void* tile, int64_t n, int64_t base, const int64_t* exclude, int64_t excluded,
+                     int64_t k, int64_t capacity, int64_t key, void* values, int64_t* indices, int64_t* count,
+                     void* threshold, int64_t* rank) {
+    if (is_double)
+        grow_update<double>((double*)tile, n, base, exclude, excluded, k, capacity, key, (double*)values, indices, count,
+                            (double*)threshold, rank);
+    else
+        grow_update<float>((float*)tile, n, base, exclude, excluded, k, capacity, key, (float*)values, indices, count,
+                           (float*)threshold, rank);
+}
+
+// Reduce the running top-k to its k best.
+void dst_grow_finish(int is_double, int64_t k, int64_t key, void* values, int64_t* indices, int64_t* count) {
+    if (k <= 0) *count = 0;
+    if (*count <= k) return;
+    int64_t rank;
+    double double_least;
+    float float_least;
+    if (is_double) prune<double>(k, count, (double*)values, indices, key, &double_least, &rank);
+    else prune<float>(k, count, (float*)values, indices, key, &float_least, &rank);
+}
+
+}  // extern "C"
+
+#else
+// ------------------------------------------------------------------------------------------- per instruction set
+namespace {
+namespace DST_ISA {
+
+template <class T>
+struct Simd;
+
+#if DST_LEVEL == 2
+constexpr int kMostVectors = 8;
+
+template <>
+struct Simd<float> {
+    using V = __m512;
+    static constexpr int W = 16;
+    static DST_INLINE V zero() { return _mm512_setzero_ps(); }
+    static DST_INLINE V set(float a) { return _mm512_set1_ps(a); }
+    static DST_INLINE V load(const float* p) { return _mm512_loadu_ps(p); }
+    static DST_INLINE V load(const float* p, int n) { return _mm512_maskz_loadu_ps(__mmask16((1u << n) - 1), p); }
+    static DST_INLINE void store(float* p, V a) { _mm512_storeu_ps(p, a); }
+    static DST_INLINE void store(float* p, V a, int n) { _mm512_mask_storeu_ps(p, __mmask16((1u << n) - 1), a); }
+    static DST_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+    static DST_INLINE V add(V a, V b) { return _mm512_add_ps(a, b); }
+    static DST_INLINE V positive(V a) {  // NaN passes, as in torch.relu
+        return _mm512_mask_mov_ps(a, _mm512_cmp_ps_mask(a, zero(), _CMP_LE_OQ), zero());
+    }
+    static DST_INLINE V where_positive(V y, V a) {
+        return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y, zero(), _CMP_NLE_UQ), a);
+    }
+    static DST_INLINE void sum4(V a, V b, V c, V d, float* out) {
+        const V ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+        const V cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+        const V all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE));
+        const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+    }
+};
+
+template <>
+struct Simd<double> {
+    using V = __m512d;
+    static constexpr int W = 8;
+    static DST_INLINE V zero() { return _mm512_setzero_pd(); }
+    static DST_INLINE V set(double a) { return _mm512_set1_pd(a); }
+    static DST_INLINE V load(const double* p) { return _mm512_loadu_pd(p); }
+    static DST_INLINE V load(const double* p, int n) { return _mm512_maskz_loadu_pd(__mmask8((1u << n) - 1), p); }
+    static DST_INLINE void store(double* p, V a) { _mm512_storeu_pd(p, a); }
+    static DST_INLINE void store(double* p, V a, int n) { _mm512_mask_storeu_pd(p, __mmask8((1u << n) - 1), a); }
+    static DST_INLINE V fma(V a, V b, V c) { return _mm512_fmadd_pd(a, b, c); }
+    static DST_INLINE V add(V a, V b) { return _mm512_add_pd(a, b); }
+    static DST_INLINE V positive(V a) {
+        return _mm512_mask_mov_pd(a, _mm512_cmp_pd_mask(a, zero(), _CMP_LE_OQ), zero());
+    }
+    static DST_INLINE V where_positive(V y, V a) {
+        return _mm512_maskz_mov_pd(_mm512_cmp_pd_mask(y, zero(), _CMP_NLE_UQ), a);
+    }
+    static DST_INLINE void sum4(V a, V b, V c, V d, double* out) {
+        const V ab = _mm512_add_pd(_mm512_unpacklo_pd(a, b), _mm512_unpackhi_pd(a, b));
+        const V cd = _mm512_add_pd(_mm512_unpacklo_pd(c, d), _mm512_unpackhi_pd(c, d));
+        const __m256d p = _mm256_add_pd(_mm512_castpd512_pd256(ab), _mm512_extractf64x4_pd(ab, 1));
+        const __m256d q = _mm256_add_pd(_mm512_castpd512_pd256(cd), _mm512_extractf64x4_pd(cd, 1));
+        _mm_storeu_pd(out, _mm_add_pd(_mm256_castpd256_pd128(p), _mm256_extractf128_pd(p, 1)));
+        _mm_storeu_pd(out + 2, _mm_add_pd(_mm256_castpd256_pd128(q), _mm256_extractf128_pd(q, 1)));
+    }
+};
+
+#elif DST_LEVEL == 1
+constexpr int kMostVectors = 4;
+
+inline __m256i first(int n, int bytes) {
+    alignas(32) static const int32_t on[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+    return _mm256_loadu_si256((const __m256i*)(on + 8 - n * bytes / 4));
+}
+
+template <>
+struct Simd<float> {
+    using V = __m256;
+    static constexpr int W = 8;
+    static DST_INLINE V zero() { return _mm256_setzero_ps(); }
+    static DST_INLINE V set(float a) { return _mm256_set1_ps(a); }
+    static DST_INLINE V load(const float* p) { return _mm256_loadu_ps(p); }
+    static DST_INLINE V load(const float* p, int n) { return _mm256_maskload_ps(p, first(n, 4)); }
+    static DST_INLINE void store(float* p, V a) { _mm256_storeu_ps(p, a); }
+    static DST_INLINE void store(float* p, V a, int n) { _mm256_maskstore_ps(p, first(n, 4), a); }
+    static DST_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+    static DST_INLINE V add(V a, V b) { return _mm256_add_ps(a, b); }
+    static DST_INLINE V positive(V a) { return _mm256_andnot_ps(_mm256_cmp_ps(a, zero(), _CMP_LE_OQ), a); }
+    static DST_INLINE V where_positive(V y, V a) { return _mm256_and_ps(_mm256_cmp_ps(y, zero(), _CMP_NLE_UQ), a); }
+    static DST_INLINE void sum4(V a, V b, V c, V d, float* out) {
+        const V all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+        _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+    }
+};
+
+template <>
+struct Simd<double> {
+    using V = __m256d;
+    static constexpr int W = 4;
+    static DST_INLINE V zero() { return _mm256_setzero_pd(); }
+    static DST_INLINE V set(double a) { return _mm256_set1_pd(a); }
+    static DST_INLINE V load(const double* p) { return _mm256_loadu_pd(p); }
+    static DST_INLINE V load(const double* p, int n) { return _mm256_maskload_pd(p, first(n, 8)); }
+    static DST_INLINE void store(double* p, V a) { _mm256_storeu_pd(p, a); }
+    static DST_INLINE void store(double* p, V a, int n) { _mm256_maskstore_pd(p, first(n, 8), a); }
+    static DST_INLINE V fma(V a, V b, V c) { return _mm256_fmadd_pd(a, b, c); }
+    static DST_INLINE V add(V a, V b) { return _mm256_add_pd(a, b); }
+    static DST_INLINE V positive(V a) { return _mm256_andnot_pd(_mm256_cmp_pd(a, zero(), _CMP_LE_OQ), a); }
+    static DST_INLINE V where_positive(V y, V a) { return _mm256_and_pd(_mm256_cmp_pd(y, zero(), _CMP_NLE_UQ), a); }
+    static DST_INLINE void sum4(V a, V b, V c, V d, double* out) {
+        const V ab = _mm256_hadd_pd(a, b), cd = _mm256_hadd_pd(c, d);
+        _mm_storeu_pd(out, _mm_add_pd(_mm256_castpd256_pd128(ab), _mm256_extractf128_pd(ab, 1)));
+        _mm_storeu_pd(out + 2, _mm_add_pd(_mm256_castpd256_pd128(cd), _mm256_extractf128_pd(cd, 1)));
+    }
+};
+
+#else
+constexpr int kMostVectors = 4;
+
+// Sixteen-byte vectors in the compilers' own notation: SSE2, NEON, or whatever the target has.
+template <class T>
+struct Simd {
+    typedef T V __attribute__((vector_size(16)));
+    static constexpr int W = 16 / sizeof(T);
+    static DST_INLINE V zero() { return V{}; }
+    static DST_INLINE V set(T a) { return V{} + a; }
+    static DST_INLINE V load(const T* p) {
+        V a;
+        std::memcpy(&a, p, sizeof a);
+        return a;
+    }
+    static DST_INLINE V load(const T* p, int n) {
+        V a{};
+        for (int i = 0; i < n; ++i) a[i] = p[i];
+        return a;
+    }
+    static DST_INLINE void store(T* p, V a) { std::memcpy(p, &a, sizeof a); }
+    static DST_INLINE void store(T* p, V a, int n) {
+        for (int i = 0; i < n; ++i) p[i] = a[i];
+    }
+    static DST_INLINE V fma(V a, V b, V c) { return a * b + c; }
+    static DST_INLINE V add(V a, V b) { return a + b; }
+    static DST_INLINE V positive(V a) {
+        for (int i = 0; i < W; ++i) a[i] = a[i] <= T(0) ? T(0) : a[i];
+        return a;
+    }
+    static DST_INLINE V where_positive(V y, V a) {
+        for (int i = 0; i < W; ++i) a[i] = y[i] <= T(0) ? T(0) : a[i];
+        return a;
+    }
+    static DST_INLINE void sum4(V a, V b, V c, V d, T* out) {
+        const V parts[4] = {a, b, c, d};
+        for (int q = 0; q < 4; ++q) {
+            T sum = parts[q][0];
+            for (int i = 1; i < W; ++i) sum += parts[q][i];
+            out[q] = sum;
+        }
+    }
+};
+#endif
+
+template <class F>
+inline void over_rows(int64_t rows, const int32_t* pointers, int64_t batch, int threads, const F& body) {
+    if (rows <= 0) return;
+    const int64_t total = int64_t(pointers[rows]) + 4 * rows;
+    if (threads <= 1 || total * batch < kSerialWork) {
+        body(int64_t(0), rows);
+        return;
+    }
+    const int64_t chunks = std::min<int64_t>(rows, int64_t(threads) * 8);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t from = c == 0 ? 0 : balanced_cut(pointers, rows, total * c / chunks);
+        const int64_t to = c + 1 == chunks ? rows : balanced_cut(pointers, rows, total * (c + 1) / chunks);
+        if (from < to) body(from, to);
+    }
+}
+
+// ---- forward: one row of W against NV vectors of the batch
+template <class T, class I, int NV, bool TAIL>
+void forward_rows(const Forward<T>& a, int64_t from, int64_t to, int64_t lane, int tail) {
+    using S = Simd<T>;
+    using V = typename S::V;
+    constexpr int U = NV <= 1 ? 4 : NV <= 4 ? 2 : 1;  // independent sums hide the latency of the multiply-add
+    const I* indices = static_cast<const I*>(a.indices);
+    const T* x = a.x + lane;
+    for (int64_t r = from; r < to; ++r) {
+        V sum[U][NV];
+        const V start = S::set(a.bias ? a.bias[r] : T(0));
+        for (int k = 0; k < NV; ++k) {
+            sum[0][k] = start;
+            for (int u = 1; u < U; ++u) sum[u][k] = S::zero();
+        }
+        int64_t j = a.pointers[r];
+        const int64_t end = a.pointers[r + 1];
+        for (; j + U <= end; j += U)
+            for (int u = 0; u < U; ++u) {
+                const T* row = x + int64_t(indices[j + u]) * a.x_stride;
+                const V w = S::set(a.values[j + u]);
+                for (int k = 0; k < NV; ++k)
+                    sum[u][k] = S::fma(w, TAIL && k == NV - 1 ? S::load(row + k * S::W, tail) : S::load(row + k * S::W),
+                                       sum[u][k]);
+            }
+        for (; j < end; ++j) {
+            const T* row = x + int64_t(indices[j]) * a.x_stride;
+            const V w = S::set(a.values[j]);
+            for (int k = 0; k < NV; ++k)
+                sum[0][k] =
+                    S::fma(w, TAIL && k == NV - 1 ? S::load(row + k * S::W, tail) : S::load(row + k * S::W), sum[0][k]);
+        }
+        T* y = a.y + r * a.y_stride + lane;
+        for (int k = 0; k < NV; ++k) {
+            V s = sum[0][k];
+            for (int u = 1; u < U; ++u) s = S::add(s, sum[u][k]);
+            if (a.relu) s = S::positive(s);
+            if (TAIL && k == NV - 1) S::store(y + k * S::W, s, tail);
+            else S::store(y + k * S::W, s);
+        }
+    }
+}
+
+// Eight inputs picked by index. Single loads beat the gather instruction here; four 16-bit indices cost one load.
+template <class T>
+struct Eight {
+    typedef T V __attribute__((vector_size(8 * sizeof(T))));
+};
+
+template <class T>
+DST_INLINE typename Eight<T>::V pick(const T* x, const uint16_t* indices) {
+    uint64_t a, b;
+    std::memcpy(&a, indices, 8);
+    std::memcpy(&b, indices + 4, 8);
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    a = (a & 0xffff) << 48 | (a & 0xffff0000) << 16 | (a >> 16 & 0xffff0000) | a >> 48;
+    b = (b & 0xffff) << 48 | (b & 0xffff0000) << 16 | (b >> 16 & 0xffff0000) | b >> 48;
+#endif
+    return typename Eight<T>::V{x[a & 0xffff], x[a >> 16 & 0xffff], x[a >> 32 & 0xffff], x[a >> 48],
+                                x[b & 0xffff], x[b >> 16 & 0xffff], x[b >> 32 & 0xffff], x[b >> 48]};
+}
+
+template <class T>
+DST_INLINE typename Eight<T>::V pick(const T* x, const int32_t* i) {
+    return typename Eight<T>::V{x[i[0]], x[i[1]], x[i[2]], x[i[3]], x[i[4]], x[i[5]], x[i[6]], x[i[7]]};
+}
+
+// ---- forward for a single example: x is a contiguous vector
+template <class T, class I>
+void forward_vector(const Forward<T>& a, int64_t from, int64_t to) {
+    using V = typename Eight<T>::V;
+    const I* indices = static_cast<const I*>(a.indices);
+    const T* x = a.x;
+    for (int64_t r = from; r < to; ++r) {
+        V sums{};
+        int64_t j = a.pointers[r];
+        const int64_t end = a.pointers[r + 1];
+        for (; j + 8 <= end; j += 8) {
+            V w;
+            std::memcpy(&w, a.values + j, sizeof w);
+            sums += w * pick<T>(x, indices + j);
+        }
+        T sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+        for (; j < end; ++j) sum += a.values[j] * x[indices[j]];
+        if (a.bias) sum += a.bias[r];
+        a.y[r * a.y_stride] = a.relu && sum <= T(0) ? T(0) : sum;
+    }
+}
+
+template <class T, class I, int NV>
+void forward_tile(const Forward<T>& a, int64_t from, int64_t to, int64_t lane, int64_t vectors, int tail) {
+    if constexpr (NV > 0) {
+        if (vectors != NV) return forward_tile<T, I, NV - 1>(a, from, to, lane, vectors, tail);
+        if (tail) forward_rows<T, I, NV, true>(a, from, to, lane, tail);
+        else forward_rows<T, I, NV, false>(a, from, to, lane, 0);
+    }
+}
+
+template <class T, class I>
+void forward(const Forward<T>& a) {
+    if (a.batch <= 0) return;
+    if (a.batch == 1 && a.x_stride == 1) {
+        over_rows(a.rows, a.pointers, 1, a.threads, [&](int64_t from, int64_t to) { forward_vector<T, I>(a, from, to); });
+        return;
+    }
+    constexpr int64_t width = Simd<T>::W;
+    const Tiling tiling = tile_batch(a.batch, a.columns, width, kMostVectors, sizeof(T));
+    over_rows(a.rows, a.pointers, a.batch, a.threads, [&](int64_t from, int64_t to) {
+        for (int64_t lane = 0; lane < a.batch; lane += tiling.vectors * width) {
+            const int64_t lanes = std::min(a.batch - lane, tiling.vectors * width);
+            forward_tile<T, I, kMostVectors>(a, from, to, lane, (lanes + width - 1) / width, int(lanes % width));
+        }
+    });
+}
+
+// ---- backward: one column of W; every row of the output gradient is loaded once and feeds the input gradient (times
+// the weight) and the weight's own gradient (times the input)
+template <class T, class I, int NV, bool TAIL, bool INPUT>
+void backward_columns(const Backward<T>& a, int64_t from, int64_t to, int64_t lane, int tail) {
+    using S = Simd<T>;
+    using V = typename S::V;
+    const I* indices = static_cast<const I*>(a.indices);
+    const T* g = a.g + lane;
+    for (int64_t c = from; c < to; ++c) {
+        const T* xc = a.x + c * a.x_stride + lane;
+        V x[NV], sum[NV];
+        for (int k = 0; k < NV; ++k) {
+            x[k] = TAIL && k == NV - 1 ? S::load(xc + k * S::W, tail) : S::load(xc + k * S::W);
+            sum[k] = S::zero();
+        }
+        const int64_t end = a.pointers[c + 1];
+        int64_t j = a.pointers[c];
+        for (; j + 4 <= end; j += 4) {
+            const T* rows[4];
+            V dot[4], w[4];
+            for (int q = 0; q < 4; ++q) {
+                rows[q] = g + int64_t(indices[j + q]) * a.g_stride;
+                dot[q] = S::zero();
+                w[q] = S::set(a.values[j + q]);
+            }
+            for (int k = 0; k < NV; ++k)
+                for (int q = 0; q < 4; ++q) {
+                    const V d =
+                        TAIL && k == NV - 1 ? S::load(rows[q] + k * S::W, tail) : S::load(rows[q] + k * S::W);
+                    if (INPUT) sum[k] = S::fma(w[q], d, sum[k]);
+                    dot[q] = S::fma(x[k], d, dot[q]);
+                }
+            T out[4];
+            S::sum4(dot[0], dot[1], dot[2], dot[3], out);
+            for (int q = 0; q < 4; ++q) a.gv[j + q] = lane ? a.gv[j + q] + out[q] : out[q];
+        }
+        if (j < end) {
+            const int left = int(end - j);
+            V dot[4];
+            for (int q = 0; q < 4; ++q) dot[q] = S::zero();
+            for (int q = 0; q < left; ++q) {
+                const T* row = g + int64_t(indices[j + q]) * a.g_stride;
+                const V w = S::set(a.values[j + q]);
+                V part = S::zero();
+                for (int k = 0; k < NV; ++k) {
+                    const V d = TAIL && k == NV - 1 ? S::load(row + k * S::W, tail) : S::load(row + k * S::W);
+                    if (INPUT) sum[k] = S::fma(w, d, sum[k]);
+                    part = S::fma(x[k], d, part);
+                }
+                dot[q] = part;
+            }
+            T out[4];
+            S::sum4(dot[0], dot[1], dot[2], dot[3], out);
+            for (int q = 0; q < left; ++q) a.gv[j + q] = lane ? a.gv[j + q] + out[q] : out[q];
+        }
+        if (INPUT) {
+            T* gx = a.gx + c * a.gx_stride + lane;
+            for (int k = 0; k < NV; ++k) {
+                if (TAIL && k == NV - 1) S::store(gx + k * S::W, sum[k], tail);
+                else S::store(gx + k * S::W, sum[k]);
+            }
+        }
+    }
+}
+
+template <class T, class I, int NV>
+void backward_tile(const Backward<T>& a, int64_t from, int64_t to, int64_t lane, int64_t vectors, int tail) {
+    if constexpr (NV > 0) {
+        if (vectors != NV) return backward_tile<T, I, NV - 1>(a, from, to, lane, vectors, tail);
+        if (a.gx) {
+            if (tail) backward_columns<T, I, NV, true, true>(a, from, to, lane, tail);
+            else backward_columns<T, I, NV, false, true>(a, from, to, lane, 0);
+        } else {
+            if (tail) backward_columns<T, I, NV, true, false>(a, from, to, lane, tail);
+            else backward_columns<T, I, NV, false, false>(a, from, to, lane, 0);
+        }
+    }
+}
+
+template <class T, class I>
+void backward(const Backward<T>& a) {
+    if (a.batch <= 0) {
+        const int64_t n = a.pointers[a.columns];
+        std::fill(a.gv, a.gv + n, T(0));
+        return;
+    }
+    constexpr int64_t width = Simd<T>::W;
+    const Tiling tiling = tile_batch(a.batch, 1, width, kMostVectors, sizeof(T));
+    over_rows(a.columns, a.pointers, a.batch, a.threads, [&](int64_t from, int64_t to) {
+        for (int64_t lane = 0; lane < a.batch; lane += tiling.vectors * width) {
+            const int64_t lanes = std::min(a.batch - lane, tiling.vectors * width);
+            backward_tile<T, I, kMostVectors>(a, from, to, lane, (lanes + width - 1) / width, int(lanes % width));
+        }
+    });
+}
+
+// ---- transpose, ReLU mask and bias gradient in one pass
+template <class T>
+void gradient(int64_t features, int64_t batch, const T* g, int64_t g_stride, int batch_major, const T* y, int64_t y_stride,
+              T* out, T* bias, int threads) {
+    using S = Simd<T>;
+    constexpr int64_t block = 64 / sizeof(T);
+    const int64_t blocks = (features + block - 1) / block;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && features * batch > kSerialWork)
+    for (int64_t i = 0; i < blocks; ++i) {
+        const int64_t from = i * block, to = std::min(features, from + block);
+        if (batch_major) {
+            for (int64_t b = 0; b < batch; ++b) {
+                const T* row = g + b * g_stride;
+                for (int64_t f = from; f < to; ++f) out[f * batch + b] = row[f];
+            }
+        }
+        if (batch_major && !y && !bias) continue;
+        for (int64_t f = from; f < to; ++f) {
+            const T* in = batch_major ? out + f * batch : g + f * g_stride;
+            T* to_row = out ? out + f * batch : nullptr;
+            typename S::V total = S::zero();
+            for (int64_t b = 0; b < batch; b += S::W) {
+                const int n = int(std::min<int64_t>(S::W, batch - b));
+                typename S::V d = n == S::W ? S::load(in + b) : S::load(in + b, n);
+                if (y) {
+                    const T* activation = y + f * y_stride + b;
+                    d = S::where_positive(n == S::W ? S::load(activation) : S::load(activation, n), d);
+                }
+                if (to_row && (y || !batch_major)) {
+                    if (n == S::W) S::store(to_row + b, d);
+                    else S::store(to_row + b, d, n);
+                }
+                total = S::add(total, d);
+            }
+            if (bias) {
+                T sums[4];
+                S::sum4(total, S::zero(), S::zero(), S::zero(), sums);
+                bias[f] = sums[0];
+            }
+        }
+    }
+}
+
+}  // namespace DST_ISA
+}  // namespace
+#endif

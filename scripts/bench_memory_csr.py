@@ -1,0 +1,71 @@
+"""Train a 65,536 x 65,536 layer at density 0.001 with RigL growth and report the peak of resident memory.
+
+    python scripts/bench_memory_csr.py [--width 65536] [--density 0.001] [--limit-gb 1.5]
+
+Dense weights, gradient and momentum of this layer would need 51 GB. Exits 1 if the peak exceeds the limit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import sys
+import time
+
+import torch
+from torch import Tensor
+
+from dst.nn.sparse_linear import SparseLinear, remap
+
+
+def peak_gb() -> float:
+    """Return the largest resident memory of this process so far, in gigabytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6 / 1.024)
+
+
+def main() -> int:
+    """Train six steps, two of them with a RigL update."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=65_536)
+    parser.add_argument("--density", type=float, default=0.001)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--limit-gb", type=float, default=1.5)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"torch imported: {peak_gb():.2f} GB")
+    width = arguments.width
+    layer = SparseLinear.random(width, width, round(arguments.density * width * width))
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    x, target = torch.randn(arguments.batch, width), torch.randn(arguments.batch, width)
+    print(f"layer built, {layer.nnz} non-zeros: {peak_gb():.2f} GB")
+    for step in range(6):
+        start = time.perf_counter()
+        update = step % 3 == 2
+        layer.collect_dense_gradient(update)
+        optimizer.zero_grad()
+        loss = (layer(x) - target).square().mean()
+        loss.backward()
+        changed = ""
+        if update:
+            # RigL: the update takes the place of the gradient step.
+            k = int(0.3 * layer.nnz)
+            kept = layer.kept_indices(layer.drop_candidates(k))
+            grown = layer.grow_candidates(k, exclude=kept)
+            layer.collect_dense_gradient(False)
+            source = layer.rewire(kept, grown)
+            state = optimizer.state[layer.values]
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == source.shape:
+                    state[key] = remap(value, source)
+            changed = f", {int((source < 0).sum())} new connections"
+        else:
+            optimizer.step()
+        print(f"step {step}: loss {loss.item():.4f}, {time.perf_counter() - start:.2f} s{changed}, {peak_gb():.2f} GB")
+    peak = peak_gb()
+    print(f"peak resident memory {peak:.2f} GB, limit {arguments.limit_gb} GB")
+    return int(peak > arguments.limit_gb)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

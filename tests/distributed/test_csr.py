@@ -1,0 +1,72 @@
+"""Two processes train sparse layers as one does, and as the masked backend does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import dst
+from dst.errors import StateError
+from dst.nn import SparseLinear
+from tests.distributed.processes import run
+
+STEPS, BATCH = 24, 16
+
+METHODS = {
+    "rigl": lambda b: dst.methods.rigl(0.2, update_every=3, backend=b),
+    "rigl_with_step": lambda b: dst.methods.rigl(0.2, update_every=3, replace_step=False, backend=b),
+    "set": lambda b: dst.methods.set_(0.2, update_every=3, backend=b),
+}
+
+
+def train(
+    rank: int, world: int, name: str, backend: str, micro_batches: int = 1, own_seed: bool = False
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Train on this rank's share of every batch; returns masks and dense weights."""
+    torch.manual_seed(0)
+    method = METHODS[name](backend)
+    net: nn.Module = nn.Sequential(
+        nn.Linear(12, 23), nn.ReLU(), nn.Linear(23, 19), nn.ReLU(), nn.Linear(19, 5)
+    ).double()
+    seed = rank if own_seed else 0
+    net = dst.prepare(net, method, seed=seed)
+    wrapped = DistributedDataParallel(net) if world > 1 else net
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    sparsifier = dst.Sparsifier(wrapped, optimizer, method, total_steps=STEPS, seed=seed)
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(BATCH, 12, generator=generator, dtype=torch.float64)
+        y = torch.randint(0, 5, (BATCH,), generator=generator)
+        optimizer.zero_grad()
+        mine = zip(x[rank::world].chunk(micro_batches), y[rank::world].chunk(micro_batches), strict=True)
+        for part_x, part_y in mine:
+            (nn.functional.cross_entropy(wrapped(part_x), part_y) / micro_batches).backward()
+        sparsifier.before_step()
+        optimizer.step()
+    assert sparsifier.updates == (6 if "rigl" in name else 8)
+    weights = [
+        m.dense_weight() if isinstance(m, SparseLinear) else m.weight.detach() for m in net if hasattr(m, "in_features")
+    ]
+    return list(sparsifier.masks.values()), weights
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("name", METHODS)
+def test_two_processes_train_as_one(name: str, micro_batches: int) -> None:
+    expected_masks, expected = train(0, 1, name, "masked", micro_batches)
+    for result in run(train, 2, name, "csr", micro_batches):
+        assert not isinstance(result, Exception), result
+        masks, weights = result
+        assert all(torch.equal(a, b) for a, b in zip(masks, expected_masks, strict=True))
+        for mine, theirs in zip(weights, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-9)
+
+
+def test_topologies_that_differ_stop_the_training() -> None:
+    results: list[Any] = run(train, 2, "rigl", "csr", 1, True)
+    assert all(isinstance(r, StateError) for r in results)
+    assert "0.weight" in str(results[0])

@@ -1,0 +1,53 @@
+"""Fits that store only non-zeros resume as others do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dst import Method, methods
+from dst.lightning import SparseTraining
+from dst.nn import SparseLinear
+from tests.methods_list import DENSITY
+from tests.resume.fits import Fit, check_same, differences
+from tests.resume.test_lightning import SaveAt
+
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+
+METHODS: dict[str, Callable[[], Method]] = {
+    "rigl": lambda: methods.rigl(DENSITY, update_every=4, backend="csr"),
+    "rigl_with_step": lambda: methods.rigl(DENSITY, update_every=4, replace_step=False, backend="csr"),
+    "rigl_rescaled": lambda: methods.rigl(DENSITY, update_every=4, rescale_init=True, backend="csr"),
+    "set": lambda: methods.set_(DENSITY, update_every=4, backend="csr"),
+    "sparse_from_scratch": lambda: methods.sparse_from_scratch(DENSITY, backend="csr"),
+    "static": lambda: methods.static(DENSITY, sparsify_at=0, backend="csr"),
+}
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_fit_resumes_to_the_bit(name: str, optimizer: str, tmp_path: Path) -> None:
+    whole = Fit(SparseTraining(METHODS[name]()), tmp_path, optimizer=optimizer)
+    assert isinstance(whole.module.hidden, SparseLinear)
+    for step in (3, 4, 5, 13):
+        checkpoint = tmp_path / f"step={step}.ckpt"
+        state = torch.load(checkpoint, weights_only=True)["state_dict"]
+        assert "hidden.values" in state
+        assert "hidden.weight" not in state
+        resumed = Fit(SparseTraining(METHODS[name]()), tmp_path / "b", optimizer=optimizer, resume=checkpoint)
+        check_same(whole, resumed)
+
+
+@pytest.mark.parametrize("micro", [12, 13, 14])
+@pytest.mark.parametrize("name", ["rigl", "rigl_with_step"])
+def test_a_checkpoint_within_the_accumulated_step_of_an_update(name: str, micro: int, tmp_path: Path) -> None:
+    whole = Fit(SparseTraining(METHODS[name]()), tmp_path / "whole", accumulate=3)
+    sparse = SparseTraining(METHODS[name]())
+    middle = tmp_path / "middle.ckpt"
+    assert not Fit(sparse, tmp_path, callbacks=[sparse, SaveAt(micro, middle)], accumulate=3).finished
+    resumed = Fit(SparseTraining(METHODS[name]()), tmp_path, accumulate=3, resume=middle)
+    found = list(differences(whole.outcome(), resumed.outcome()))
+    assert not found, found

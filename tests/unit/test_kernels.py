@@ -1,0 +1,240 @@
+"""The compiled engine against the one of torch's operations and against dense arithmetic."""
+
+from __future__ import annotations
+
+import subprocess
+import warnings
+
+import pytest
+import torch
+
+from dst import kernels
+from dst.errors import ConfigurationError
+from dst.kernels import Kernels, TorchKernels, build
+from dst.kernels.native import ISA
+from dst.topology import tie_order
+
+COMPILED = kernels.load()
+ENGINES = [TorchKernels()] if COMPILED is None else [TorchKernels(), COMPILED]
+SIZES = [(1, 1), (7, 1), (1, 17), (17, 129), (129, 7), (33, 64)]
+BATCHES = [0, 1, 2, 7, 16, 129]
+
+
+@pytest.fixture(params=ENGINES, ids=lambda engine: engine.name)
+def engine(request):
+    return request.param
+
+
+@pytest.fixture
+def compiled():
+    if COMPILED is None:
+        pytest.skip("no compiler on this machine")
+    before = COMPILED.isa
+    yield COMPILED
+    COMPILED.isa = before
+
+
+def make(engine, rows, columns, density, dtype=torch.float64):
+    weight = torch.randn(rows, columns, dtype=dtype) * (torch.rand(rows, columns) < density)
+    flat = weight.reshape(-1).nonzero().squeeze(1)
+    pattern = engine.pattern(flat, rows, columns)
+    return weight, pattern, weight.reshape(-1)[pattern.flat_by_position()]
+
+
+def results(engine, weight, pattern, values, x, g, bias, relu):
+    row_values = torch.empty_like(values)
+    engine.refresh(pattern, values, row_values)
+    xt = engine.feature_major(x)
+    y = engine.forward(pattern, row_values, xt, bias, relu)
+    gx, gv, gb, gt = engine.backward(pattern, values, xt, g, y if relu else None, input=True, bias=True)
+    return y, gx, gv, gb, gt.t()
+
+
+def dense_results(weight, pattern, x, g, bias, relu):
+    y = x @ weight.t() + bias
+    g = g * (y > 0) if relu else g
+    y = y.relu() if relu else y
+    return y, g @ weight, (g.t() @ x).reshape(-1)[pattern.flat_by_position()], g.sum(0), g
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("rows", "columns"), SIZES)
+def test_matches_dense(engine, rows, columns, batch, relu):
+    weight, pattern, values = make(engine, rows, columns, 0.3)
+    x, g = torch.randn(batch, columns, dtype=torch.float64), torch.randn(batch, rows, dtype=torch.float64)
+    bias = torch.randn(rows, dtype=torch.float64)
+    got = results(engine, weight, pattern, values, x, g, bias, relu)
+    for a, b in zip(got, dense_results(weight, pattern, x, g, bias, relu), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("isa", ISA)
+def test_every_instruction_set(compiled, isa, dtype):
+    compiled.isa = isa
+    if compiled.isa != isa:
+        pytest.skip(f"this machine has no {isa}")
+    tolerance = 1e-4 if dtype is torch.float32 else 1e-11
+    for batch in (1, 5, 64, 100, 300):
+        weight, pattern, values = make(compiled, 37, 53, 0.25, dtype)
+        x, g, bias = (
+            torch.randn(batch, 53, dtype=dtype),
+            torch.randn(batch, 37, dtype=dtype),
+            torch.randn(37, dtype=dtype),
+        )
+        got = results(compiled, weight, pattern, values, x, g, bias, True)
+        for a, b in zip(got, dense_results(weight, pattern, x, g, bias, True), strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("batch", [1, 130])
+def test_results_do_not_depend_on_threads(compiled, batch):
+    weight, pattern, values = make(compiled, 300, 400, 0.5, torch.float32)
+    x, g, bias = torch.randn(batch, 400), torch.randn(batch, 300), torch.randn(300)
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(results(compiled, weight, pattern, values, x, g, bias, True))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        for a, b in zip(runs[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_empty_rows_and_columns(engine):
+    weight = torch.zeros(5, 6, dtype=torch.float64)
+    weight[1, 2], weight[1, 5], weight[4, 2] = 1.0, -2.0, 3.0
+    pattern = engine.pattern(weight.reshape(-1).nonzero().squeeze(1), 5, 6)
+    assert pattern.column_pointers.tolist() == [0, 0, 0, 2, 2, 2, 3]
+    assert pattern.row_pointers.tolist() == [0, 0, 2, 2, 2, 3]
+    assert pattern.flat().tolist() == [8, 11, 26]
+    assert pattern.flat_by_position().tolist() == [8, 26, 11]
+    assert torch.equal(pattern.mask(), weight != 0)
+    values = weight.reshape(-1)[pattern.flat_by_position()]
+    x, g = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
+    bias = torch.zeros(5, dtype=torch.float64)
+    got = results(engine, weight, pattern, values, x, g, bias, False)
+    for a, b in zip(got, dense_results(weight, pattern, x, g, bias, False), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_nonzero_at_all(engine):
+    weight, pattern, values = make(engine, 4, 3, 0.0)
+    x, g, bias = (torch.ones(n, dtype=torch.float64) for n in ((2, 3), (2, 4), 4))
+    y, gx, gv, gb, _ = results(engine, weight, pattern, values, x, g, bias, False)
+    assert y.tolist() == [[1.0] * 4] * 2
+    assert gx.tolist() == [[0.0] * 3] * 2
+    assert gv.numel() == 0
+    assert gb.tolist() == [2.0] * 4
+
+
+def test_relu_passes_nan_on(engine):
+    pattern = engine.pattern(torch.tensor([0]), 1, 1)
+    x = torch.full((3, 1), torch.nan)
+    y = engine.forward(pattern, torch.ones(1), engine.feature_major(x), None, True)
+    assert torch.isnan(y).all()
+
+
+def test_index_width(engine, compiled):
+    assert compiled.pattern(torch.tensor([5, 65_535]), 3, 65_536).row_indices.dtype is torch.uint16
+    wide = compiled.pattern(torch.tensor([5, 65_536]), 3, 65_537)
+    assert wide.row_indices.dtype is torch.int32
+    assert wide.flat().tolist() == [5, 65_536]
+    x = torch.zeros(2, 65_537)
+    x[:, 65_536] = torch.tensor([2.0, 3.0])
+    y = compiled.forward(wide, torch.tensor([1.0, 10.0]), compiled.feature_major(x), None, False)
+    assert y.tolist() == [[20.0, 0.0, 0.0], [30.0, 0.0, 0.0]]
+
+
+def test_match_and_merge(engine):
+    old = engine.pattern(torch.tensor([0, 3, 4, 7, 8]), 3, 3)
+    kept, grown = torch.tensor([0, 4, 8]), torch.tensor([1, 6])
+    merged = engine.merge(kept, grown)
+    assert merged.tolist() == [0, 1, 4, 6, 8]
+    new = engine.pattern(merged, 3, 3)
+    entries = old.flat_by_position()
+    source = engine.match(old, new)
+    carried = torch.where(source >= 0, entries[source.clamp(min=0)], -1)
+    assert carried.tolist() == [flat if flat in kept else -1 for flat in new.flat_by_position().tolist()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("k", "spread"), [(0, 100), (1, 100), (50, 3), (200, 5), (4000, 1000), (6000, 2)])
+def test_running_top_k_is_exact_with_ties(engine, k, spread, dtype):
+    matrix = torch.randint(-spread, spread + 1, (90, 100)).to(dtype)
+    exclude = torch.randperm(9000)[:2000].sort().values
+    score = matrix.abs().reshape(-1).clone()
+    score[exclude] = -1
+    by_tie_order = tie_order(torch.arange(9000), 123).argsort()
+    wanted = by_tie_order[score[by_tie_order].sort(descending=True, stable=True).indices][:k].sort().values
+    top = engine.top_k(k, dtype, 123)
+    for first in range(0, 90, 32):
+        tile = matrix[first : first + 32].clone()
+        low, high = first * 100, first * 100 + tile.numel()
+        top.update(tile, low, exclude[(exclude >= low) & (exclude < high)])
+    assert torch.equal(top.finish(), wanted)
+
+
+@pytest.mark.parametrize("layout", ["batch-major", "feature-major", "every second", "expanded"])
+def test_feature_major_of_any_layout(engine, layout):
+    x = torch.randn(6, 10)
+    x = {
+        "batch-major": x,
+        "feature-major": x.t().contiguous().t(),
+        "every second": torch.randn(12, 20)[::2, ::2],
+        "expanded": torch.randn(1, 10).expand(6, 10),
+    }[layout]
+    assert torch.equal(engine.feature_major(x), x.t())
+
+
+def test_a_library_of_another_version_is_refused(tmp_path):
+    source = tmp_path / "other.cpp"
+    source.write_text('extern "C" int dst_abi() { return -1; }')
+    compiler = build.find_compiler()
+    if compiler is None:
+        pytest.skip("no compiler on this machine")
+    library = tmp_path / "other.so"
+    subprocess.run([compiler, "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+    with pytest.raises(OSError, match="another version"):
+        Kernels(library)
+
+
+def test_build_without_a_compiler_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(build.BuildError, match="no C"):
+        build.build(tmp_path / "k.so")
+
+
+def test_build_reports_a_failing_compiler(tmp_path):
+    with pytest.raises(build.BuildError, match="could not compile"):
+        build.build(tmp_path / "k.so", compiler="false")
+    assert not (tmp_path / "k.so").exists()
+
+
+def test_fallback_is_chosen_and_said_once(monkeypatch):
+    kernels.load.cache_clear()
+    kernels.engine.cache_clear()
+    monkeypatch.setenv("DST_KERNELS", "torch")
+    try:
+        with pytest.warns(RuntimeWarning, match="no compiled sparse kernels"):
+            assert isinstance(kernels.engine(), TorchKernels)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            kernels.engine()
+    finally:
+        kernels.load.cache_clear()
+        kernels.engine.cache_clear()
+
+
+def test_a_named_library_must_exist(monkeypatch, tmp_path):
+    kernels.load.cache_clear()
+    monkeypatch.setenv("DST_KERNELS", str(tmp_path / "absent.so"))
+    try:
+        with pytest.raises(ConfigurationError, match=r"absent\.so"):
+            kernels.load()
+    finally:
+        kernels.load.cache_clear()
