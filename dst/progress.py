@@ -95,7 +95,7 @@ class Progress(ProgressBar):
         began, first = self._began
         done, total = trainer.global_step, self._total
         parts = [f"{self.title}: step {done:,}" + ("" if total is None else f" of {total:,}"), _figures(trainer)]
-        if total is not None and done > first:
+        if total is not None and first < done < total:
             left = (total - done) * (now - began) / (done - first)
             parts.append(f"{time.strftime('%H:%M:%S', time.gmtime(left))} left")
         return ", ".join(part for part in parts if part)

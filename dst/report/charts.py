@@ -61,13 +61,13 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
         most: Most marks wanted, at least 2.
 
     Returns:
-        Multiples of 1, 2 or 5 times a power of ten, ascending; ``low`` alone for an empty interval.
+        Multiples of 1, 2, 2.5 or 5 times a power of ten, ascending; ``low`` alone for an empty interval.
     """
     if not high > low:
         return [low]
     raw = (high - low) / (most - 1)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
@@ -164,7 +164,8 @@ def heat_map(key: str, title: str, lines: Sequence[Line], x: Axis, y: Axis) -> s
     """
     columns, row = 60, 14
     times = [p[0] for line in lines for p in line.points]
-    low, high = min(times), max(times)
+    low = min(times) if x.low is None else x.low
+    high = max(times)
     cells = np.array([_sampled(line.points, low, high, columns) for line in lines])
     image, least, greatest = colours(cells)
     left, height = 132, row * len(lines)

@@ -168,7 +168,8 @@ def _topology(rows: Sequence[Mapping[str, Any]], offsets: Mapping[int, float]) -
     found: dict[str, Points] = {"churn": [], "exploration_rate": [], "drop_fraction": [], "loss_spike": []}
     for row in rows:
         if row["event"] == "mask":
-            found["exploration_rate"].append((_at(row, offsets), row["exploration_rate"]))
+            if "level" not in row:  # each of several fits counts what it explored itself
+                found["exploration_rate"].append((_at(row, offsets), row["exploration_rate"]))
             if row["updates"]:
                 for name in ("churn", "drop_fraction"):
                     found[name].append((_at(row, offsets), row[name]))

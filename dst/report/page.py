@@ -41,8 +41,8 @@ Form: TypeAlias = Callable[[float], str]
 """Turns a number into text."""
 
 _ROWS = 60
-_SHOWN_DEGREES = 12
-_STEPS = Axis("optimizer steps", compact)
+_SHOWN_DEGREES = 6
+_STEPS = Axis("optimizer steps", compact, low=0.0)
 
 
 def render(run: RunData) -> str:
@@ -66,7 +66,11 @@ def render(run: RunData) -> str:
         "layers": _layers(run),
         "config": _config(run),
     }
-    title = run.folder.resolve().name if run.summary is None else f"{run.summary.sparsity}, seed {run.summary.seed}"
+    place = "/".join(run.folder.resolve().parts[-2:])  # not where it lies on a machine: reports are passed on
+    summary = run.summary
+    title = place
+    if summary is not None:
+        title = f"{summary.sparsity} at density {summary.density.target:g}, seed {summary.seed}"
     links = "".join(f'<li><a href="#{key}">{heading}</a></li>' for key, heading in SECTIONS.items())
     sections = "".join(
         f'<section id="{key}" aria-labelledby="{key}-heading"><h2 id="{key}-heading">{heading}</h2>{bodies[key]}</section>'
@@ -74,7 +78,7 @@ def render(run: RunData) -> str:
     )
     return (
         f'<!doctype html>\n<html lang="en"><head>{_head(title)}</head><body>'
-        f"<header><h1>{_text(title)}</h1><p>{_text(str(run.folder))}</p></header>"
+        f"<header><h1>{_text(title)}</h1><p>{_text(place)}</p></header>"
         f'<nav aria-label="Contents"><ul>{links}</ul></nav><main>{sections}</main></body></html>\n'
     )
 
@@ -340,7 +344,7 @@ h1 { font-size: 1.5rem; margin: .5rem 0 0 } h2 { font-size: 1.15rem; margin: 2.5
 header p, .none, details p { color: var(--soft) } header p { margin: 0; font-size: .85rem }
 a { color: var(--s0) } nav ul, .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .25rem 1rem }
 nav { font-size: .9rem } nav a { display: inline-block; padding: .25rem 0 }
-dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); gap: .75rem; margin: 0 }
+dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(45%, 15rem), 1fr)); gap: .6rem; margin: 0 }
 dl div { background: var(--box); border-radius: .4rem; padding: .6rem .8rem } dt { color: var(--soft); font-size: .85rem }
 dd { margin: 0; font-size: 1.05rem; font-variant-numeric: tabular-nums }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem }
@@ -365,6 +369,7 @@ th, td { text-align: right; font-weight: normal; padding: .25rem .7rem; border-b
   .stacked tr { padding: .5rem 0; border-bottom: 1px solid var(--line) } .stacked :is(th, td) { border: 0; padding: .1rem 0 }
   .stacked td { display: flex; justify-content: space-between; gap: 1rem }
   .stacked td::before { content: attr(data-label); color: var(--soft) } }
-pre { background: var(--box); border-radius: .4rem; padding: .8rem; font-size: .8rem; white-space: pre-wrap; margin: 0 }
+pre { background: var(--box); border-radius: .4rem; padding: .8rem; font-size: .8rem; white-space: pre-wrap; margin: 0;
+  columns: 22rem }
 @media print { details:not([open]) { display: none } }
 """
