@@ -94,7 +94,8 @@ class Progress(ProgressBar):
     def _line(self, trainer: lightning.Trainer, now: float) -> str:
         began, first = self._began
         done, total = trainer.global_step, self._total
-        parts = [f"{self.title}: step {done:,}" + ("" if total is None else f" of {total:,}"), _figures(trainer)]
+        place = f"step {done:,}" if total is None else f"{done / total:.0%}, step {done:,} of {total:,}"
+        parts = [f"{self.title}: {place}", _figures(trainer)]
         if total is not None and first < done < total:
             left = (total - done) * (now - began) / (done - first)
             parts.append(f"{time.strftime('%H:%M:%S', time.gmtime(left))} left")

@@ -35,6 +35,9 @@ TOPOLOGY_FILE = "topology.jsonl"
 LOOK_EVERY = 100
 """Masks are looked at once in so many optimizer steps at most, which bounds the cost where every step rewires."""
 
+RECORD_EVERY = 10
+"""Updates are recorded once in so many steps at most, on average: where every step rewires, every tenth is."""
+
 WINDOW = 10
 """Steps before and after an update whose losses are compared."""
 
@@ -165,8 +168,10 @@ class Recorder(Callback):
       `dst.metrics.loss_spikes` defines them, over 10 steps.
     - ``end``: ``in_degrees`` by layer (see `degree_histogram`) and ``input`` (see `input_picture`).
 
-    Masks are looked at when they have changed, at most once in 100 steps, and at the end. The recording of a resumed run is
-    that of an uninterrupted one. Where several processes train, losses are the first's.
+    Updates that are less than ten steps apart are not all recorded. Masks are looked at when they have changed, at most
+    once in 100 steps, and at the end. The recording of a resumed run is that of an uninterrupted one; where a checkpoint
+    was saved at an epoch's last batch but before its end, Lightning does not end that epoch again, and its row is missing.
+    Where several processes train, losses are the first's.
 
     Args:
         folder: Where the file goes.
@@ -191,12 +196,15 @@ class Recorder(Callback):
         self.input_shape = None if input_shape is None else tuple(input_shape)
         self.level = level
         self.effective_density = effective_density
+        self._sparsifier: Sparsifier
         self._clear()
 
     def _clear(self) -> None:
         self._rows = 0
-        self._seen = -1  # masks recorded: updates, and one for the first
+        self._seen = -1  # the masks last recorded: updates by then, and one for the first
+        self._masks = 0  # rows for masks
         self._epoch_step = -1
+        self._explored = (-2, 0.0)
         self._dead: DeadUnits | None = None
         self._looked_at = (-1, -1)  # masks seen by then, and the step
         self._effective_at = -1
@@ -213,7 +221,7 @@ class Recorder(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Drop what an interrupted run recorded behind its checkpoint, and record the first mask."""
-        sparsifier = _sparsifier(trainer)
+        sparsifier = self._sparsifier = _sparsifier(trainer)
         if self.effective_density and sparsifier.method.backend != "masked":
             raise ConfigurationError(
                 f"effective_density=True runs the model on dense weights, which backend={sparsifier.method.backend!r} "
@@ -221,12 +229,14 @@ class Recorder(Callback):
             )
         self._step = sparsifier.step
         if trainer.is_global_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self._trim()
         if self._rows == 0:
             table = sparsifier.layer_table()
             columns = {"names": "name", "shapes": "shape", "weights": "weights"}
             self._write(trainer, "layers", {plural: [row[key] for row in table] for plural, key in columns.items()})
-        self._record_mask(trainer, sparsifier)
+        if _version(sparsifier) != self._seen:
+            self._record_mask(trainer, sparsifier)
 
     def on_train_batch_end(
         self,
@@ -240,30 +250,31 @@ class Recorder(Callback):
         loss = _loss(outputs)
         if loss is not None:
             self._batches.append(loss)
-        sparsifier = _sparsifier(trainer)
-        if sparsifier.step == self._step:
+        sparsifier, step = self._sparsifier, self._sparsifier.step
+        if step == self._step:
             return
-        self._step = sparsifier.step
+        self._step = step
         if self._batches:
             self._add_loss(trainer)
-        self._record_mask(trainer, sparsifier)
+        if _version(sparsifier) != self._seen and RECORD_EVERY * self._masks <= step + 20:
+            self._record_mask(trainer, sparsifier)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Record the epoch."""
-        sparsifier = _sparsifier(trainer)
+        sparsifier = self._sparsifier
         if self._epoch_step == sparsifier.step:
             return  # a resume from the end of an epoch makes Lightning end it once more
         self._epoch_step = sparsifier.step
         self._look(trainer, sparsifier)
         row = self._row(trainer, sparsifier)
-        if self.effective_density and sparsifier.is_sparse and self._effective_at != self._seen:
-            self._effective_at = self._seen
+        if self.effective_density and sparsifier.is_sparse and self._effective_at != _version(sparsifier):
+            self._effective_at = _version(sparsifier)
             row["effective"] = self._effective(trainer, pl_module, sparsifier)
         self._write(trainer, "epoch", row)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Record what the final masks look like."""
-        sparsifier = _sparsifier(trainer)
+        sparsifier = self._sparsifier
         self._look(trainer, sparsifier, due=True)
         histograms, picture = [], None
         for i, (layer, mask) in enumerate(_masks(sparsifier)):
@@ -279,6 +290,7 @@ class Recorder(Callback):
         return {
             "rows": self._rows,
             "seen": self._seen,
+            "masks": self._masks,
             "epoch_step": self._epoch_step,
             "dead": None if dead is None else [dead.inputs, dead.outputs],
             "looked_at": list(self._looked_at),
@@ -297,7 +309,7 @@ class Recorder(Callback):
         self._clear()
         if not state_dict:
             return
-        for name in ("rows", "seen", "epoch_step", "effective_at", "update", "pictures"):
+        for name in ("rows", "seen", "masks", "epoch_step", "effective_at", "update", "pictures"):
             setattr(self, f"_{name}", state_dict[name])
         self._dead = None if state_dict["dead"] is None else DeadUnits(*state_dict["dead"])
         self._looked_at = (state_dict["looked_at"][0], state_dict["looked_at"][1])
@@ -310,40 +322,41 @@ class Recorder(Callback):
     # -- rows -----------------------------------------------------------------------------------------------------
 
     def _record_mask(self, trainer: lightning.Trainer, sparsifier: Sparsifier) -> None:
-        """A row if the masks are new."""
-        masks = sparsifier.updates + sparsifier.is_sparse
-        if masks == self._seen:
-            return
-        self._seen = masks
+        """A row for new masks."""
+        self._masks += 1
+        self._seen = _version(sparsifier)
         self._look(trainer, sparsifier)
         self._write(trainer, "mask", self._row(trainer, sparsifier))
-        if sparsifier.updates:
+        last = sparsifier.last_update
+        if last is not None and last.step == sparsifier.step - 1:
             self._close_window(trainer)
             self._update, self._update_before, self._after = sparsifier.step, list(self._before), []
 
     def _row(self, trainer: lightning.Trainer, sparsifier: Sparsifier) -> dict[str, Any]:
+        masks = _version(sparsifier)
+        if self._explored[0] != masks:  # counting takes longer than all the rest
+            self._explored = (masks, sparsifier.exploration_rate)
         row: dict[str, Any] = {
             "step": sparsifier.step,
             "epoch": trainer.current_epoch,
             "density": sparsifier.density,
             "updates": sparsifier.updates,
             "churn": sparsifier.churn,
-            "exploration_rate": sparsifier.exploration_rate,
+            "exploration_rate": self._explored[1],
             "drop_fraction": sparsifier.drop_fraction,
             "loss": _finite(float(self._before[-1])) if self._before else None,
             "active": [layer["nonzero"] for layer in sparsifier.layer_table()],
         }
-        if self._dead is not None and self._looked_at[0] == self._seen:
+        if self._dead is not None and self._looked_at[0] == masks:
             row |= {"dead_inputs": self._dead.inputs, "dead_outputs": self._dead.outputs}
         return row
 
     def _add_loss(self, trainer: lightning.Trainer) -> None:
         """Take the losses of the batches of one step."""
         loss = self._batches[0] if len(self._batches) == 1 else torch.stack(self._batches).mean()
-        # Lightning divides a batch's loss by the number that is accumulated.
-        factor = trainer.accumulate_grad_batches if trainer.lightning_module.automatic_optimization else 1
-        loss = loss * factor if factor > 1 else loss
-        self._batches = []
+        self._batches.clear()
+        if trainer.accumulate_grad_batches > 1:
+            loss = loss * trainer.accumulate_grad_batches  # by which Lightning divides a batch's loss
         self._before.append(loss)
         if self._update is not None:
             self._after.append(loss)
@@ -374,7 +387,6 @@ class Recorder(Callback):
             return
         level = {} if self.level is None else {"level": self.level}
         line = json.dumps({"event": event, **level, **row}, separators=(",", ":"), allow_nan=False)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -391,12 +403,12 @@ class Recorder(Callback):
 
     def _look(self, trainer: lightning.Trainer, sparsifier: Sparsifier, due: bool = False) -> None:
         """Count dead units, send layers' figures to the loggers and warn, where masks are new and it is time."""
-        masks, step = self._looked_at
+        (masks, step), now = self._looked_at, _version(sparsifier)
         due = due or step < 0 or sparsifier.step - step >= LOOK_EVERY
-        if not sparsifier.is_sparse or masks == self._seen or not due:
+        if not sparsifier.is_sparse or masks == now or not due:
             return
         self._dead = dead_units(sparsifier)
-        self._looked_at = (self._seen, sparsifier.step)
+        self._looked_at = (now, sparsifier.step)
         figures = {}
         table = zip(sparsifier.layer_table(), self._dead.inputs, self._dead.outputs, strict=True)
         for row, inputs, outputs in table:
@@ -470,6 +482,11 @@ class Recorder(Callback):
                 target.experiment.add_image("masks/input", grey, sparsifier.step, dataformats="HW")
 
 
+def _version(sparsifier: Sparsifier) -> int:
+    """A number that is new where the masks are: 0 before the first, then one more with every update."""
+    return sparsifier.updates + sparsifier.is_sparse
+
+
 def _masks(sparsifier: Sparsifier) -> Iterator[tuple[SparseLayer, Tensor]]:
     """Each layer with its whole mask; a collective where parameters are spread over processes."""
     masks = sparsifier.masks
@@ -485,8 +502,11 @@ def _sparsifier(trainer: lightning.Trainer) -> Sparsifier:
 
 
 def _loss(outputs: Any) -> Tensor | None:
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-    return loss.detach() if isinstance(loss, Tensor) and loss.numel() == 1 else None
+    """The loss in what a training step returned, if there is one."""
+    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        return None
+    return loss.detach() if loss.requires_grad else loss
 
 
 def _floats(losses: Sequence[Tensor] | deque[Tensor]) -> list[float]:

@@ -98,8 +98,8 @@ class Summary:
         return path
 
     def scalars(self) -> dict[str, float]:
-        """Its finite numbers by dotted name behind ``summary/``, for loggers; layers have theirs elsewhere."""
-        found = {f"summary/{name}": float(getattr(self, name)) for name in ("seed", "steps", "seconds")}
+        """Its finite numbers by dotted name behind ``summary/``, for loggers, without the layers' and the time taken."""
+        found = {f"summary/{name}": float(getattr(self, name)) for name in ("seed", "steps")}
         for part in ("density", "test", "flops", "topology"):
             for name, value in asdict(getattr(self, part)).items():
                 if isinstance(value, (int, float)) and math.isfinite(value):

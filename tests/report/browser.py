@@ -8,6 +8,7 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,15 @@ class Browser:
             "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe",
             f"--user-data-dir={profile}", "about:blank",
         ]  # fmt: skip
-        shell = ["sh", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "sh", *command]
-        self._process = subprocess.Popen(
-            shell, pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        # Duplicated twice, lest one takes the place of the other.
+        place = (
+            "import os, sys; a, b = (os.dup(int(n)) for n in sys.argv[1:3]); high = [os.dup(a), os.dup(b)];"
+            "os.dup2(high[0], 3); os.dup2(high[1], 4); os.execv(sys.argv[3], sys.argv[3:])"
         )
+        self._process = subprocess.Popen(
+            [sys.executable, "-ISc", place, str(theirs_in), str(theirs_out), *command],
+            pass_fds=(theirs_in, theirs_out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
         os.close(theirs_in)
         os.close(theirs_out)
         self._to, self._from, self._buffer, self._count = ours, answers, b"", 0
