@@ -256,7 +256,7 @@ class Recorder(Callback):
         self._step = step
         if self._batches:
             self._add_loss(trainer)
-        if _version(sparsifier) != self._seen and RECORD_EVERY * self._masks <= step + 20:
+        if _version(sparsifier) != self._seen and RECORD_EVERY * (self._masks - 2) <= step:
             self._record_mask(trainer, sparsifier)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -177,6 +177,34 @@ def test_layers_can_be_left_dense(config, tmp_path):
     assert summary.flops.inference_ratio == pytest.approx((0.1 * 49_200 + 1000) / 50_200, abs=1e-4)
 
 
+def test_a_report_is_made_unless_it_is_not_wanted(config, tmp_path):
+    run(config("trainer.max_epochs=1"), tmp_path / "with")
+    assert "rigl at density 0.1, seed 0" in (tmp_path / "with" / "report.html").read_text()
+    run(config("trainer.max_epochs=1", "report=false"), tmp_path / "without")
+    assert not (tmp_path / "without" / "report.html").exists()
+    assert (tmp_path / "without" / "topology.jsonl").exists()
+
+
+def test_a_run_does_not_fail_for_its_report(config, tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("dst.run.write_report", fail)
+    summary = run(config("trainer.max_epochs=1"), tmp_path)
+    assert Summary.read(tmp_path) == summary
+    assert "there is no report.html: OSError: no space left" in caplog.text
+
+
+def test_the_summary_is_the_last_row_of_the_metrics(config, tmp_path):
+    summary = run(config("trainer.max_epochs=1", "effective_density=true"), tmp_path)
+    row = metrics(tmp_path)[-1]
+    assert float(row["summary/test.accuracy"]) == summary.test.accuracy
+    assert float(row["summary/flops.executed_ratio"]) == 1
+    assert row["summary/seed"] == "0.0"
+    effective = [row for row in metrics(tmp_path) if "layers/effective_density/model.classifier.weight" in row]
+    assert len(effective) == 1
+
+
 @pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
 def test_metrics_are_written_beside_another_logger(config, tmp_path, logger, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
