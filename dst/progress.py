@@ -12,11 +12,10 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
-from rich.table import Column
 
 from dst.summary import number
 
-_REFRESH, _LINES = 0.25, 5.0
+_REFRESH, _LINES, _BAR = 0.25, 5.0, 20
 
 
 class Progress(ProgressBar):
@@ -36,6 +35,7 @@ class Progress(ProgressBar):
         self._total: int | None = None
         self._began = (0.0, 0)
         self._due = 0.0
+        self._room = 0
 
     def disable(self) -> None:
         """Show nothing: Lightning calls this on all processes but the first."""
@@ -50,11 +50,10 @@ class Progress(ProgressBar):
         if not self.title:
             self._due = math.inf
         elif console.is_terminal:
-            # The figures give way before the bar does, and lines never wrap.
-            figures = TextColumn("{task.fields[shown]}", table_column=Column(no_wrap=True, overflow="ellipsis"))
+            self._room = console.width - len(self.title) - _BAR - 2 * len(str(self._total)) - 25
             self._bar = Bar(
-                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), figures,
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+                TextColumn("{task.description}"), BarColumn(_BAR), MofNCompleteColumn(),
+                TextColumn("{task.fields[shown]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
                 console=console, auto_refresh=False,
             )  # fmt: skip
             self._task = self._bar.add_task(self.title, total=self._total, completed=trainer.global_step, shown="")
@@ -88,7 +87,7 @@ class Progress(ProgressBar):
         self._close()
 
     def _advance(self, bar: Bar, trainer: lightning.Trainer) -> None:
-        bar.update(self._task, completed=trainer.global_step, shown=_figures(trainer))
+        bar.update(self._task, completed=trainer.global_step, shown=_figures(trainer, self._room))
         bar.refresh()
 
     def _line(self, trainer: lightning.Trainer, now: float) -> str:
@@ -107,5 +106,12 @@ class Progress(ProgressBar):
             self._bar = None
 
 
-def _figures(trainer: lightning.Trainer) -> str:
-    return ", ".join(f"{name} {number(float(value))}" for name, value in trainer.progress_bar_metrics.items())
+def _figures(trainer: lightning.Trainer, room: float = math.inf) -> str:
+    """The trainer's numbers, the first ones where there is no room for all."""
+    text = ""
+    for name, value in trainer.progress_bar_metrics.items():
+        longer = f"{text}, {name} {number(float(value))}".removeprefix(", ")
+        if len(longer) > room:
+            break
+        text = longer
+    return text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +65,28 @@ def test_other_processes_show_nothing(clock, capsys):
     bar.on_train_batch_end(trainer_at(10))
     bar.on_train_end(trainer_at(20), None)
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("width", "figures"), [(120, "density 0.1, updates 3, val/accuracy 0.9"), (80, "density 0.1, updates 3"), (60, "")]
+)
+def test_figures_give_way_to_the_bar(monkeypatch, clock, width, figures):
+    screen = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=screen, force_terminal=True, width=width))
+    bar = Progress("rigl")
+    trainer = trainer_at(0)
+    trainer.progress_bar_metrics["val/accuracy"] = 0.9
+    bar.on_train_start(trainer, None)
+    screen.truncate(0)
+    clock.now += 1
+    bar.on_train_batch_end(trainer)
+    drawn = re.sub("\x1b\\[[0-9;?]*[a-zA-Z]|[\r\n\0]", "", screen.getvalue())
+    bar.on_exception()
+    assert drawn.startswith("rigl ━━━━━━━━━━━━━━━━━━━━ ")
+    assert "…" not in drawn
+    assert "left" in drawn
+    found = [part for part in ("density 0.1", "updates 3", "val/accuracy 0.9") if part in drawn]
+    assert ", ".join(found) == figures
 
 
 def test_a_terminal_gets_one_bar_on_standard_error(monkeypatch, clock, capsys):
