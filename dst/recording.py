@@ -417,9 +417,9 @@ class Recorder(Callback):
             figures[f"layers/dead_outputs/{row['name']}"] = float(outputs)
         self._log(trainer, figures, sparsifier.step)
         self._warn(sparsifier)
-        # A tenth of the training lies between two pictures at least; the last masks have theirs in any case.
+        # A tenth of the training lies between two pictures at least; the look at the end begins the last one.
         tenth = _PICTURES * sparsifier.step // sparsifier.total_steps
-        if tenth > self._pictures or sparsifier.step >= sparsifier.total_steps:
+        if tenth > self._pictures:
             self._pictures = tenth
             self._log_picture(trainer, sparsifier)
 

@@ -14,6 +14,7 @@ from dst import cli, sweep
 from dst.classifier import Classifier, cosine, step
 from dst.data import Digits
 from dst.errors import ConfigurationError, DataError, StateError
+from dst.recording import read_rows
 from dst.run import run
 from dst.summary import Density, Flops, Quality, Summary, Topology
 
@@ -150,6 +151,8 @@ def test_metrics_stay_whole_where_lightning_ends_an_epoch_twice(config, tmp_path
     rows = [row for row in metrics(tmp_path) if "train/loss" in row]
     assert all(int(row["step"]) % 44 == 0 for row in rows)
     assert "nan" not in {row["train/loss"] for row in rows}
+    epochs = [row["step"] for row in read_rows(tmp_path / "topology.jsonl") if row["event"] == "epoch"]
+    assert epochs == [44, 88, 132, 176]
 
 
 def test_lottery_levels_share_one_metrics_file(config, tmp_path):

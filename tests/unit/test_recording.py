@@ -179,9 +179,14 @@ def test_going_on_after_the_end_leaves_one_end(tmp_path):
 def test_fits_of_several_levels_share_a_file(tmp_path):
     for level in (0, 1):
         fit(tmp_path, epochs=1, recorder=Recorder(tmp_path, level=level))
-    fit(tmp_path, epochs=2, recorder=Recorder(tmp_path, level=1))  # began anew
+    saver = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True, enable_version_counter=False)
+    fit(tmp_path, saver, epochs=2, recorder=Recorder(tmp_path, level=1))  # began anew
     rows = read_rows(tmp_path / TOPOLOGY_FILE)
     assert [(row["level"], row["step"]) for row in of(rows, "end")] == [(0, 8), (1, 16)]
+    fit(tmp_path, saver, epochs=3, recorder=Recorder(tmp_path, level=1), resume=tmp_path / "last.ckpt")
+    rows = read_rows(tmp_path / TOPOLOGY_FILE)
+    epochs = [(row["level"], row["step"]) for row in of(rows, "epoch")]
+    assert epochs == [(0, 8), (1, 8), (1, 16), (1, 24)]
 
 
 def test_masks_are_looked_at_no_more_than_once_in_a_hundred_steps(tmp_path, monkeypatch):
