@@ -31,6 +31,8 @@ class TrainConfig:
     threads: Optional[int] = None  # noqa: UP045
     resume: Optional[str] = None  # noqa: UP045
     compress_gradients: bool = False
+    report: bool = True
+    effective_density: bool = False
     sparsity: Any = MISSING
     model: Any = MISSING
     data: Any = MISSING
@@ -296,10 +298,34 @@ def compare(argv: Sequence[str]) -> int:
     return 0
 
 
+def report(argv: Sequence[str]) -> int:
+    """Write a run's report as one HTML file."""
+    import argparse
+
+    from dst.report import REPORT_FILE, write_report
+
+    parser = argparse.ArgumentParser("dst report", description="Write a run's report: one HTML file, no network.")
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--output", type=Path, help=f"where it goes; {REPORT_FILE} in the run's folder by default")
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as done:
+        return int(done.code or 0)
+    output = arguments.output or arguments.run / REPORT_FILE
+    try:
+        write_report(arguments.run, output)
+    except ConfigurationError as error:  # data errors are such too
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(output)
+    return 0
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "train a network: dst train sparsity=rigl density=0.1 (dst train --help)"),
     "methods": (methods, "list the methods: storage, growth, pattern, cost, paper"),
     "inspect": (inspect, "show a checkpoint's layers, densities and health: dst inspect CKPT"),
+    "report": (report, "write a run's report as one HTML file: dst report RUN [--output FILE]"),
     "compare": (compare, "compare runs over seeds: dst compare RUNS... (dst compare --help)"),
 }
 

@@ -7,7 +7,6 @@ import inspect
 import logging
 import math
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,11 +18,10 @@ from typing import Any, TypeAlias
 import lightning
 import torch
 from hydra.utils import instantiate, to_absolute_path
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
-from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dst.checkpoints import load_checkpoint
 from dst.classifier import Classifier
@@ -35,8 +33,13 @@ from dst.lightning import SparseTraining
 from dst.lottery_run import run_lottery
 from dst.method import Method
 from dst.metrics.counting import layer_macs
-from dst.metrics.flops import inference_ratio, training_ratio
-from dst.summary import Density, Flops, Quality, Summary, Topology, number
+from dst.metrics.flops import executed_ratio, inference_ratio, training_ratio
+from dst.progress import Progress
+from dst.recording import Recorder
+from dst.report import REPORT_FILE, write_report
+from dst.summary import Density, Flops, Quality, Summary, Topology
+
+logger = logging.getLogger(__name__)
 
 LAST, PREVIOUS = "last", "previous"
 
@@ -113,20 +116,37 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
 
         outcome = fit(parts, cfg, folder, resume, make_trainer)
         (tested,) = outcome.trainer.test(parts.module, datamodule=parts.datamodule, verbose=False)
-    realised = sum(x["nonzero"] for x in outcome.layers) / sum(x["weights"] for x in outcome.layers)
-    summary = Summary(
-        sparsity=parts.method.name,
-        seed=cfg.seed,
-        steps=outcome.steps,
-        seconds=time.perf_counter() - began,
-        density=Density(parts.method.density, realised, outcome.layers),
-        test=Quality(_finite(tested["test/accuracy"]), _finite(tested["test/loss"])),
-        flops=Flops(inference_ratio(parts.macs, _densities(parts, outcome.layers)), outcome.training_ratio),
-        topology=outcome.topology,
-    )
+        densities = _densities(parts, outcome.layers)
+        inference = inference_ratio(parts.macs, densities)
+        summary = Summary(
+            sparsity=parts.method.name,
+            seed=cfg.seed,
+            steps=outcome.steps,
+            seconds=time.perf_counter() - began,
+            density=Density(parts.method.density, _realised(outcome.layers), outcome.layers),
+            test=Quality(_finite(tested["test/accuracy"]), _finite(tested["test/loss"])),
+            flops=Flops(inference, outcome.training_ratio, executed_ratio(inference, parts.method.backend)),
+            topology=outcome.topology,
+        )
+        for target in outcome.trainer.loggers:
+            target.log_metrics(summary.scalars(), step=outcome.trainer.global_step)
     if outcome.trainer.is_global_zero:
         summary.write(folder)
+        if cfg.report:
+            _report(folder)
     return summary
+
+
+def _realised(layers: Sequence[Mapping[str, Any]]) -> float:
+    return sum(x["nonzero"] for x in layers) / sum(x["weights"] for x in layers)
+
+
+def _report(folder: Path) -> None:
+    """Write the report; a training that has ended well does not fail for it."""
+    try:
+        write_report(folder, folder / REPORT_FILE)
+    except Exception as error:
+        logger.warning("there is no %s: %s: %s", REPORT_FILE, type(error).__name__, error)
 
 
 def build(cfg: DictConfig) -> Parts:
@@ -215,7 +235,8 @@ def _fit(parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_
         enable_version_counter=False,
         save_on_train_epoch_end=True,
     )
-    trainer = make_trainer([sparse, saver], MetricsFile(folder, resume=resume), parts.method.name)
+    recorder = _recorder(parts, cfg, folder)
+    trainer = make_trainer([sparse, recorder, saver], MetricsFile(folder, resume=resume), parts.method.name)
     trainer.fit(parts.module, datamodule=parts.datamodule, ckpt_path=resume, weights_only=True)
     sparsifier = sparse.sparsifier
     assert sparsifier is not None
@@ -236,7 +257,7 @@ def _fit_lottery(
 
     def make_level(level: int, callbacks: list[Callback], place: Path) -> lightning.Trainer:
         metrics = MetricsFile(folder, resume=place / f"{LAST}.ckpt", level=level)
-        return make_trainer(callbacks, metrics, f"level {level}")
+        return make_trainer([*callbacks, _recorder(parts, cfg, folder, level)], metrics, f"level {level}")
 
     result = run_lottery(
         parts.method,
@@ -264,58 +285,9 @@ def _fit_lottery(
     )
 
 
-class Progress(ProgressBar):
-    """One bar over all optimizer steps of a fit, with density, updates and accuracy beside it.
-
-    Args:
-        title: What stands before it.
-    """
-
-    def __init__(self, title: str) -> None:
-        super().__init__()
-        self.title = title
-        self.bar: tqdm | None = None
-
-    def disable(self) -> None:
-        """Show nothing: Lightning calls this on all processes but the first."""
-        self.title = ""
-
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Open the bar, where a resumed training stands."""
-        total = trainer.estimated_stepping_batches
-        self.bar = tqdm(
-            desc=self.title,
-            total=int(total) if math.isfinite(total) else None,
-            initial=trainer.global_step,
-            unit="step",
-            dynamic_ncols=True,
-            # Every refresh is a line of its own in a log.
-            mininterval=0.1 if sys.stderr.isatty() else 5.0,
-            disable=not self.title,
-        )
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
-        """Advance by the optimizer's steps."""
-        assert self.bar is not None
-        self.bar.update(trainer.global_step - self.bar.n)
-
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Show the newest numbers."""
-        assert self.bar is not None
-        shown = {name: number(value) for name, value in trainer.progress_bar_metrics.items()}
-        self.bar.set_postfix(shown, refresh=False)
-
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Leave the finished bar on the screen."""
-        self._close()
-
-    def on_exception(self, *args: Any) -> None:
-        """Leave the bar as it stands, above the message."""
-        self._close()
-
-    def _close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+def _recorder(parts: Parts, cfg: DictConfig, folder: Path, level: int | None = None) -> Recorder:
+    shape = parts.datamodule.input_shape
+    return Recorder(folder, input_shape=shape, level=level, effective_density=cfg.effective_density)
 
 
 class MetricsFile(CSVLogger):

@@ -50,10 +50,13 @@ class Flops:
         inference_ratio: Of one forward pass.
         training_ratio: Of the whole training, over a dense training of as many steps; for methods of several fits,
             over one dense fit.
+        executed_ratio: Of one forward pass as the backend carries it out, zeros multiplied or not; None in summaries of
+            earlier versions. The other two are what the sparse network needs in theory.
     """
 
     inference_ratio: float
     training_ratio: float
+    executed_ratio: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,15 @@ class Summary:
         write_atomically(path, json.dumps(_finite(asdict(self)), indent=2, allow_nan=False) + "\n")
         return path
 
+    def scalars(self) -> dict[str, float]:
+        """Its finite numbers by dotted name behind ``summary/``, for loggers, without the layers' and the time taken."""
+        found = {f"summary/{name}": float(getattr(self, name)) for name in ("seed", "steps")}
+        for part in ("density", "test", "flops", "topology"):
+            for name, value in asdict(getattr(self, part)).items():
+                if isinstance(value, (int, float)) and math.isfinite(value):
+                    found[f"summary/{part}.{name}"] = float(value)
+        return found
+
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Summary:
         """Read what `write` wrote.
@@ -115,6 +127,8 @@ class Summary:
         facts.add_column(style="dim")
         facts.add_column()
         weights, nonzero = (sum(layer[key] for layer in self.density.layers) for key in ("weights", "nonzero"))
+        ratio = self.flops.executed_ratio
+        executed = "" if ratio is None else f" in theory, {percent(ratio)} executed"
         for name, value in (
             ("test accuracy", Text(percent(self.test.accuracy), style="bold green")),
             ("test loss", number(self.test.loss)),
@@ -122,7 +136,7 @@ class Summary:
                 "density",
                 f"{self.density.realised:.6g} (target {self.density.target:.6g}), {nonzero:,} of {weights:,} weights",
             ),
-            ("inference FLOPs", f"{percent(self.flops.inference_ratio)} of dense"),
+            ("inference FLOPs", f"{percent(self.flops.inference_ratio)} of dense{executed}"),
             ("training FLOPs", f"{percent(self.flops.training_ratio)} of dense"),
             ("topology updates", f"{self.topology.updates}"),
             ("explored", f"{percent(self.topology.exploration_rate)} of the weights"),

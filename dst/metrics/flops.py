@@ -146,6 +146,24 @@ SPARSE_EXECUTION: dict[str, bool] = {"masked": False, "latent": False, "csr": Tr
 """Backend to whether it skips zeros in the layers that it stores; the others multiply by them."""
 
 
+def executed_ratio(theoretical: float, backend: str) -> float:
+    """What a backend executes of the dense network's operations, where ``theoretical`` of them are needed.
+
+    Args:
+        theoretical: From `inference_ratio`, in [0, 1].
+        backend: Where weights live; see `SPARSE_EXECUTION`.
+
+    Returns:
+        1 for backends that multiply by zeros, else ``theoretical``.
+
+    Raises:
+        ConfigurationError: An unknown backend.
+    """
+    if backend not in SPARSE_EXECUTION:
+        raise ConfigurationError(f"backend={backend!r} is unknown; choose from {', '.join(SPARSE_EXECUTION)}")
+    return theoretical if SPARSE_EXECUTION[backend] else 1.0
+
+
 @dataclass(frozen=True)
 class FlopsRow:
     """One weight's operations, or those of a product without weights, per sample.

@@ -39,7 +39,8 @@ def check_schema(summary):
     ]  # fmt: skip
     assert list(summary["density"]) == ["target", "realised", "layers"]
     assert list(summary["test"]) == ["accuracy", "loss"]
-    assert list(summary["flops"]) == ["inference_ratio", "training_ratio"]
+    assert list(summary["flops"]) == ["inference_ratio", "training_ratio", "executed_ratio"]
+    assert summary["flops"]["executed_ratio"] == 1  # the masked backend multiplies by its zeros
     assert list(summary["topology"]) == ["updates", "exploration_rate"]
     for layer in summary["density"]["layers"]:
         assert list(layer) == ["name", "shape", "weights", "nonzero", "density"]
@@ -50,7 +51,7 @@ def test_the_main_job_leaves_a_complete_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.glob("outputs/*/*")
     assert {p.name for p in folder.iterdir()} == {
-        ".hydra", "checkpoints", "metrics.csv", "summary.json", "train.log"
+        ".hydra", "checkpoints", "metrics.csv", "report.html", "summary.json", "topology.jsonl", "train.log"
     }  # fmt: skip
     assert {p.name for p in (folder / ".hydra").iterdir()} == {"config.yaml", "hydra.yaml", "overrides.yaml"}
     kept = sorted(p.name for p in (folder / "checkpoints").iterdir())

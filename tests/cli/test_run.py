@@ -15,6 +15,7 @@ from dst.backends import auto
 from dst.classifier import Classifier, cosine, step
 from dst.data import Digits
 from dst.errors import ConfigurationError, DataError, StateError
+from dst.recording import read_rows
 from dst.run import run
 from dst.summary import Density, Flops, Quality, Summary, Topology
 
@@ -170,6 +171,8 @@ def test_metrics_stay_whole_where_lightning_ends_an_epoch_twice(config, tmp_path
     rows = [row for row in metrics(tmp_path) if "train/loss" in row]
     assert all(int(row["step"]) % 44 == 0 for row in rows)
     assert "nan" not in {row["train/loss"] for row in rows}
+    epochs = [row["step"] for row in read_rows(tmp_path / "topology.jsonl") if row["event"] == "epoch"]
+    assert epochs == [44, 88, 132]  # the fourth epoch was the one ended twice
 
 
 def test_lottery_levels_share_one_metrics_file(config, tmp_path):
@@ -195,6 +198,34 @@ def test_layers_can_be_left_dense(config, tmp_path):
     assert names == ["model.hidden.0.weight", "model.hidden.1.weight"]
     # The classifier's 1000 of 50,200 multiplications stay.
     assert summary.flops.inference_ratio == pytest.approx((0.1 * 49_200 + 1000) / 50_200, abs=1e-4)
+
+
+def test_a_report_is_made_unless_it_is_not_wanted(config, tmp_path):
+    run(config("trainer.max_epochs=1"), tmp_path / "with")
+    assert "rigl at density 0.1, seed 0" in (tmp_path / "with" / "report.html").read_text()
+    run(config("trainer.max_epochs=1", "report=false"), tmp_path / "without")
+    assert not (tmp_path / "without" / "report.html").exists()
+    assert (tmp_path / "without" / "topology.jsonl").exists()
+
+
+def test_a_run_does_not_fail_for_its_report(config, tmp_path, monkeypatch, caplog):
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("dst.run.write_report", fail)
+    summary = run(config("trainer.max_epochs=1"), tmp_path)
+    assert Summary.read(tmp_path) == summary
+    assert "there is no report.html: OSError: no space left" in caplog.text
+
+
+def test_the_summary_is_the_last_row_of_the_metrics(config, tmp_path):
+    summary = run(config("trainer.max_epochs=1", "effective_density=true"), tmp_path)
+    row = metrics(tmp_path)[-1]
+    assert float(row["summary/test.accuracy"]) == summary.test.accuracy
+    assert float(row["summary/flops.executed_ratio"]) == 1
+    assert row["summary/seed"] == "0.0"
+    effective = [row for row in metrics(tmp_path) if "layers/effective_density/model.classifier.weight" in row]
+    assert len(effective) == 1
 
 
 @pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
