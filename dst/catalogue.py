@@ -45,14 +45,15 @@ def _example(make: Callable[..., Method], **settings: str) -> Method:
 def _storages(make: Callable[..., Method], method: Method) -> list[str]:
     if "backend" not in inspect.signature(make).parameters:
         return [method.backend]
-    found = []
+    found: dict[str, None] = {}
     for backend in BACKENDS:
+        if backend == "auto":
+            continue  # one of the others, layer by layer
         try:
-            make(method.density, backend=backend)
+            found[make(method.density, backend=backend).backend] = None
         except ConfigurationError:
             continue
-        found.append(backend)
-    return found
+    return list(found)
 
 
 def growth(method: Method) -> str:

@@ -37,6 +37,7 @@ class LevelResult:
         density: Its target density.
         steps: Optimizer steps taken, those before the rewind point not counted again.
         step_counts: Steps by cost, as ``Sparsifier.step_counts``.
+        work: As ``Sparsifier.work``.
         layers: As ``Sparsifier.layer_table()``.
         metrics: The trainer's metrics at the end of the fit.
     """
@@ -45,6 +46,7 @@ class LevelResult:
     density: float
     steps: int
     step_counts: dict[str, int]
+    work: dict[str, dict[str, int]]
     layers: list[dict[str, Any]]
     metrics: dict[str, float]
 
@@ -147,6 +149,7 @@ def run_lottery(
             density,
             sparse.sparsifier.step,
             sparse.sparsifier.step_counts,
+            sparse.sparsifier.work,
             sparse.sparsifier.layer_table(),
             metrics.saved | metrics.of(trainer),
         )

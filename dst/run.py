@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,8 +32,9 @@ from dst.layers import SparseLayer, find_layers
 from dst.lightning import SparseTraining
 from dst.lottery_run import run_lottery
 from dst.method import Method
-from dst.metrics.counting import layer_macs
-from dst.metrics.flops import executed_ratio, inference_ratio, training_ratio
+from dst.metrics.counting import Operations, count_operations
+from dst.metrics.flops import flops_table
+from dst.metrics.meter import FlopsMeter, TrainingFlops
 from dst.progress import Progress
 from dst.recording import Recorder
 from dst.report import REPORT_FILE, write_report
@@ -55,7 +56,7 @@ class Parts:
     datamodule: Any
     module: Classifier
     layers: Sequence[SparseLayer]
-    macs: Mapping[str, int]
+    operations: Operations
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,16 @@ class Outcome:
         trainer: The trainer that can test the module.
         steps: Optimizer steps taken.
         layers: The final ``Sparsifier.layer_table()``.
-        training_ratio: See `dst.summary.Flops`.
+        backends: Layer label to where its weights live.
+        training: Operations of the whole training, and of as many dense steps; for methods of several fits, of one.
         topology: See `dst.summary.Topology`.
     """
 
     trainer: lightning.Trainer
     steps: int
     layers: list[dict[str, Any]]
-    training_ratio: float
+    backends: dict[str, str]
+    training: TrainingFlops
     topology: Topology
 
 
@@ -98,7 +101,7 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
     folder = Path(folder)
     _quieten()
     parts = build(cfg)
-    _set_threads(cfg.threads, sum(parts.macs.values()) * cfg.data.get("batch_size", 1))
+    _set_threads(cfg.threads, sum(parts.operations.macs.values()) * cfg.data.get("batch_size", 1))
     resume = _resume_point(cfg.resume, folder, parts.method)
     launcher = _trainer(cfg, folder, [], [], "").strategy.launcher  # also shows what is wrong with the settings
     if sweep and isinstance(launcher, _SubprocessScriptLauncher):
@@ -116,8 +119,12 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
 
         outcome = fit(parts, cfg, folder, resume, make_trainer)
         (tested,) = outcome.trainer.test(parts.module, datamodule=parts.datamodule, verbose=False)
-        densities = _densities(parts, outcome.layers)
-        inference = inference_ratio(parts.macs, densities)
+        inference = flops_table(
+            parts.operations,
+            {row["name"]: row["density"] for row in outcome.layers if row["name"] in _counted(parts)},
+            backend="csr",
+            stored=[label for label, backend in outcome.backends.items() if backend == "csr"],
+        )
         summary = Summary(
             sparsity=parts.method.name,
             seed=cfg.seed,
@@ -125,7 +132,13 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
             seconds=time.perf_counter() - began,
             density=Density(parts.method.density, _realised(outcome.layers), outcome.layers),
             test=Quality(_finite(tested["test/accuracy"]), _finite(tested["test/loss"])),
-            flops=Flops(inference, outcome.training_ratio, executed_ratio(inference, parts.method.backend)),
+            flops=Flops(
+                inference_ratio=inference.theoretical / inference.dense,
+                training_ratio=outcome.training.ratio,
+                executed_ratio=inference.executed / inference.dense,
+                training_executed_ratio=outcome.training.executed_ratio,
+                dense_inference=inference.dense,
+            ),
             topology=outcome.topology,
         )
         for target in outcome.trainer.loggers:
@@ -180,8 +193,8 @@ def build(cfg: DictConfig) -> Parts:
     layers, _ = find_layers(module, cfg.include, cfg.exclude)
     _check_budget(method, layers)
     with _blaming("model"):
-        macs = layer_macs(module, task.example)
-    return Parts(method, datamodule, module, layers, macs)
+        operations = count_operations(module, task.example)
+    return Parts(method, datamodule, module, layers, operations)
 
 
 def _task(datamodule: Any) -> Task:
@@ -245,7 +258,8 @@ def _fit(parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_
         trainer,
         sparsifier.step,
         table,
-        training_ratio(parts.macs, _densities(parts, table), sparsifier.step_counts),
+        sparsifier.backends,
+        _training(parts, [(sparsifier.work, sparsifier.step_counts)], sparsifier.backends),
         Topology(sparsifier.updates, sparsifier.exploration_rate),
     )
 
@@ -269,10 +283,8 @@ def _fit_lottery(
         include=cfg.include,
         exclude=cfg.exclude,
     )
-    costs = [
-        training_ratio(parts.macs, _densities(parts, level.layers), level.step_counts) * level.steps
-        for level in result.levels
-    ]
+    total = _training(parts, [(level.work, level.step_counts) for level in result.levels], {})
+    one = _training(parts, [(result.levels[0].work, result.levels[0].step_counts)], {})
     # Levels' masks lie within each other, so the first that is sparse holds all that were ever active.
     first = result.levels[min(1, len(result.levels) - 1)].layers
     explored = sum(layer["nonzero"] for layer in first) / sum(layer["weights"] for layer in first)
@@ -280,13 +292,31 @@ def _fit_lottery(
         result.trainer,
         sum(level.steps for level in result.levels),
         result.levels[-1].layers,
-        sum(costs) / result.levels[0].steps,
+        {layer.label: "masked" for layer in parts.layers},
+        replace(total, dense=one.dense),
         Topology(len(result.levels) - 1, explored),
     )
 
 
+def _counted(parts: Parts) -> set[str]:
+    return {weight.label for weight in parts.operations.weights}
+
+
+def _training(
+    parts: Parts,
+    fits: Sequence[tuple[Mapping[str, Mapping[str, int]], Mapping[str, int]]],
+    backends: Mapping[str, str],
+) -> TrainingFlops:
+    """Operations of fits, each given by a sparsifier's ``work`` and ``step_counts``."""
+    stored = [label for label, backend in backends.items() if backend == "csr" and label in _counted(parts)]
+    meter = FlopsMeter(parts.operations, backend="csr", stored=stored)
+    for work, step_counts in fits:
+        meter.add_work(work, step_counts)
+    return meter.total()
+
+
 def _recorder(parts: Parts, cfg: DictConfig, folder: Path, level: int | None = None) -> Recorder:
-    shape = parts.datamodule.input_shape
+    shape = getattr(parts.datamodule, "input_shape", None)
     return Recorder(folder, input_shape=shape, level=level, effective_density=cfg.effective_density)
 
 
@@ -384,18 +414,6 @@ def _load(path: Path) -> dict[str, Any]:
         remedy = f"; resume={PREVIOUS} takes the one before it" if path.stem == LAST else ""
         raise ConfigurationError(f"{error}{remedy}") from error
     return checkpoint
-
-
-def _densities(parts: Parts, table: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Map parameter name to density, from a table of layers, of which a parameter may hold several."""
-    parameter = {layer.label: layer.parameter for layer in parts.layers}
-    weights: dict[str, int] = {}
-    nonzero: dict[str, int] = {}
-    for row in table:
-        name = parameter[row["name"]]
-        weights[name] = weights.get(name, 0) + row["weights"]
-        nonzero[name] = nonzero.get(name, 0) + row["nonzero"]
-    return {name: nonzero[name] / weights[name] for name in weights if name in parts.macs}
 
 
 def _make(node: DictConfig, **arguments: Any) -> Any:

@@ -241,6 +241,11 @@ class Sparsifier:
         return {kind: dict(zip(labels, active, strict=True)) for kind, active in self._counters.work.items()}
 
     @property
+    def backends(self) -> dict[str, str]:
+        """Layer label to where its weights live: ``masked``, ``latent`` or ``csr``."""
+        return {layer.label: self._home[layer.parameter].backend for layer in self.layers}
+
+    @property
     def is_sparse(self) -> bool:
         """Whether the mask has been made (False in the dense phase of methods that have one)."""
         return self._sparsified

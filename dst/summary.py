@@ -51,12 +51,16 @@ class Flops:
         training_ratio: Of the whole training, over a dense training of as many steps; for methods of several fits,
             over one dense fit.
         executed_ratio: Of one forward pass as the backend carries it out, zeros multiplied or not; None in summaries of
-            earlier versions. The other two are what the sparse network needs in theory.
+            earlier versions. The first two are what the sparse network needs in theory.
+        training_executed_ratio: The same of the whole training.
+        dense_inference: FLOPs of the dense network's forward pass for one sample, a multiply-accumulate counting two.
     """
 
     inference_ratio: float
     training_ratio: float
     executed_ratio: float | None = None
+    training_executed_ratio: float | None = None
+    dense_inference: float | None = None
 
 
 @dataclass(frozen=True)

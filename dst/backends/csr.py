@@ -43,6 +43,7 @@ class Csr:
         group: The processes that train together.
     """
 
+    backend = "csr"
     is_placed = True
 
     def __init__(

@@ -81,6 +81,7 @@ class Masked:
         layers: The layers they consist of.
     """
 
+    backend = "masked"
     is_placed = False
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], layers: Sequence[SparseLayer]) -> None:

@@ -46,6 +46,8 @@ class Storage(Protocol):
     Parameters go by the name that they have in the dense model, and positions are row-major in a layer of its shape.
     """
 
+    backend: str
+    """Its name: ``masked``, ``latent`` or ``csr``."""
     parameters: Mapping[str, nn.Parameter]
     """Name to the parameter that the optimizer holds."""
     active: dict[str, int]

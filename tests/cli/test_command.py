@@ -39,7 +39,13 @@ def check_schema(summary):
     ]  # fmt: skip
     assert list(summary["density"]) == ["target", "realised", "layers"]
     assert list(summary["test"]) == ["accuracy", "loss"]
-    assert list(summary["flops"]) == ["inference_ratio", "training_ratio", "executed_ratio"]
+    assert list(summary["flops"]) == [
+        "inference_ratio",
+        "training_ratio",
+        "executed_ratio",
+        "training_executed_ratio",
+        "dense_inference",
+    ]
     assert summary["flops"]["executed_ratio"] == 1  # the masked backend multiplies by its zeros
     assert list(summary["topology"]) == ["updates", "exploration_rate"]
     for layer in summary["density"]["layers"]:

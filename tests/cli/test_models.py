@@ -135,4 +135,4 @@ class Foreign(Digits):
 def test_data_modules_that_know_shape_and_classes_alone_are_of_images(config):
     parts = build(config("data._target_=tests.cli.test_models.Foreign", "model=gru"))
     assert type(parts.module) is Classifier
-    assert parts.macs["model.recurrent.weight_ih_l0"] == 3 * 128 * 8 * 8
+    assert parts.operations.macs["model.recurrent.weight_ih_l0"] == 3 * 128 * 8 * 8
