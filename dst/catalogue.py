@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dst import methods
 from dst.errors import ConfigurationError
 from dst.method import BACKENDS, Method
+from dst.types import waits_for_batch
 
 COLUMNS = ("sparsity=", "storage", "growth", "pattern", "dense gradient", "paper")
 _DENSITIES = (0.1, 0.5, 1.0)  # of the table's examples; not every pattern has every density
@@ -20,7 +21,7 @@ def catalogue() -> list[tuple[str, ...]]:
     - storage: the backends that take the method with its defaults;
     - growth: the growth score, ``none`` where nothing grows;
     - dense gradient: at which steps the gradient of inactive weights has to be computed, which is what a step costs beyond
-      its sparse part: ``never``, ``first step``, ``every ΔT``, ``until the mask``, ``always``;
+      its sparse part: ``never``, ``first step``, ``every ΔT``, ``until the mask``, ``while dense``, ``always``;
     - paper: the first link of the function's docstring.
     """
     return [_row(name, getattr(methods, name)) for name in methods.__all__]
@@ -82,10 +83,12 @@ def cost(method: Method) -> str:
     if method.lottery is not None:
         return "until the mask"
     scores = method.scores().values()
-    if any(score.observes for score in scores):
+    if method.moves_inactive or any(score.observes and score.needs_gradient for score in scores):
         return "always"
+    if method.schedule is not None and method.density_at(0, 1_000) == 1:
+        return "while dense"
     if method.is_dynamic and any(score.needs_gradient for score in scores):
         return "every ΔT"
     if method.sparsify_at != 0:
         return "until the mask"
-    return "first step" if method.init.needs_gradient else "never"
+    return "first step" if waits_for_batch(method.init) else "never"
