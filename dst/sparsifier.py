@@ -144,6 +144,12 @@ class Sparsifier:
             )
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ConfigurationError(f"total_steps={total_steps!r} must be a positive number of optimizer steps")
+        if method.narrow is not None and method.narrow.width_factor is None:
+            logger.warning(
+                "%s makes nothing sparse: the model is trained dense, with the widths that it has; for a narrower one use "
+                "python train.py, or build it with the width_factor that dst.models.narrow finds",
+                method.name,
+            )
         self.method = method
         self.total_steps = total_steps
         self.seed = seed
