@@ -12,7 +12,7 @@ import numpy as np
 from dst import allocation as allocations
 from dst import init as inits
 from dst import patterns, schedules, scores
-from dst.errors import ConfigurationError
+from dst.errors import ConfigurationError, StateError
 from dst.relaxations import Relaxation, StraightThrough
 from dst.types import (
     Allocation,
@@ -353,6 +353,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()  # numbers from numpy would not load with weights_only=True
     return value
+
+
+def check_same(saved: Mapping[str, Any], method: Method) -> None:
+    """Raise StateError where a checkpoint's ``Method.spec()`` is not this method's; the backend may differ."""
+    if differences := spec_differences({**saved, "backend": method.backend}, method.spec()):
+        raise StateError(f"the checkpoint is of another method ({'; '.join(differences)})")
 
 
 def spec_differences(saved: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:

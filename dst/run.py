@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -33,9 +33,10 @@ from dst.first_mask import layer_counts
 from dst.layers import SparseLayer, find_layers
 from dst.lightning import SparseTraining
 from dst.lottery_run import run_lottery
-from dst.method import Method
+from dst.method import Method, check_same
 from dst.metrics.counting import layer_macs
 from dst.metrics.flops import inference_ratio, training_ratio
+from dst.models.narrowing import build_on_meta, check_takes_width_factor, narrow
 from dst.summary import Density, Flops, Quality, Summary, Topology, number
 
 LAST, PREVIOUS = "last", "previous"
@@ -45,14 +46,26 @@ TrainerFactory: TypeAlias = "Callable[[list[Callback], MetricsFile, str], lightn
 
 
 @dataclass(frozen=True)
+class FullSize:
+    """The dense network of full size that a narrower one is compared with: its layers, and MACs by parameter."""
+
+    layers: Sequence[SparseLayer]
+    macs: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class Parts:
-    """What a configuration describes, built and checked; nothing is written yet."""
+    """What a configuration describes, built and checked; nothing is written yet.
+
+    ``full_size`` is that of a module which was made narrower, and ``None`` for others.
+    """
 
     method: Method
     datamodule: Any
     module: Classifier
     layers: Sequence[SparseLayer]
     macs: Mapping[str, int]
+    full_size: FullSize | None = None
 
 
 @dataclass(frozen=True)
@@ -63,13 +76,15 @@ class Outcome:
         trainer: The trainer that can test the module.
         steps: Optimizer steps taken.
         layers: The final ``Sparsifier.layer_table()``.
-        training_ratio: See `dst.summary.Flops`.
+        inference_ratio: See `dst.summary.Flops`.
+        training_ratio: Likewise.
         topology: See `dst.summary.Topology`.
     """
 
     trainer: lightning.Trainer
     steps: int
     layers: list[dict[str, Any]]
+    inference_ratio: float
     training_ratio: float
     topology: Topology
 
@@ -112,6 +127,8 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
             return _trainer(cfg, folder, callbacks, [metrics, *chosen], title)
 
         outcome = fit(parts, cfg, folder, resume, make_trainer)
+        if parts.full_size is not None:
+            outcome = _relative_to(parts.full_size, outcome, parts.macs)
         (tested,) = outcome.trainer.test(parts.module, datamodule=parts.datamodule, verbose=False)
     realised = sum(x["nonzero"] for x in outcome.layers) / sum(x["weights"] for x in outcome.layers)
     summary = Summary(
@@ -119,9 +136,9 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
         seed=cfg.seed,
         steps=outcome.steps,
         seconds=time.perf_counter() - began,
-        density=Density(parts.method.density, realised, outcome.layers),
+        density=Density(parts.method.target_density, realised, outcome.layers),
         test=Quality(_finite(tested["test/accuracy"]), _finite(tested["test/loss"])),
-        flops=Flops(inference_ratio(parts.macs, _densities(parts, outcome.layers)), outcome.training_ratio),
+        flops=Flops(outcome.inference_ratio, outcome.training_ratio),
         topology=outcome.topology,
     )
     if outcome.trainer.is_global_zero:
@@ -152,7 +169,15 @@ def build(cfg: DictConfig) -> Parts:
     task = _task(datamodule)
     optimizer, scheduler = _make(cfg.optimizer), _make(cfg.scheduler)
     _check_match(cfg, task)
-    module = task.module(_make(cfg.model, **task.arguments), optimizer, scheduler)
+
+    def make(**settings: Any) -> Classifier:
+        return task.module(_make(cfg.model, **task.arguments, **settings), optimizer, scheduler)
+
+    full_size = None
+    if method.narrow is None:
+        module = make()
+    else:
+        method, module, full_size = _narrow(cfg, method, make, task)
     with _blaming("optimizer, scheduler"):
         trial = optimizer(module.parameters())
         if scheduler is not None:
@@ -161,7 +186,63 @@ def build(cfg: DictConfig) -> Parts:
     _check_budget(method, layers)
     with _blaming("model"):
         macs = layer_macs(module, task.example)
-    return Parts(method, datamodule, module, layers, macs)
+    return Parts(method, datamodule, module, layers, macs, full_size)
+
+
+def _narrow(
+    cfg: DictConfig, method: Method, make: Callable[..., Classifier], task: Task
+) -> tuple[Method, Classifier, FullSize]:
+    """Build the module as narrow as the method wants it; the method then says how narrow that is."""
+    assert method.narrow is not None
+    model = instantiate(cfg.model, _partial_=True, _convert_="all")
+    check_takes_width_factor(model.func)
+    width = cfg.model.get("width_factor", 1.0)  # of full size
+
+    def of_width(width_factor: float) -> Classifier:
+        return make(width_factor=width * width_factor)
+
+    found = narrow(
+        of_width,
+        method.narrow.density,
+        method.narrow.match,
+        example=task.example,
+        include=cfg.include,
+        exclude=cfg.exclude,
+    )
+    whole = build_on_meta(of_width, 1.0)
+    layers, _ = find_layers(whole, cfg.include, cfg.exclude)
+    method = replace(method, narrow=replace(method.narrow, width_factor=found.width_factor))
+    return method, of_width(found.width_factor), FullSize(layers, layer_macs(whole, task.example))
+
+
+def _relative_to(full: FullSize, outcome: Outcome, macs: Mapping[str, int]) -> Outcome:
+    """What a narrow network has and costs, in the place of shares of itself as shares of the one of full size.
+
+    Args:
+        full: The network of full size.
+        outcome: The narrow network's own.
+        macs: The narrow network's MACs by parameter.
+    """
+    nonzero = {row["name"]: row["nonzero"] for row in outcome.layers}
+    layers = [
+        {
+            "name": layer.label,
+            "shape": list(layer.shape),
+            "weights": layer.weights,
+            "nonzero": nonzero.get(layer.label, 0),
+            "density": nonzero.get(layer.label, 0) / layer.weights,
+        }
+        for layer in full.layers
+    ]
+    cost = sum(macs.values()) / sum(full.macs.values())
+    explored = sum(nonzero.values()) / sum(layer.weights for layer in full.layers)
+    return replace(
+        outcome,
+        layers=layers,
+        inference_ratio=outcome.inference_ratio * cost,
+        training_ratio=outcome.training_ratio * cost,
+        topology=replace(outcome.topology, exploration_rate=explored),
+    )
 
 
 def _task(datamodule: Any) -> Task:
@@ -224,6 +305,7 @@ def _fit(parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_
         trainer,
         sparsifier.step,
         table,
+        inference_ratio(parts.macs, _densities(parts, table)),
         training_ratio(parts.macs, _densities(parts, table), sparsifier.step_counts),
         Topology(sparsifier.updates, sparsifier.exploration_rate),
     )
@@ -259,6 +341,7 @@ def _fit_lottery(
         result.trainer,
         sum(level.steps for level in result.levels),
         result.levels[-1].layers,
+        inference_ratio(parts.macs, _densities(parts, result.levels[-1].layers)),
         sum(costs) / result.levels[0].steps,
         Topology(len(result.levels) - 1, explored),
     )
@@ -380,13 +463,22 @@ def _resume_point(resume: str | None, folder: Path, method: Method) -> Path | No
             )
         return None
     if resume == PREVIOUS:
-        return _previous(checkpoints)
+        path = _previous(checkpoints)
+        _check_same(path, method)
+        return path
     path = checkpoints / f"{LAST}.ckpt" if resume == LAST else Path(to_absolute_path(resume))
     if not path.is_file():
         advice = "name the run's folder by hydra.run.dir=FOLDER" if resume == LAST else "check the path"
         raise ConfigurationError(f"resume={resume}: there is no checkpoint {path}; {advice}")
-    _load(path)
+    _check_same(path, method)
     return path
+
+
+def _check_same(path: Path, method: Method) -> None:
+    """Refuse the checkpoint of another method: of another width, its weights would not even fit."""
+    state = _load(path).get("callbacks", {}).get(SparseTraining.__qualname__)
+    if isinstance(state, Mapping) and isinstance(state.get("method"), Mapping):
+        check_same(state["method"], method)
 
 
 def _previous(checkpoints: Path) -> Path:
