@@ -201,6 +201,7 @@ def _narrow(
     def of_width(width_factor: float) -> Classifier:
         return make(width_factor=width * width_factor)
 
+    of_width.__name__ = model.func.__name__  # the one that messages name
     found = narrow(
         of_width,
         method.narrow.density,
