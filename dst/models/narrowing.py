@@ -88,8 +88,7 @@ def narrow(
     if least > density * full:
         raise ConfigurationError(
             f"density={density:g} is less than {_name(make)} has at its narrowest, {least / full:.4g} of its {match}: take "
-            "a larger density or a larger model"
-            + ("; its width_factor changes nothing" if least == full else "")
+            "a larger density or a larger model" + ("; its width_factor changes nothing" if least == full else "")
         )
     for _ in range(_HALVINGS):
         middle = (below + above) / 2

@@ -73,7 +73,7 @@ def test_reports_are_relative_to_full_size_and_a_resume_is_exact(config, tmp_pat
         with pytest.raises(PowerCut):
             run(config(*settings), tmp_path / "cut")
     for other in (["density=0.2"], ["density=0.1", "sparsity.match=flops"], ["density=0.1", "sparsity=rigl"]):
-        with pytest.raises(StateError, match="the checkpoint is of another method.*narrow"):
+        with pytest.raises(StateError, match=r"the checkpoint is of another method.*narrow"):
             run(config(*other, "resume=last"), tmp_path / "cut")
     resumed = run(config(*settings, "resume=last"), tmp_path / "cut")
     assert without_time(resumed) == without_time(whole)

@@ -87,7 +87,7 @@ def test_a_factor_of_one_changes_nothing_and_others_scale_every_hidden_width(nam
     for (label, full), narrower in zip(whole.named_parameters(), half.parameters(), strict=True):
         factors = {a / b for a, b in zip(narrower.shape, full.shape, strict=True)}
         assert factors <= {1.0, 0.5}, label
-        assert 0.5 in factors or label.endswith("classifier.bias") or label.endswith("head.bias")
+        assert 0.5 in factors or label.endswith(("classifier.bias", "head.bias"))
 
 
 @pytest.mark.parametrize("name", MAKES)
@@ -185,10 +185,20 @@ class Peeking(nn.Module):
 @pytest.mark.parametrize(
     ("make", "density", "settings", "message"),
     [
-        (partial(Foreign, (4,), 3), 0.1, {}, r"Foreign takes no width_factor.*width_factor: float = 1\.0.*sparsity=dense"),
+        (
+            partial(Foreign, (4,), 3),
+            0.1,
+            {},
+            r"Foreign takes no width_factor.*width_factor: float = 1\.0.*sparsity=dense",
+        ),
         (partial(Swallowing, (4,), 3), 0.1, {}, "Swallowing has at its narrowest, 1 of its .*changes nothing"),
         (Peeking, 0.1, {}, "Peeking cannot be built with width_factor=1 on the meta device"),
-        (MAKES["lenet"], 0.001, {}, r"density=0\.001 is less than LeNet300100 has at its narrowest, 0\.00298 of its parameters"),
+        (
+            MAKES["lenet"],
+            0.001,
+            {},
+            r"density=0\.001 is less than LeNet300100 has at its narrowest, 0\.00298 of its parameters",
+        ),
         (MAKES["lenet"], 0, {}, "density=0 must lie"),
         (MAKES["lenet"], True, {}, "density=True must lie"),
         (MAKES["lenet"], 0.1, {"match": "seconds"}, "match='seconds' is unknown; choose from parameters, flops"),
