@@ -12,7 +12,7 @@ import numpy as np
 from dst import allocation as allocations
 from dst import init as inits
 from dst import patterns, schedules, scores
-from dst.errors import ConfigurationError
+from dst.errors import ConfigurationError, StateError
 from dst.relaxations import Relaxation, StraightThrough
 from dst.types import (
     Allocation,
@@ -34,6 +34,8 @@ from dst.types import (
 BACKENDS = ("masked", "csr", "auto", "latent")
 
 REWINDS = ("weights", "learning_rate", "none")
+
+MATCHES = ("parameters", "flops")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,29 @@ class LotterySchedule:
         check_duration(self.rewind_to, "rewind_to")
         if isinstance(self.rewind_to, float) and self.rewind_to >= 1:
             raise ConfigurationError(f"rewind_to={self.rewind_to} leaves nothing to train; use a fraction below 1")
+
+
+@dataclass(frozen=True)
+class Narrow:
+    """A narrower dense network in the place of a sparse one of full size.
+
+    Attributes:
+        density: Which share of the full-size model it has, in (0, 1].
+        match: Share of what: ``"parameters"`` or ``"flops"``; see `dst.models.narrow`.
+        width_factor: What the model was built with, and ``None`` where nobody has made it narrower: a method does not build
+            models.
+    """
+
+    density: float
+    match: str = "parameters"
+    width_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.density, (int, float)) and not isinstance(self.density, bool)
+        if not number or not 0 < self.density <= 1:
+            raise ConfigurationError(f"density={self.density!r} must lie in (0, 1]: the share of the full-size model")
+        if self.match not in MATCHES:
+            raise ConfigurationError(f"match={self.match!r} is unknown; choose from {', '.join(MATCHES)}")
 
 
 @dataclass(frozen=True)
@@ -100,6 +125,8 @@ class Method:
         perturb: Added to the gradients of active weights at every step; ``None`` for nothing.
         grown_warmup: Steps over which the optimizer's change of a grown weight rises linearly to the full one.
         lottery: Levels of iterative pruning with rewinding: several fits, driven by ``dst.lottery``.
+        narrow: The model is to be a narrower one, and dense (``density`` 1). ``python train.py`` builds it; a ``Sparsifier``
+            trains the model that it is given.
         relaxation: What the network sees of latent weights, where inactive weights live on (``dst.relaxations``). The
             topology is then updated behind the optimizer's step, from the weights that the next forward pass sees.
         backend: Where weights live: ``"masked"`` keeps ordinary parameters with zeros in place, ``"csr"`` stores and
@@ -133,6 +160,7 @@ class Method:
     perturb: Perturbation | None = None
     grown_warmup: int = 0
     lottery: LotterySchedule | None = None
+    narrow: Narrow | None = None
     relaxation: Relaxation | None = None
     backend: str = "masked"
 
@@ -156,6 +184,11 @@ class Method:
             raise ConfigurationError(f"{self.name}: rescale_init needs a mask from step 0, not at {self.sparsify_at}")
         if self.lottery is not None and dynamic:
             raise ConfigurationError(f"{self.name}: lottery levels have fixed masks; use clock=Never()")
+        if self.narrow is not None and (self.density != 1 or dynamic or self.lottery or self.relaxation is not None):
+            raise ConfigurationError(
+                f"{self.name}: narrow is for dense networks: use density=1, whose share is narrow's, and neither clock, lottery "
+                "nor relaxation"
+            )
         if self.relaxation is not None:
             self._check_relaxation(self.relaxation, dynamic)
             object.__setattr__(self, "backend", "latent")
@@ -216,6 +249,11 @@ class Method:
                 raise ConfigurationError(
                     f"{self.name}: {pattern} has one density, and {type(self.schedule).__name__} runs through others"
                 )
+
+    @property
+    def target_density(self) -> float:
+        """Share of a full-size dense network that is asked for, by sparsity or by a narrower network."""
+        return self.density if self.narrow is None else self.narrow.density
 
     def density_at(self, step: int, total_steps: int) -> float:
         """The budget that an update at ``step`` keeps to, in (0, 1]."""
@@ -315,6 +353,12 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()  # numbers from numpy would not load with weights_only=True
     return value
+
+
+def check_same(saved: Mapping[str, Any], method: Method) -> None:
+    """Raise StateError where a checkpoint's ``Method.spec()`` is not this method's; the backend may differ."""
+    if differences := spec_differences({**saved, "backend": method.backend}, method.spec()):
+        raise StateError(f"the checkpoint is of another method ({'; '.join(differences)})")
 
 
 def spec_differences(saved: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -31,10 +31,11 @@ from dst.first_mask import layer_counts
 from dst.layers import SparseLayer, find_layers
 from dst.lightning import SparseTraining
 from dst.lottery_run import run_lottery
-from dst.method import Method
+from dst.method import Method, check_same
 from dst.metrics.counting import Operations, count_operations
 from dst.metrics.flops import flops_table
 from dst.metrics.meter import FlopsMeter, TrainingFlops
+from dst.models.narrowing import build_on_meta, check_takes_width_factor, narrow
 from dst.progress import Progress
 from dst.recording import Recorder
 from dst.report import REPORT_FILE, write_report
@@ -49,14 +50,41 @@ TrainerFactory: TypeAlias = "Callable[[list[Callback], MetricsFile, str], lightn
 
 
 @dataclass(frozen=True)
+class FullSize:
+    """The dense network of full size that a narrower one is compared with: its layers and operations."""
+
+    layers: Sequence[SparseLayer]
+    operations: Operations
+
+
+@dataclass(frozen=True)
 class Parts:
-    """What a configuration describes, built and checked; nothing is written yet."""
+    """What a configuration describes, built and checked; nothing is written yet.
+
+    ``full_size`` is that of a module which was made narrower, and ``None`` for others.
+    """
 
     method: Method
     datamodule: Any
     module: Classifier
     layers: Sequence[SparseLayer]
     operations: Operations
+    full_size: FullSize | None = None
+
+
+@dataclass(frozen=True)
+class Inference:
+    """FLOPs of one sample's forward pass.
+
+    Attributes:
+        dense: Of the dense network.
+        theoretical: What the sparse one needs.
+        executed: What the backend carries out.
+    """
+
+    dense: float
+    theoretical: float
+    executed: float
 
 
 @dataclass(frozen=True)
@@ -68,6 +96,7 @@ class Outcome:
         steps: Optimizer steps taken.
         layers: The final ``Sparsifier.layer_table()``.
         backends: Layer label to where its weights live.
+        inference: Operations of a forward pass.
         training: Operations of the whole training, and of as many dense steps; for methods of several fits, of one.
         topology: See `dst.summary.Topology`.
     """
@@ -76,6 +105,7 @@ class Outcome:
     steps: int
     layers: list[dict[str, Any]]
     backends: dict[str, str]
+    inference: Inference
     training: TrainingFlops
     topology: Topology
 
@@ -118,19 +148,16 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
             return _trainer(cfg, folder, callbacks, [metrics, *chosen], title)
 
         outcome = fit(parts, cfg, folder, resume, make_trainer)
+        if parts.full_size is not None:
+            outcome = _relative_to(parts.full_size, outcome)
         (tested,) = outcome.trainer.test(parts.module, datamodule=parts.datamodule, verbose=False)
-        inference = flops_table(
-            parts.operations,
-            {row["name"]: row["density"] for row in outcome.layers if row["name"] in _counted(parts)},
-            backend="csr",
-            stored=[label for label, backend in outcome.backends.items() if backend == "csr"],
-        )
+        inference = outcome.inference
         summary = Summary(
             sparsity=parts.method.name,
             seed=cfg.seed,
             steps=outcome.steps,
             seconds=time.perf_counter() - began,
-            density=Density(parts.method.density, _realised(outcome.layers), outcome.layers),
+            density=Density(parts.method.target_density, _realised(outcome.layers), outcome.layers),
             test=Quality(_finite(tested["test/accuracy"]), _finite(tested["test/loss"])),
             flops=Flops(
                 inference_ratio=inference.theoretical / inference.dense,
@@ -185,7 +212,15 @@ def build(cfg: DictConfig) -> Parts:
     task = _task(datamodule)
     optimizer, scheduler = _make(cfg.optimizer), _make(cfg.scheduler)
     _check_match(cfg, task)
-    module = task.module(_make(cfg.model, **task.arguments), optimizer, scheduler)
+
+    def make(**settings: Any) -> Classifier:
+        return task.module(_make(cfg.model, **task.arguments, **settings), optimizer, scheduler)
+
+    full_size = None
+    if method.narrow is None:
+        module = make()
+    else:
+        method, module, full_size = _narrow(cfg, method, make, task)
     with _blaming("optimizer, scheduler"):
         trial = optimizer(module.parameters())
         if scheduler is not None:
@@ -194,7 +229,64 @@ def build(cfg: DictConfig) -> Parts:
     _check_budget(method, layers)
     with _blaming("model"):
         operations = count_operations(module, task.example)
-    return Parts(method, datamodule, module, layers, operations)
+    return Parts(method, datamodule, module, layers, operations, full_size)
+
+
+def _narrow(
+    cfg: DictConfig, method: Method, make: Callable[..., Classifier], task: Task
+) -> tuple[Method, Classifier, FullSize]:
+    """Build the module as narrow as the method wants it; the method then says how narrow that is."""
+    assert method.narrow is not None
+    model = instantiate(cfg.model, _partial_=True, _convert_="all")
+    check_takes_width_factor(model.func)
+    width = cfg.model.get("width_factor", 1.0)  # of full size
+
+    def of_width(width_factor: float) -> Classifier:
+        return make(width_factor=width * width_factor)
+
+    of_width.__name__ = model.func.__name__  # the one that messages name
+    found = narrow(
+        of_width,
+        method.narrow.density,
+        method.narrow.match,
+        example=task.example,
+        include=cfg.include,
+        exclude=cfg.exclude,
+    )
+    whole = build_on_meta(of_width, 1.0)
+    layers, _ = find_layers(whole, cfg.include, cfg.exclude)
+    method = replace(method, narrow=replace(method.narrow, width_factor=found.width_factor))
+    return method, of_width(found.width_factor), FullSize(layers, count_operations(whole, task.example))
+
+
+def _relative_to(full: FullSize, outcome: Outcome) -> Outcome:
+    """What a narrow network has and costs, in the place of shares of itself as shares of the one of full size.
+
+    Args:
+        full: The network of full size.
+        outcome: The narrow network's own.
+    """
+    nonzero = {row["name"]: row["nonzero"] for row in outcome.layers}
+    layers = [
+        {
+            "name": layer.label,
+            "shape": list(layer.shape),
+            "weights": layer.weights,
+            "nonzero": nonzero.get(layer.label, 0),
+            "density": nonzero.get(layer.label, 0) / layer.weights,
+        }
+        for layer in full.layers
+    ]
+    dense = flops_table(full.operations, {}).dense
+    share = outcome.inference.dense / dense
+    explored = sum(nonzero.values()) / sum(layer.weights for layer in full.layers)
+    return replace(
+        outcome,
+        layers=layers,
+        inference=replace(outcome.inference, dense=dense),
+        training=replace(outcome.training, dense=outcome.training.dense / share),
+        topology=replace(outcome.topology, exploration_rate=explored),
+    )
 
 
 def _task(datamodule: Any) -> Task:
@@ -259,6 +351,7 @@ def _fit(parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_
         sparsifier.step,
         table,
         sparsifier.backends,
+        _inference(parts, table, sparsifier.backends),
         _training(parts, [(sparsifier.work, sparsifier.step_counts)], sparsifier.backends),
         Topology(sparsifier.updates, sparsifier.exploration_rate),
     )
@@ -284,6 +377,7 @@ def _fit_lottery(
         exclude=cfg.exclude,
     )
     total = _training(parts, [(level.work, level.step_counts) for level in result.levels], {})
+    masked = {layer.label: "masked" for layer in parts.layers}
     one = _training(parts, [(result.levels[0].work, result.levels[0].step_counts)], {})
     # Levels' masks lie within each other, so the first that is sparse holds all that were ever active.
     first = result.levels[min(1, len(result.levels) - 1)].layers
@@ -292,10 +386,22 @@ def _fit_lottery(
         result.trainer,
         sum(level.steps for level in result.levels),
         result.levels[-1].layers,
-        {layer.label: "masked" for layer in parts.layers},
+        masked,
+        _inference(parts, result.levels[-1].layers, masked),
         replace(total, dense=one.dense),
         Topology(len(result.levels) - 1, explored),
     )
+
+
+def _inference(parts: Parts, table: Sequence[Mapping[str, Any]], backends: Mapping[str, str]) -> Inference:
+    """Operations of a forward pass with the densities of a ``layer_table``."""
+    found = flops_table(
+        parts.operations,
+        {row["name"]: row["density"] for row in table if row["name"] in _counted(parts)},
+        backend="csr",
+        stored=[label for label, backend in backends.items() if backend == "csr"],
+    )
+    return Inference(found.dense, found.theoretical, found.executed)
 
 
 def _counted(parts: Parts) -> set[str]:
@@ -382,13 +488,22 @@ def _resume_point(resume: str | None, folder: Path, method: Method) -> Path | No
             )
         return None
     if resume == PREVIOUS:
-        return _previous(checkpoints)
+        path = _previous(checkpoints)
+        _check_same(path, method)
+        return path
     path = checkpoints / f"{LAST}.ckpt" if resume == LAST else Path(to_absolute_path(resume))
     if not path.is_file():
         advice = "name the run's folder by hydra.run.dir=FOLDER" if resume == LAST else "check the path"
         raise ConfigurationError(f"resume={resume}: there is no checkpoint {path}; {advice}")
-    _load(path)
+    _check_same(path, method)
     return path
+
+
+def _check_same(path: Path, method: Method) -> None:
+    """Refuse the checkpoint of another method: of another width, its weights would not even fit."""
+    state = _load(path).get("callbacks", {}).get(SparseTraining.__qualname__)
+    if isinstance(state, Mapping) and isinstance(state.get("method"), Mapping):
+        check_same(state["method"], method)
 
 
 def _previous(checkpoints: Path) -> Path:

@@ -27,7 +27,7 @@ from dst.first_batch import FirstBatch
 from dst.first_mask import first_positions, layer_counts, masks_on_the_way
 from dst.layers import Selector, SparseLayer, find_layers
 from dst.mask_file import load_masks
-from dst.method import Method, spec_differences
+from dst.method import Method, check_same
 from dst.optimizer_state import per_weight_state
 from dst.patterns import Unstructured
 from dst.scores import Magnitude, Random
@@ -144,6 +144,12 @@ class Sparsifier:
             )
         if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
             raise ConfigurationError(f"total_steps={total_steps!r} must be a positive number of optimizer steps")
+        if method.narrow is not None and method.narrow.width_factor is None:
+            logger.warning(
+                "%s makes nothing sparse: the model is trained dense, with the widths that it has; for a narrower one use "
+                "python train.py, or build it with the width_factor that dst.models.narrow finds",
+                method.name,
+            )
         self.method = method
         self.total_steps = total_steps
         self.seed = seed
@@ -1057,10 +1063,7 @@ class Sparsifier:
         ):
             if not isinstance(state[key], Mapping):
                 raise StateError(f"the state is damaged: {key} is no mapping")
-        # Every backend reads what another has saved.
-        saved = {**state["method"], "backend": self.method.backend}
-        if differences := spec_differences(saved, self.method.spec()):
-            raise StateError(f"the checkpoint is of another method ({'; '.join(differences)})")
+        check_same(state["method"], self.method)  # every backend reads what another has saved
         if state["seed"] != self.seed:
             raise StateError(f"the checkpoint has seed {state['seed']}, this run {self.seed}: use the same")
         if not _are_counts(state["steps"]) or not _are_counts([state["updates"], state["skipped"]]):

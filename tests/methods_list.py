@@ -21,6 +21,7 @@ DENSITY = 0.3
 
 METHODS: dict[str, Callable[[], Method]] = {
     "dense": methods.dense,
+    "small_dense": lambda: methods.small_dense(DENSITY),
     "static": lambda: methods.static(DENSITY),
     "static_at_step": lambda: methods.static(DENSITY, sparsify_at=5, allocation=Uniform()),
     "static_from_start": lambda: methods.static(DENSITY, init=Magnitude(), sparsify_at=0),

@@ -21,6 +21,7 @@ from dst.methods.rigl import rigl
 from dst.methods.rigl_block import rigl_block
 from dst.methods.rigl_itop import rigl_itop
 from dst.methods.set_ import set_
+from dst.methods.small_dense import small_dense
 from dst.methods.snfs import snfs
 from dst.methods.snip import snip
 from dst.methods.sparse_from_scratch import sparse_from_scratch
@@ -49,6 +50,7 @@ __all__ = [
     "rigl_block",
     "rigl_itop",
     "set_",
+    "small_dense",
     "snfs",
     "snip",
     "sparse_from_scratch",

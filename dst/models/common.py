@@ -1,7 +1,8 @@
-"""What the models share: checks of their arguments and He initialisation."""
+"""What the models share: checks of their arguments, scaled widths and He initialisation."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import nn
@@ -44,6 +45,19 @@ def check_task(input_shape: Sequence[int], num_classes: int, min_size: int = 1) 
     if num_classes < 2:
         raise ConfigurationError(f"num_classes must be at least 2, got {num_classes}")
     return (channels, height, width), num_classes
+
+
+def scaled(width: int, factor: float, multiple_of: int = 1) -> int:
+    """Scale a width: the multiple of ``multiple_of`` nearest to ``width * factor`` (up, where two are), at least one of it.
+
+    Never falls where ``factor`` rises, and at 1 a width that is such a multiple stays as it is.
+
+    Raises:
+        ConfigurationError: if the factor is not a positive number.
+    """
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+        raise ConfigurationError(f"width_factor must be a positive number, got {factor!r}")
+    return max(1, math.floor(width * factor / multiple_of + 0.5)) * multiple_of
 
 
 def he_init(model: nn.Module) -> None:

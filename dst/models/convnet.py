@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from dst.models.common import check_positive, check_task, he_init
+from dst.models.common import check_positive, check_task, he_init, scaled
 from dst.nn import ActivationFactory, relu
 
 
@@ -22,26 +22,33 @@ class ConvNet(nn.Module):
         width: Channels w of the first block.
         activation: Makes a block's activation, in the place of ReLU, from its number of channels; see
             `dst.nn.activations`.
+        width_factor: Multiplies the channels of every block; see `dst.models.narrow`.
 
     Raises:
         ConfigurationError: if an argument is out of range.
     """
 
     def __init__(
-        self, input_shape: Sequence[int], num_classes: int, width: int = 32, activation: ActivationFactory = relu
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        width: int = 32,
+        activation: ActivationFactory = relu,
+        width_factor: float = 1.0,
     ) -> None:
         super().__init__()
         (channels, _, _), num_classes = check_task(input_shape, num_classes, min_size=4)
         check_positive(width=width)
-        self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, 2 * width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(2 * width)
-        self.conv3 = nn.Conv2d(2 * width, 4 * width, 3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(4 * width)
-        self.activations = nn.ModuleList(activation(channels) for channels in (width, 2 * width, 4 * width))
+        widths = [scaled(times * width, width_factor) for times in (1, 2, 4)]
+        self.conv1 = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.conv2 = nn.Conv2d(widths[0], widths[1], 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(widths[1])
+        self.conv3 = nn.Conv2d(widths[1], widths[2], 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(widths[2])
+        self.activations = nn.ModuleList(activation(channels) for channels in widths)
         self.pool = nn.MaxPool2d(2)
-        self.classifier = nn.Linear(4 * width, num_classes)
+        self.classifier = nn.Linear(widths[2], num_classes)
         he_init(self)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dst.errors import ConfigurationError
-from dst.models.common import check_positive
+from dst.models.common import check_positive, scaled
 from dst.models.transformer import Attention, Block, check_transformer, init_transformer
 from dst.nn import FeedForward, SwitchFeedForward
 
@@ -34,6 +34,8 @@ class GPT(nn.Module):
         eval_capacity_factor: Room of the experts in evaluation.
         balance: Weight of the load-balancing loss.
         jitter: Noise of the router's inputs in training.
+        width_factor: Multiplies ``width``, rounded to a multiple of ``heads``, and the features within the feed-forward
+            networks; see `dst.models.narrow`.
 
     Raises:
         ConfigurationError: if an argument is out of range.
@@ -55,6 +57,7 @@ class GPT(nn.Module):
         eval_capacity_factor: float = 2.0,
         balance: float = 0.01,
         jitter: float = 0.0,
+        width_factor: float = 1.0,
     ) -> None:
         super().__init__()
         check_positive(vocab_size=vocab_size, context=context, expert_every=expert_every)
@@ -64,12 +67,14 @@ class GPT(nn.Module):
         if experts and expert_every > depth:
             raise ConfigurationError(f"expert_every={expert_every} puts experts in none of {depth} blocks: lower it")
 
+        width, hidden = scaled(width, width_factor, heads), scaled(mlp_ratio * width, width_factor)
+
         def feed_forward(block: int) -> nn.Module:
             if not experts or (block + 1) % expert_every:
-                return FeedForward(width, mlp_ratio * width)
+                return FeedForward(width, hidden)
             return SwitchFeedForward(
                 width,
-                mlp_ratio * width,
+                hidden,
                 experts,
                 capacity_factor=capacity_factor,
                 eval_capacity_factor=eval_capacity_factor,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dst.errors import ConfigurationError
-from dst.models.common import check_positive, check_task
+from dst.models.common import check_positive, check_task, scaled
 
 
 class GRUClassifier(nn.Module):
@@ -23,15 +23,19 @@ class GRUClassifier(nn.Module):
         num_classes: Number of classes, at least 2.
         width: Units of every recurrent layer.
         depth: Number of recurrent layers.
+        width_factor: Multiplies ``width``; see `dst.models.narrow`.
 
     Raises:
         ConfigurationError: if an argument is out of range.
     """
 
-    def __init__(self, input_shape: Sequence[int], num_classes: int, width: int = 128, depth: int = 1) -> None:
+    def __init__(
+        self, input_shape: Sequence[int], num_classes: int, width: int = 128, depth: int = 1, width_factor: float = 1.0
+    ) -> None:
         super().__init__()
         (channels, _, image_width), num_classes = check_task(input_shape, num_classes)
         check_positive(width=width, depth=depth)
+        width = scaled(width, width_factor)
         self.recurrent = nn.GRU(channels * image_width, width, depth, batch_first=True)
         self.classifier = nn.Linear(width, num_classes)
 
@@ -50,16 +54,20 @@ class GRUCharModel(nn.Module):
         context: Length of the sequences it is trained on; the model itself takes any.
         width: Units of every recurrent layer, and features of a token.
         depth: Number of recurrent layers.
+        width_factor: Multiplies ``width``; see `dst.models.narrow`.
 
     Raises:
         ConfigurationError: if an argument is out of range.
     """
 
-    def __init__(self, vocab_size: int, context: int, width: int = 256, depth: int = 1) -> None:
+    def __init__(
+        self, vocab_size: int, context: int, width: int = 256, depth: int = 1, width_factor: float = 1.0
+    ) -> None:
         super().__init__()
         check_positive(vocab_size=vocab_size, context=context, width=width, depth=depth)
         if vocab_size < 2:
             raise ConfigurationError(f"vocab_size must be at least 2, got {vocab_size}")
+        width = scaled(width, width_factor)
         self.tokens = nn.Embedding(vocab_size, width)
         self.recurrent = nn.GRU(width, width, depth, batch_first=True)
         self.head = nn.Linear(width, vocab_size)

@@ -8,18 +8,24 @@ from math import prod
 
 from torch import Tensor, nn
 
-from dst.models.common import check_positive, check_task, he_init
+from dst.models.common import check_positive, check_task, he_init, scaled
 from dst.nn import ActivationFactory, relu
 
 
 class _FullyConnected(nn.Module):
-    """Flatten, then linear layers of the given ``widths`` with activations, then a linear classifier."""
+    """Flatten, then linear layers of the given ``widths``, scaled, with activations, then a linear classifier."""
 
     def __init__(
-        self, input_shape: Sequence[int], num_classes: int, widths: Sequence[int], activation: ActivationFactory
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        widths: Sequence[int],
+        activation: ActivationFactory,
+        width_factor: float,
     ) -> None:
         super().__init__()
         shape, num_classes = check_task(input_shape, num_classes)
+        widths = [scaled(width, width_factor) for width in widths]
         sizes = [prod(shape), *widths]
         self.hidden = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(sizes))
         self.activations = nn.ModuleList(activation(width) for width in widths)
@@ -41,13 +47,20 @@ class LeNet300100(_FullyConnected):
         input_shape: Shape (C, H, W) of one image.
         num_classes: Number of classes, at least 2.
         activation: Makes a hidden layer's activation from its number of units; see `dst.nn.activations`.
+        width_factor: Multiplies the units of the hidden layers; see `dst.models.narrow`.
 
     Raises:
         ConfigurationError: if an argument is out of range.
     """
 
-    def __init__(self, input_shape: Sequence[int], num_classes: int, activation: ActivationFactory = relu) -> None:
-        super().__init__(input_shape, num_classes, (300, 100), activation)
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        activation: ActivationFactory = relu,
+        width_factor: float = 1.0,
+    ) -> None:
+        super().__init__(input_shape, num_classes, (300, 100), activation, width_factor)
 
 
 class MLP(_FullyConnected):
@@ -59,6 +72,7 @@ class MLP(_FullyConnected):
         width: Units of every hidden layer.
         depth: Number of hidden layers; the classifier comes on top.
         activation: Makes a hidden layer's activation from its number of units; see `dst.nn.activations`.
+        width_factor: Multiplies ``width``; see `dst.models.narrow`.
 
     Raises:
         ConfigurationError: if an argument is out of range.
@@ -71,6 +85,7 @@ class MLP(_FullyConnected):
         width: int = 1000,
         depth: int = 3,
         activation: ActivationFactory = relu,
+        width_factor: float = 1.0,
     ) -> None:
         check_positive(width=width, depth=depth)
-        super().__init__(input_shape, num_classes, [width] * depth, activation)
+        super().__init__(input_shape, num_classes, [width] * depth, activation, width_factor)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
-from dst.models.common import check_positive, check_task, he_init
+from dst.models.common import check_positive, check_task, he_init, scaled
 
 
 class _BasicBlock(nn.Module):
@@ -44,21 +44,25 @@ class ResNet20(nn.Module):
         input_shape: Shape (C, H, W) of one image, H and W at least 4.
         num_classes: Number of classes, at least 2.
         width: Channels w of the stem and the first stage.
+        width_factor: Multiplies the channels of every stage; see `dst.models.narrow`.
 
     Raises:
         ConfigurationError: if an argument is out of range.
     """
 
-    def __init__(self, input_shape: Sequence[int], num_classes: int, width: int = 16) -> None:
+    def __init__(
+        self, input_shape: Sequence[int], num_classes: int, width: int = 16, width_factor: float = 1.0
+    ) -> None:
         super().__init__()
         (channels, _, _), num_classes = check_task(input_shape, num_classes, min_size=4)
         check_positive(width=width)
-        self.conv = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-        self.bn = nn.BatchNorm2d(width)
-        self.stage1 = _stage(width, width, stride=1)
-        self.stage2 = _stage(width, 2 * width, stride=2)
-        self.stage3 = _stage(2 * width, 4 * width, stride=2)
-        self.classifier = nn.Linear(4 * width, num_classes)
+        widths = [scaled(times * width, width_factor) for times in (1, 2, 4)]
+        self.conv = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(widths[0])
+        self.stage1 = _stage(widths[0], widths[0], stride=1)
+        self.stage2 = _stage(widths[0], widths[1], stride=2)
+        self.stage3 = _stage(widths[1], widths[2], stride=2)
+        self.classifier = nn.Linear(widths[2], num_classes)
         he_init(self)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dst.errors import ConfigurationError
-from dst.models.common import check_positive, check_task
+from dst.models.common import check_positive, check_task, scaled
 from dst.models.transformer import Attention, Block, check_transformer, init_transformer
 from dst.nn import FeedForward
 
@@ -33,6 +33,8 @@ class ViTTiny(nn.Module):
         heads: Attention heads of a block.
         mlp_ratio: Features within the feed-forward network, as a multiple of ``width``.
         dropout: Probability in [0, 1) of dropping attention weights and what blocks add.
+        width_factor: Multiplies ``width``, rounded to a multiple of ``heads``, and the features within the feed-forward
+            networks; see `dst.models.narrow`.
 
     Raises:
         ConfigurationError: if an argument is out of range, or the patch does not fit the images.
@@ -48,6 +50,7 @@ class ViTTiny(nn.Module):
         heads: int = 3,
         mlp_ratio: int = 4,
         dropout: float = 0.0,
+        width_factor: float = 1.0,
     ) -> None:
         super().__init__()
         (channels, height, image_width), num_classes = check_task(input_shape, num_classes)
@@ -59,6 +62,7 @@ class ViTTiny(nn.Module):
                 f"patch={patch} does not divide images of {height}x{image_width} evenly: choose another, or null "
                 "for one that does"
             )
+        width, hidden = scaled(width, width_factor, heads), scaled(mlp_ratio * width, width_factor)
         self.patch = patch
         self.embed = nn.Conv2d(channels, width, patch, stride=patch)
         self.positions = nn.Embedding((height // patch) * (image_width // patch), width)
@@ -67,7 +71,7 @@ class ViTTiny(nn.Module):
                 Block(
                     width,
                     Attention(width, heads, causal=False, dropout=dropout),
-                    FeedForward(width, mlp_ratio * width),
+                    FeedForward(width, hidden),
                     dropout=dropout,
                 )
                 for _ in range(depth)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from dst.errors import ConfigurationError
-from dst.models.common import check_positive, check_task, he_init
+from dst.models.common import check_positive, check_task, he_init, scaled
 
 
 class _PreActivationBlock(nn.Module):
-    """BN-ReLU-conv twice, dropout between; a 1x1 projection of the activated input where channels change."""
+    """BN-ReLU-conv twice, dropout between; a 1x1 projection of the activated input where the shape changes."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -21,7 +21,9 @@ class _PreActivationBlock(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.projection = (
-            nn.Conv2d(channels_in, channels, 1, stride=stride, bias=False) if channels_in != channels else None
+            nn.Conv2d(channels_in, channels, 1, stride=stride, bias=False)
+            if channels_in != channels or stride != 1  # the narrowest networks have one channel in every stage
+            else None
         )
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -40,6 +42,7 @@ class WideResNet(nn.Module):
         depth: 6n + 4 for n blocks per stage.
         widen_factor: Multiplies the stages' 16, 32 and 64 channels.
         dropout: Probability in [0, 1) of dropping an activation between a block's two convolutions.
+        width_factor: Multiplies the channels of the stem and of every stage; see `dst.models.narrow`.
 
     Raises:
         ConfigurationError: if an argument is out of range.
@@ -52,6 +55,7 @@ class WideResNet(nn.Module):
         depth: int = 22,
         widen_factor: int = 2,
         dropout: float = 0.0,
+        width_factor: float = 1.0,
     ) -> None:
         super().__init__()
         (channels, _, _), num_classes = check_task(input_shape, num_classes, min_size=4)
@@ -60,9 +64,10 @@ class WideResNet(nn.Module):
             raise ConfigurationError(f"depth must be 6n + 4 with n >= 1 (10, 16, 22, 28, …), got {depth}")
         if not 0.0 <= dropout < 1.0:
             raise ConfigurationError(f"dropout must lie in [0, 1), got {dropout!r}")
-        blocks, widths = (depth - 4) // 6, [16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
-        self.conv = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
-        self.stage1 = _stage(16, widths[0], 1, blocks, dropout)
+        blocks, stem = (depth - 4) // 6, scaled(16, width_factor)
+        widths = [scaled(times * widen_factor, width_factor) for times in (16, 32, 64)]
+        self.conv = nn.Conv2d(channels, stem, 3, padding=1, bias=False)
+        self.stage1 = _stage(stem, widths[0], 1, blocks, dropout)
         self.stage2 = _stage(widths[0], widths[1], 2, blocks, dropout)
         self.stage3 = _stage(widths[1], widths[2], 2, blocks, dropout)
         self.bn = nn.BatchNorm2d(widths[2])
@@ -81,13 +86,14 @@ class WRN22_2(WideResNet):
     Args:
         input_shape: Shape (C, H, W) of one image, H and W at least 4.
         num_classes: Number of classes, at least 2.
+        width_factor: Multiplies the channels of the stem and of every stage; see `dst.models.narrow`.
 
     Raises:
         ConfigurationError: if an argument is out of range.
     """
 
-    def __init__(self, input_shape: Sequence[int], num_classes: int) -> None:
-        super().__init__(input_shape, num_classes, depth=22, widen_factor=2)
+    def __init__(self, input_shape: Sequence[int], num_classes: int, width_factor: float = 1.0) -> None:
+        super().__init__(input_shape, num_classes, depth=22, widen_factor=2, width_factor=width_factor)
 
 
 def _stage(channels_in: int, channels: int, stride: int, blocks: int, dropout: float) -> nn.Sequential:

@@ -123,7 +123,10 @@ class SwitchFeedForward(nn.Module):
         """Return each token's probabilities of the experts, (tokens, experts), float32 or wider."""
         if self.training and self.jitter:
             tokens = tokens * torch.empty_like(tokens).uniform_(1 - self.jitter, 1 + self.jitter)
-        with torch.autocast(tokens.device.type, enabled=False):
+        device = (
+            "cpu" if tokens.is_meta else tokens.device.type
+        )  # the meta device, on which costs are counted, has none
+        with torch.autocast(device, enabled=False):
             logits = self.router(tokens.to(next(self.router.parameters()).dtype))
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
 

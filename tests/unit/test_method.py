@@ -28,7 +28,8 @@ from tests.methods_list import METHODS
 def test_every_method_takes_its_density_first(name):
     method = getattr(methods, name)(0.25)
     assert isinstance(method, Method)
-    assert method.density == (1.0 if name == "dense" else 0.25)
+    assert method.density == (1.0 if name in ("dense", "small_dense") else 0.25)
+    assert method.target_density == (1.0 if name == "dense" else 0.25)
     assert method.name == name.rstrip("_")
     assert method == getattr(methods, name)(density=0.25)
 

@@ -159,6 +159,7 @@ def test_the_network_of_these_tests_has_a_layer_of_every_kind():
     ]
     assert set(METHODS) - set(DYNAMIC) - set(LATENT) == {
         "dense",
+        "small_dense",
         "static",
         "static_at_step",
         "static_from_start",
