@@ -10,7 +10,7 @@ from torch import nn
 
 from dst.errors import ConfigurationError
 from dst.layers import find_layers
-from dst.metrics.flops import layer_macs, uncounted
+from dst.metrics.counting import layer_macs, uncounted
 from dst.models import GPT
 
 SMALL = {"width": 16, "depth": 2, "heads": 2}

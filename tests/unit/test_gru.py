@@ -8,7 +8,7 @@ from torch import nn
 
 import dst
 from dst.errors import ConfigurationError
-from dst.metrics.flops import layer_macs, uncounted
+from dst.metrics.counting import layer_macs, uncounted
 from dst.models import GRUCharModel, GRUClassifier
 
 

@@ -11,7 +11,7 @@ from torch import nn
 import dst
 from dst.classifier import LanguageModel
 from dst.errors import ConfigurationError
-from dst.metrics.flops import layer_macs
+from dst.metrics.counting import layer_macs
 from dst.models import GPT
 from dst.nn import SwitchFeedForward, auxiliary_losses, load_balancing_loss
 
