@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.optim import LBFGS, Optimizer
-from torch.optim.swa_utils import AveragedModel
+from torch.optim import Optimizer
 
 from dst import init as inits
 from dst.allocation import network_budget
 from dst.backends import Draft, Storage, open_storages
 from dst.backends.csr import obstacles
-from dst.backends.saved import count, is_mask, is_union
 from dst.backends.storage import is_finite
 from dst.budget import Change, leave_none_empty, only_shrinking, plan_change, scaled
 from dst.chains import incomplete, sequences
@@ -27,9 +25,10 @@ from dst.first_batch import FirstBatch
 from dst.first_mask import first_positions, layer_counts, masks_on_the_way
 from dst.layers import Selector, SparseLayer, find_layers
 from dst.mask_file import load_masks
-from dst.method import Method, check_same
+from dst.method import Method
 from dst.optimizer_state import per_weight_state
 from dst.patterns import Unstructured
+from dst.saved_state import STATE_FORMAT, STEP_KINDS, Expected, check_masks, check_state
 from dst.scores import Magnitude, Random
 from dst.sharding import all_agree, check_equal_masks, local, whole
 from dst.topology import top_indices
@@ -44,18 +43,10 @@ from dst.types import (
     resolve_steps,
     waits_for_batch,
 )
-from dst.warmup import WarmUp, check_whole, check_young
+from dst.warmup import WarmUp, check_whole
+from dst.wrapping import holders, unwrap
 
 logger = logging.getLogger(__name__)
-
-STATE_FORMAT = 1
-STEP_KINDS = ("dense", "sparse", "dense_gradient")
-
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-_NO_DEEPSPEED = (
-    "DeepSpeed partitions gradients and steps its own flat copies of the weights, so no mask can be kept on them; "
-    "use DDP or FSDP2"
-)
 
 
 @dataclass
@@ -606,7 +597,7 @@ class Sparsifier:
 
     def _first_from_file(self, path: str) -> dict[str, Tensor]:
         masks = load_masks(path)
-        self._check_masks(masks, f"mask file {path}")
+        check_masks(masks, f"mask file {path}", self._home)
         total = sum(layer.weights for layer in self.layers)
         parts = {layer.label: layer.part(masks[layer.parameter]).reshape(-1) for layer in self.layers}
         kept = sum(int(part.sum()) for part in parts.values())
@@ -1008,7 +999,7 @@ class Sparsifier:
         Raises:
             StateError: The state is of another method, density, model or format; nothing is changed then.
         """
-        self._check_state(state)
+        check_state(state, self._expected())
         for tensor, original, version in self._originals:
             # Loaded before construction, weights and momentum were cut by a first mask that is now replaced: undo that.
             if tensor._version == version:
@@ -1043,142 +1034,19 @@ class Sparsifier:
         for storage in self._storages:
             storage.load_collected(state["collected"])
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        expected = self.state_dict()
-        if not isinstance(state, Mapping) or not expected.keys() <= state.keys():
-            raise StateError("this is not the state of a dst Sparsifier, or it is damaged")
-        if state["format"] != STATE_FORMAT:
-            raise StateError(f"the state has format {state['format']}; this version of dst reads {STATE_FORMAT}")
-        for key in (
-            "method",
-            "masks",
-            "union",
-            "buffers",
-            "step_counts",
-            "collected",
-            "budgets",
-            "work",
-            "warming",
-            "latent",
-        ):
-            if not isinstance(state[key], Mapping):
-                raise StateError(f"the state is damaged: {key} is no mapping")
-        check_same(state["method"], self.method)  # every backend reads what another has saved
-        if state["seed"] != self.seed:
-            raise StateError(f"the checkpoint has seed {state['seed']}, this run {self.seed}: use the same")
-        if not _are_counts(state["steps"]) or not _are_counts([state["updates"], state["skipped"]]):
-            raise StateError("the state is damaged: steps and updates must be counts")
-        if state["step_counts"].keys() != expected["step_counts"].keys() or not _are_counts(
-            list(state["step_counts"].values())
-        ):
-            raise StateError(
-                "the state is damaged: step_counts must be counts of dense, sparse and dense_gradient steps"
-            )
-        if len(state["steps"]) != len(self._steppers):
-            raise StateError(f"the checkpoint has {len(state['steps'])} optimizers, this run {len(self._steppers)}")
-        self._check_masks(state["masks"], "the checkpoint")
-        self._check_table(state)
-        self._check_buffers(state)
-        self._check_latent(state)
-        check_young(state["warming"], {layer.label: layer for layer in self.layers})
-        if state["total_steps"] != self.total_steps:
-            logger.warning(
-                "the checkpoint's schedules were laid out for %s steps and go on for %d",
-                state["total_steps"],
-                self.total_steps,
-            )
-
-    def _check_table(self, state: Mapping[str, Any]) -> None:
-        """Compare the state's layers with this run's, and with the counts of its own masks."""
-        saved = {row.get("name"): row.get("nonzero") for row in state["layers"]}
-        masks = state["masks"]
-        here = {
-            x.label: count(masks[x.parameter] if masks[x.parameter].ndim == 1 else x.part(masks[x.parameter]))
-            for x in self.layers
-        }
-        if saved.keys() != here.keys():
-            different = sorted(map(str, saved.keys() ^ here.keys()))
-            raise StateError(f"the checkpoint has other sparse layers: {', '.join(different)} differ")
-        if off := [name for name in here if saved[name] != here[name]]:
-            raise StateError(f"the state is damaged: masks of {', '.join(off)} are off their budget")
-
-    def _check_buffers(self, state: Mapping[str, Any]) -> None:
-        """What belongs to the masks: their union, once there are any that move, and the scores' buffers."""
-        if state["union"] or (state["sparsified"] and self.method.is_dynamic and self.method.density < 1):
-            self._check_masks(state["union"], "the checkpoint's union of masks", is_union)
-        roles = [*self.method.scores(), *(["init"] if isinstance(self.method.init, LossInit) else [])]
-        shapes = {f"{role}/{layer.label}": layer.shape for role in roles for layer in self.layers}
-        for key, buffer in state["buffers"].items():
-            if key not in shapes or not isinstance(buffer, Tensor) or tuple(buffer.shape) != shapes[key]:
-                raise StateError(f"the checkpoint has a score buffer {key} that does not fit the model")
-        if state["budgets"].keys() != self._budgets.keys() or not _are_counts(list(state["budgets"].values())):
-            raise StateError("the state is damaged: budgets must be counts, one for every sparse layer")
-        work = list(state["work"].values())
-        if not state["work"].keys() <= set(STEP_KINDS) or any(
-            not _are_counts(w) or len(w) != len(self.layers) for w in work
-        ):
-            raise StateError("the state is damaged: work must hold a count for every sparse layer")
-        for density in (state["set_density"], state["budget_density"]):
-            if density is not None and not (isinstance(density, float) and 0 < density <= 1):
-                raise StateError("the state is damaged: densities must lie in (0, 1]")
-        if not isinstance(state["updated_at"], list) or len(state["updated_at"]) != len(state["steps"]):
-            raise StateError("the state is damaged: steps and updated_at do not belong together")
-
-    def _check_latent(self, state: Mapping[str, Any]) -> None:
-        """What storages keep beside the parameters has names and shapes that follow from the model and the method."""
-        masked = bool(state["sparsified"])
-        here = {name: shape for s in self._storages for name, shape in s.latent_shapes(masked).items()}
-        saved = {n: tuple(t.shape) if isinstance(t, Tensor) else None for n, t in state["latent"].items()}
-        if off := sorted(n for n in here.keys() | saved.keys() if here.get(n, ...) != saved.get(n, ...)):
-            raise StateError(f"the checkpoint's latent weights do not fit the model: {', '.join(off)}")
-
-    def _check_masks(
-        self, masks: Mapping[str, Tensor], source: str, fits: Callable[[Tensor, tuple[int, ...]], bool] = is_mask
-    ) -> None:
-        if set(masks) != set(self._parameters):
-            missing, extra = (
-                sorted(set(self._parameters) - set(masks)),
-                sorted(set(masks) - set(self._parameters)),
-            )
-            raise StateError(
-                f"{source} does not fit the model: "
-                + "; ".join(t for t in (missing and f"lacks {missing}", extra and f"has unknown {extra}") if t)
-            )
-        for name in self._parameters:
-            mask, shape, held = masks[name], self._home[name].shape(name), self._parameters[name].numel()
-            if not isinstance(mask, Tensor) or not fits(mask, shape):
-                found = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-                raise StateError(f"{source} has {name} as {found}, the model as {shape}")
-            if fits is is_mask and self._home[name].is_placed and count(mask) != held:
-                raise StateError(
-                    f"{source} has {count(mask)} connections in {name}, the model was prepared with {held}: "
-                    "prepare it with the method of the checkpoint"
-                )
+    def _expected(self) -> Expected:
+        return Expected(
+            self.method, self.seed, self.total_steps, len(self._steppers), self.layers, self._home, self._storages
+        )
 
     # -- small helpers --------------------------------------------------------------------------------------------
 
     def _assign(self, optimizers: Sequence[Optimizer]) -> list[_Stepper]:
         """Give each layer to the optimizer that holds its parameter."""
-        held: dict[int, int] = {}
-        for i, optimizer in enumerate(optimizers):
-            if type(optimizer).__module__.startswith("deepspeed"):
-                raise ConfigurationError(_NO_DEEPSPEED)
-            if isinstance(optimizer, LBFGS):
-                raise ConfigurationError(
-                    "LBFGS evaluates the loss several times within one step, between which no mask can be kept; "
-                    "use a first-order optimizer such as SGD or AdamW"
-                )
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    held.setdefault(id(parameter), i)
-        homeless = [name for name, p in self._parameters.items() if id(p) not in held]
-        if homeless:
-            raise ConfigurationError(
-                f"{', '.join(homeless)} are in no optimizer: add them, or leave them dense with exclude="
-            )
+        held = holders(optimizers, self._parameters)
         steppers = []
         for i, optimizer in enumerate(optimizers):
-            mine = [k for k, layer in enumerate(self.layers) if held[id(self._parameters[layer.parameter])] == i]
+            mine = [k for k, layer in enumerate(self.layers) if held[layer.parameter] == i]
             names = dict.fromkeys(self.layers[k].parameter for k in mine)
             if mine:
                 steppers.append(_Stepper(optimizer, mine, [self._parameters[name] for name in names]))
@@ -1196,36 +1064,8 @@ class Sparsifier:
         )
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside wrappers that only run it differently: compiled, DataParallel, DDP, averaged.
-
-    Raises:
-        ConfigurationError: A wrapper that flattens or owns the parameters (FSDP1, DeepSpeed).
-    """
-    for module in model.modules():
-        kind = type(module)
-        if kind.__name__ == "FullyShardedDataParallel":
-            raise ConfigurationError(
-                "FullyShardedDataParallel flattens weights, whose layers cannot be told apart afterwards; "
-                "use FSDP2 (torch.distributed.fsdp.fully_shard), or Lightning's ModelParallelStrategy"
-            )
-        if kind.__module__.startswith("deepspeed"):
-            raise ConfigurationError(_NO_DEEPSPEED)
-    while True:
-        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        elif isinstance(model, _WRAPPERS):
-            model = model.module
-        else:
-            return model
-
-
 def _can_score(score: Score, view: LayerView) -> bool:
     """Whether what the score reads is there."""
     if score.observes:
         return view.buffer is not None
     return view.gradient is not None or not score.needs_gradient
-
-
-def _are_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)
