@@ -112,6 +112,8 @@ def run(setting: Setting) -> tuple[list[float], list[float], list[int], float, f
         Every step's loss; that of the fixed sample around updates and half-way between them, NaN elsewhere; the steps of
         updates; test loss and accuracy.
     """
+    if setting.update_every % 2 or setting.update_every < 4 * WINDOW:
+        raise dst.ConfigurationError(f"update_every={setting.update_every} must be even, and at least {4 * WINDOW}")
     torch.manual_seed(setting.seed)
     data = Text(context=64, batch_size=32, validation=0, seed=setting.seed)
     model = GPT(**data.task.arguments, width=setting.width, depth=2, heads=4)

@@ -154,6 +154,11 @@ def test_weights_that_do_not_count():
     assert found.width_factor > 2 * narrow(make, 0.1).width_factor
 
 
+def test_flops_of_weights_that_do_not_count():
+    found = narrow(MAKES["lenet"], 0.1, "flops", example=IMAGES[0], exclude=["hidden.0.*"])
+    assert found == narrow(MAKES["lenet"], 0.1, exclude=["hidden.0.*"])  # a linear layer multiplies once per weight
+
+
 LATER = ("hidden.1.weight", "classifier.weight")
 
 
