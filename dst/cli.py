@@ -32,6 +32,7 @@ class TrainConfig:
     resume: Optional[str] = None  # noqa: UP045
     compress_gradients: bool = False
     report: bool = True
+    select: str = "last"
     effective_density: bool = False
     sparsity: Any = MISSING
     model: Any = MISSING

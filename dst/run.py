@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dst.checkpoints import load_checkpoint
 from dst.classifier import Classifier
+from dst.costs import MIB, Prediction, Spent, sum_energy, time_passes
 from dst.data.module import Task, image_task
 from dst.errors import ConfigurationError, StateError
 from dst.first_mask import layer_counts
@@ -33,12 +34,15 @@ from dst.lightning import SparseTraining
 from dst.lottery_run import run_lottery
 from dst.method import Method
 from dst.metrics.counting import Operations, count_operations
+from dst.metrics.energy import Energy
 from dst.metrics.flops import flops_table
+from dst.metrics.memory import PeakMemory
 from dst.metrics.meter import FlopsMeter, TrainingFlops
 from dst.progress import Progress
 from dst.recording import Recorder
 from dst.report import REPORT_FILE, write_report
-from dst.summary import Density, Flops, Quality, Summary, Topology
+from dst.selection import SELECTIONS, BestCheckpoint
+from dst.summary import Density, EnergyUse, Flops, Latency, MemoryUse, Quality, Summary, Topology
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +61,7 @@ class Parts:
     module: Classifier
     layers: Sequence[SparseLayer]
     operations: Operations
+    example: Sequence[int] | torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,14 @@ class Outcome:
     Attributes:
         trainer: The trainer that can test the module.
         steps: Optimizer steps taken.
-        layers: The final ``Sparsifier.layer_table()``.
+        layers: ``Sparsifier.layer_table()`` of the weights that are tested.
         backends: Layer label to where its weights live.
         training: Operations of the whole training, and of as many dense steps; for methods of several fits, of one.
         topology: See `dst.summary.Topology`.
+        memory: Measured in training; None where it ran elsewhere.
+        energy: Of training; None where it is not known.
+        tested_step: Step of the weights that are tested.
+        selected: Which weights these are; see ``dst.selection.SELECTIONS``.
     """
 
     trainer: lightning.Trainer
@@ -78,6 +87,10 @@ class Outcome:
     backends: dict[str, str]
     training: TrainingFlops
     topology: Topology
+    memory: PeakMemory | None
+    energy: Energy | None
+    tested_step: int
+    selected: str = "last"
 
 
 def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False) -> Summary:
@@ -109,6 +122,9 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
             "this strategy starts the command once more for every device, which in a sweep would repeat the "
             "sweep: use trainer.strategy=ddp_fork or ddp_spawn, trainer.devices=1, or separate commands"
         )
+    batch_size = int(cfg.data.get("batch_size", 1))
+    with _blaming("model"):
+        prediction = Prediction(parts.module, parts.example, batch_size, parts.layers)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     fit = _fit if parts.method.lottery is None else _fit_lottery
@@ -125,21 +141,28 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
             backend="csr",
             stored=[label for label, backend in outcome.backends.items() if backend == "csr"],
         )
+        seconds = time.perf_counter() - began
         summary = Summary(
             sparsity=parts.method.name,
             seed=cfg.seed,
             steps=outcome.steps,
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
             density=Density(parts.method.density, _realised(outcome.layers), outcome.layers),
-            test=Quality(_finite(tested["test/accuracy"]), _finite(tested["test/loss"])),
+            test=Quality(
+                _finite(tested["test/accuracy"]), _finite(tested["test/loss"]), outcome.selected, outcome.tested_step
+            ),
             flops=Flops(
                 inference_ratio=inference.theoretical / inference.dense,
                 training_ratio=outcome.training.ratio,
                 executed_ratio=inference.executed / inference.dense,
                 training_executed_ratio=outcome.training.executed_ratio,
                 dense_inference=inference.dense,
+                convention=inference.convention.name,
+                uncounted=list(inference.warnings),
             ),
             topology=outcome.topology,
+            memory=_memory(parts, prediction, outcome),
+            **_timed(parts, batch_size, outcome),
         )
         for target in outcome.trainer.loggers:
             target.log_metrics(summary.scalars(), step=outcome.trainer.global_step)
@@ -148,6 +171,40 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
         if cfg.report:
             _report(folder)
     return summary
+
+
+def _memory(parts: Parts, prediction: Prediction, outcome: Outcome) -> MemoryUse:
+    """Predicted beside measured, in MiB."""
+    nonzero = {layer["name"]: layer["nonzero"] for layer in outcome.layers}
+    dynamic = parts.method.is_dynamic and parts.method.lottery is None
+    needed = prediction.memory(nonzero, outcome.backends, parts.module.optimizer, dynamic=dynamic)
+    measured = outcome.memory
+    return MemoryUse(
+        predicted=needed.total / MIB,
+        peak=None if measured is None else measured.peak / MIB,
+        increase=None if measured is None else measured.increase / MIB,
+        source="nothing was trained in this process" if measured is None else measured.source,
+        parts={name: value / MIB for name, value in vars(needed).items()} | {"batch_size": prediction.batch_size},
+    )
+
+
+def _timed(parts: Parts, batch_size: int, outcome: Outcome) -> dict[str, Any]:
+    """Latency and energy of the weights that were tested, where they were trained."""
+    device = outcome.trainer.strategy.root_device
+    module = parts.module.to(device)
+    one, batch = (time_passes(module, parts.example, size, device=device) for size in (1, batch_size))
+    conditions = {"batch_size": batch_size, "device": str(device), "threads": torch.get_num_threads()}
+    inference, training = batch.energy.per(batch_size), outcome.energy
+    return {
+        "latency": Latency(1e3 * one.seconds, 1e3 * batch.seconds, conditions),
+        "energy": EnergyUse(
+            training=None if training is None else training.joules,
+            step=None if training is None or not outcome.steps else training.joules / outcome.steps,
+            inference=inference.joules,
+            estimated=inference.estimated or (training is not None and training.estimated),
+            source="; ".join(dict.fromkeys((*(training.sources if training is not None else ()), *inference.sources))),
+        ),
+    }
 
 
 def _realised(layers: Sequence[Mapping[str, Any]]) -> float:
@@ -182,6 +239,7 @@ def build(cfg: DictConfig) -> Parts:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of a machine find what this one fetched
         datamodule.prepare_data()
         datamodule.setup("fit")
+    _check_selection(cfg, method, datamodule)
     task = _task(datamodule)
     optimizer, scheduler = _make(cfg.optimizer), _make(cfg.scheduler)
     _check_match(cfg, task)
@@ -194,13 +252,27 @@ def build(cfg: DictConfig) -> Parts:
     _check_budget(method, layers)
     with _blaming("model"):
         operations = count_operations(module, task.example)
-    return Parts(method, datamodule, module, layers, operations)
+    return Parts(method, datamodule, module, layers, operations, task.example)
 
 
 def _task(datamodule: Any) -> Task:
     """What the data ask of the model; data modules that only know images' shape and classes are of that task."""
     task = getattr(datamodule, "task", None)
     return task if isinstance(task, Task) else image_task(datamodule.input_shape, datamodule.num_classes)
+
+
+def _check_selection(cfg: DictConfig, method: Method, datamodule: Any) -> None:
+    if cfg.select not in SELECTIONS:
+        raise ConfigurationError(f"select={cfg.select} is unknown; choose from {', '.join(SELECTIONS)}")
+    if cfg.select == "last":
+        return
+    if method.lottery is not None:
+        raise ConfigurationError(f"{method.name} rewinds and trains to the end, level by level: use select=last")
+    if not getattr(datamodule, "validation", 1) or not cfg.trainer.limit_val_batches:
+        raise ConfigurationError(
+            f"select={cfg.select} needs samples that are held out of training: set data.validation above 0, such as "
+            "data.validation=0.1, and leave trainer.limit_val_batches at 1.0"
+        )
 
 
 def _check_match(cfg: DictConfig, task: Task) -> None:
@@ -248,30 +320,48 @@ def _fit(parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_
         enable_version_counter=False,
         save_on_train_epoch_end=True,
     )
-    recorder = _recorder(parts, cfg, folder)
-    trainer = make_trainer([sparse, recorder, saver], MetricsFile(folder, resume=resume), parts.method.name)
+    recorder, spent = _recorder(parts, cfg, folder), Spent()
+    best = BestCheckpoint(folder / "checkpoints" / "best", sparse) if cfg.select == "validation" else None
+    # The last checkpoint is saved after the best, and knows of it.
+    callbacks: list[Callback] = [sparse, recorder, spent, *([best] if best is not None else []), saver]
+    trainer = make_trainer(callbacks, MetricsFile(folder, resume=resume), parts.method.name)
     trainer.fit(parts.module, datamodule=parts.datamodule, ckpt_path=resume, weights_only=True)
     sparsifier = sparse.sparsifier
     assert sparsifier is not None
-    table = sparsifier.layer_table()
-    return Outcome(
+    outcome = Outcome(
         trainer,
         sparsifier.step,
-        table,
+        sparsifier.layer_table(),
         sparsifier.backends,
         _training(parts, [(sparsifier.work, sparsifier.step_counts)], sparsifier.backends),
         Topology(sparsifier.updates, sparsifier.exploration_rate),
+        spent.memory,
+        spent.energy,
+        sparsifier.step,
     )
+    if best is None:
+        return outcome
+    if not best.load_weights(parts.module):
+        logger.warning(
+            "select=validation: no validation found the network at its target density, %s; the last weights are tested",
+            parts.method.density,
+        )
+        return outcome
+    return replace(outcome, layers=best.layers, tested_step=best.step, selected=cfg.select)
 
 
 def _fit_lottery(
     parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_trainer: TrainerFactory
 ) -> Outcome:
     """One fit a level, all levels' metrics in one file."""
+    spent: dict[int, Spent] = {}
 
     def make_level(level: int, callbacks: list[Callback], place: Path) -> lightning.Trainer:
         metrics = MetricsFile(folder, resume=place / f"{LAST}.ckpt", level=level)
-        return make_trainer([*callbacks, _recorder(parts, cfg, folder, level)], metrics, f"level {level}")
+        spent[level] = Spent()
+        return make_trainer(
+            [*callbacks, _recorder(parts, cfg, folder, level), spent[level]], metrics, f"level {level}"
+        )
 
     result = run_lottery(
         parts.method,
@@ -288,13 +378,19 @@ def _fit_lottery(
     # Levels' masks lie within each other, so the first that is sparse holds all that were ever active.
     first = result.levels[min(1, len(result.levels) - 1)].layers
     explored = sum(layer["nonzero"] for layer in first) / sum(layer["weights"] for layer in first)
+    steps = sum(level.steps for level in result.levels)
+    energies = [energy for level in spent.values() if (energy := level.energy) is not None]
     return Outcome(
         result.trainer,
-        sum(level.steps for level in result.levels),
+        steps,
         result.levels[-1].layers,
         {layer.label: "masked" for layer in parts.layers},
         replace(total, dense=one.dense),
         Topology(len(result.levels) - 1, explored),
+        max((x.memory for x in spent.values() if x.memory is not None), key=lambda m: m.peak, default=None),
+        # What levels took that were finished before a resume is not known.
+        sum_energy(energies) if len(energies) == len(result.levels) else None,
+        steps,
     )
 
 

@@ -67,6 +67,7 @@ def predict_memory(
     backend: str | Mapping[str, str] = "masked",
     optimizer: Optimizer | None = None,
     dynamic: bool = True,
+    activations: int | None = None,
 ) -> Memory:
     """Predict what training, or inference, with so many active weights needs.
 
@@ -96,6 +97,7 @@ def predict_memory(
         optimizer: The optimizer that will train the model; its state is found by a step on a small parameter. None
             predicts inference: no gradients, no optimizer state, and neither masks nor latent weights are needed.
         dynamic: Whether the topology moves: the union of all masks is kept then.
+        activations: Bytes of activations where they are known, from `activation_bytes`; the model is not run then.
 
     Returns:
         The prediction.
@@ -140,7 +142,9 @@ def predict_memory(
             gradients += stored * size
             per_weight, fixed = state.get(id(parameter), (0, 0))
             optimizer_state += stored * per_weight + fixed
-    return Memory(weights, topology, gradients, optimizer_state, activation_bytes(model, example, training=training))
+    if activations is None:
+        activations = activation_bytes(model, example, training=training)
+    return Memory(weights, topology, gradients, optimizer_state, activations)
 
 
 def _index_bytes(shape: torch.Size, stored: int) -> int:
