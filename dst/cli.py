@@ -33,6 +33,7 @@ class TrainConfig:
     compress_gradients: bool = False
     report: bool = True
     select: str = "last"
+    convention: str = "flops"
     effective_density: bool = False
     sparsity: Any = MISSING
     model: Any = MISSING

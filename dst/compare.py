@@ -134,12 +134,17 @@ class Comparison:
     fronts: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...]
 
-    def rows(self) -> Iterator[list[str]]:
-        """The table of groups as text, header first; groups on a front are marked by a star in its column."""
-        yield ["runs", "seeds", *self.metrics]
+    def rows(self, metrics: Sequence[str] | None = None) -> Iterator[list[str]]:
+        """The table of groups as text, header first; groups on a front are marked by a star in its column.
+
+        Args:
+            metrics: Numbers to show; None for all.
+        """
+        metrics = self.metrics if metrics is None else metrics
+        yield ["runs", "seeds", *metrics]
         for group in self.groups:
             cells = []
-            for metric in self.metrics:
+            for metric in metrics:
                 interval = group.intervals.get(metric)
                 star = " *" if group.label in self.fronts.get(metric, ()) else ""
                 cells.append("" if interval is None else f"{interval}{star}")
@@ -158,11 +163,16 @@ class Comparison:
             ]
 
     def renderable(self) -> Lines:
-        """Return the comparison as tables for ``rich``."""
-        parts: list[RenderableType] = [_rich(self.rows())]
+        """Return the comparison as tables for ``rich``: of accuracy and the like, and of each kind of cost."""
+        kinds: dict[str, list[str]] = {}
+        for metric in self.metrics:
+            kinds.setdefault(metric.partition(".")[0] if is_cost(metric) else "", []).append(metric)
+        parts: list[RenderableType] = []
+        for metrics in kinds.values():
+            parts += [_rich(self.rows(metrics)), Text()]
         if self.differences:
-            parts += [Text(), _rich(self.difference_rows())]
-        return Lines(*parts, Text(), *(Text(note, style="dim") for note in (_LEGEND, *self.notes)))
+            parts += [_rich(self.difference_rows()), Text()]
+        return Lines(*parts, *(Text(note, style="dim") for note in (_LEGEND, *self.notes)))
 
     def markdown(self) -> str:
         """The comparison as Markdown."""
@@ -249,7 +259,7 @@ def compare(runs: Sequence[Run], baseline: str | None = None) -> Comparison:
         groups.append(Group(label, members, intervals))
     fronts = {}
     for metric in metrics:
-        if metric.startswith(COSTS):
+        if is_cost(metric):
             points = {
                 g.label: (g.intervals[metric].mean, g.intervals[QUALITY].mean)
                 for g in groups
@@ -307,6 +317,11 @@ def student_t95(degrees: int) -> float:
     return z + sum(term / degrees ** (i + 1) for i, term in enumerate(terms))
 
 
+def is_cost(name: str) -> bool:
+    """Whether a number in ``summary.json`` is a cost: not the parts that one is made of, nor what it was measured under."""
+    return name.startswith(COSTS) and name.count(".") == 1
+
+
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> tuple[str, ...]:
     """Labels of the points that no other beats.
 
@@ -329,7 +344,7 @@ def _read(folder: Path) -> Run:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         method, seed = str(summary["sparsity"]), int(summary["seed"])
-        values = {name: value for name, value in _flat(summary) if value is None or isinstance(value, (int, float))}
+        values = {name: value for name, value in _flat(summary) if value is None or type(value) in (int, float)}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path} is not a run's summary: {type(error).__name__} {error}") from error
     config = folder / ".hydra" / "config.yaml"
@@ -354,7 +369,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _metrics(runs: Sequence[Run]) -> tuple[str, ...]:
     names = dict.fromkeys(name for run in runs for name in run.values)
-    return (*(name for name in _SHOWN if name in names), *(name for name in names if name.startswith(COSTS)))
+    return (*(name for name in _SHOWN if name in names), *(name for name in names if is_cost(name)))
 
 
 def _grouped(runs: Sequence[Run]) -> tuple[dict[str, dict[int, Run]], list[str]]:

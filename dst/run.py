@@ -33,6 +33,7 @@ from dst.layers import SparseLayer, find_layers
 from dst.lightning import SparseTraining
 from dst.lottery_run import run_lottery
 from dst.method import Method
+from dst.metrics.conventions import convention_of
 from dst.metrics.counting import Operations, count_operations
 from dst.metrics.energy import Energy
 from dst.metrics.flops import flops_table
@@ -138,6 +139,7 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
         inference = flops_table(
             parts.operations,
             {row["name"]: row["density"] for row in outcome.layers if row["name"] in _counted(parts)},
+            convention=cfg.convention,
             backend="csr",
             stored=[label for label, backend in outcome.backends.items() if backend == "csr"],
         )
@@ -180,11 +182,12 @@ def _memory(parts: Parts, prediction: Prediction, outcome: Outcome) -> MemoryUse
     needed = prediction.memory(nonzero, outcome.backends, parts.module.optimizer, dynamic=dynamic)
     measured = outcome.memory
     return MemoryUse(
-        predicted=needed.total / MIB,
-        peak=None if measured is None else measured.peak / MIB,
-        increase=None if measured is None else measured.increase / MIB,
+        predicted_mib=needed.total / MIB,
+        peak_mib=None if measured is None else measured.peak / MIB,
+        increase_mib=None if measured is None else measured.increase / MIB,
         source="nothing was trained in this process" if measured is None else measured.source,
-        parts={name: value / MIB for name, value in vars(needed).items()} | {"batch_size": prediction.batch_size},
+        parts={name: value / MIB for name, value in vars(needed).items()},
+        conditions={"batch_size": prediction.batch_size},
     )
 
 
@@ -198,9 +201,9 @@ def _timed(parts: Parts, batch_size: int, outcome: Outcome) -> dict[str, Any]:
     return {
         "latency": Latency(1e3 * one.seconds, 1e3 * batch.seconds, conditions),
         "energy": EnergyUse(
-            training=None if training is None else training.joules,
-            step=None if training is None or not outcome.steps else training.joules / outcome.steps,
-            inference=inference.joules,
+            training_joules=None if training is None else training.joules,
+            step_joules=None if training is None or not outcome.steps else training.joules / outcome.steps,
+            inference_joules=inference.joules,
             estimated=inference.estimated or (training is not None and training.estimated),
             source="; ".join(dict.fromkeys((*(training.sources if training is not None else ()), *inference.sources))),
         ),
@@ -239,6 +242,7 @@ def build(cfg: DictConfig) -> Parts:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of a machine find what this one fetched
         datamodule.prepare_data()
         datamodule.setup("fit")
+    convention_of(cfg.convention)
     _check_selection(cfg, method, datamodule)
     task = _task(datamodule)
     optimizer, scheduler = _make(cfg.optimizer), _make(cfg.scheduler)
@@ -333,7 +337,7 @@ def _fit(parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_
         sparsifier.step,
         sparsifier.layer_table(),
         sparsifier.backends,
-        _training(parts, [(sparsifier.work, sparsifier.step_counts)], sparsifier.backends),
+        _training(parts, [(sparsifier.work, sparsifier.step_counts)], sparsifier.backends, cfg.convention),
         Topology(sparsifier.updates, sparsifier.exploration_rate),
         spent.memory,
         spent.energy,
@@ -373,8 +377,8 @@ def _fit_lottery(
         include=cfg.include,
         exclude=cfg.exclude,
     )
-    total = _training(parts, [(level.work, level.step_counts) for level in result.levels], {})
-    one = _training(parts, [(result.levels[0].work, result.levels[0].step_counts)], {})
+    total = _training(parts, [(level.work, level.step_counts) for level in result.levels], {}, cfg.convention)
+    one = _training(parts, [(result.levels[0].work, result.levels[0].step_counts)], {}, cfg.convention)
     # Levels' masks lie within each other, so the first that is sparse holds all that were ever active.
     first = result.levels[min(1, len(result.levels) - 1)].layers
     explored = sum(layer["nonzero"] for layer in first) / sum(layer["weights"] for layer in first)
@@ -402,13 +406,14 @@ def _training(
     parts: Parts,
     fits: Sequence[tuple[Mapping[str, Mapping[str, int]], Mapping[str, int]]],
     backends: Mapping[str, str],
+    convention: str,
 ) -> TrainingFlops:
     """Operations of fits, each given by a sparsifier's ``work`` and ``step_counts``."""
     stored = [label for label, backend in backends.items() if backend == "csr" and label in _counted(parts)]
     meter = FlopsMeter(parts.operations, backend="csr", stored=stored)
     for work, step_counts in fits:
         meter.add_work(work, step_counts)
-    return meter.total()
+    return meter.total(convention)
 
 
 def _recorder(parts: Parts, cfg: DictConfig, folder: Path, level: int | None = None) -> Recorder:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dst.errors import DataError
+from dst.metrics.conventions import convention_of
 
 SUMMARY_FILE = "summary.json"
 
@@ -81,18 +82,22 @@ class MemoryUse:
     """Memory of training, in MiB.
 
     Attributes:
-        predicted: For one batch at the final density; see ``dst.metrics.predict_memory``.
-        peak: Measured most in use in training; None where training ran elsewhere (in another process, before a resume).
-        increase: Of the peak above what was in use before.
+        predicted_mib: Of weights, topology, gradients, optimizer state and a batch's activations, at the density of the
+            weights that are tested; see ``dst.metrics.predict_memory``.
+        peak_mib: Measured most in use in training, on a CPU by the whole process; None where training ran elsewhere (in
+            another process, before a resume).
+        increase_mib: Of the peak above what was in use before.
         source: What was measured, in words.
-        parts: The prediction split: weights, topology, gradients, optimizer_state, activations; and the batch_size.
+        parts: The prediction's parts in MiB: weights, topology, gradients, optimizer_state, activations.
+        conditions: ``batch_size``.
     """
 
-    predicted: float
-    peak: float | None
-    increase: float | None
+    predicted_mib: float
+    peak_mib: float | None
+    increase_mib: float | None
     source: str
     parts: dict[str, float]
+    conditions: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -100,13 +105,13 @@ class Latency:
     """Milliseconds of a forward pass in evaluation mode on the machine that trained, the median of a few.
 
     Attributes:
-        one: Of a single sample.
-        batch: Of a batch.
+        one_ms: Of a single sample.
+        batch_ms: Of a batch.
         conditions: ``batch_size``, ``device`` and ``threads``.
     """
 
-    one: float
-    batch: float
+    one_ms: float
+    batch_ms: float
     conditions: dict[str, Any]
 
 
@@ -115,16 +120,16 @@ class EnergyUse:
     """Joules.
 
     Attributes:
-        training: Of all fits; None where it is not known (what finished levels took before a resume).
-        step: Of training per optimizer step.
-        inference: Of one sample, within a batch as in `Latency`.
+        training_joules: Of all fits; None where it is not known (what finished levels took before a resume).
+        step_joules: Of training per optimizer step.
+        inference_joules: Of one sample, within a batch as in `Latency`.
         estimated: Whether it is an estimate and no measurement.
         source: What was read, in words; an estimate says what it assumes.
     """
 
-    training: float | None
-    step: float | None
-    inference: float
+    training_joules: float | None
+    step_joules: float | None
+    inference_joules: float
     estimated: bool
     source: str
 
@@ -204,21 +209,30 @@ class Summary:
         return f"best validation accuracy, at step {self.test.step:,}"
 
     def costs(self) -> list[tuple[str, str]]:
-        """Names and texts of what was measured on the machine; empty in summaries of earlier versions."""
+        """Names and texts of how operations were counted, and of what was measured on the machine."""
         found = []
+        if self.flops.dense_inference is not None:
+            rule = convention_of(self.flops.convention)
+            text = f"{self.flops.dense_inference:,.0f} {rule.unit} a sample when dense; {rule.description}"
+            found.append((f'convention "{rule.name}"', text))
+        found += [("not counted", line) for line in self.flops.uncounted]
         if self.memory is not None:
             m = self.memory
-            peak = "" if m.peak is None else f", measured peak {m.peak:.4g} MiB, {m.increase:.3g} above the start"
-            found.append(("memory", f"{m.predicted:.3g} MiB predicted{peak} ({m.source})"))
+            found.append(("memory, predicted", f"{m.predicted_mib:.3g} MiB at batch size {m.conditions['batch_size']}"))
+            if m.peak_mib is not None and m.increase_mib is not None:
+                text = f"{m.increase_mib:.3g} MiB above the start, {m.peak_mib:.4g} in all ({m.source})"
+                found.append(("memory, measured peak", text))
         if self.latency is not None:
             on, size = self.latency.conditions, self.latency.conditions["batch_size"]
             where = f"{on['device']}, {on['threads']} thread{'s' * (on['threads'] != 1)}"
-            found.append(("latency", f"{self.latency.one:.3g} ms, {self.latency.batch:.3g} ms a batch of {size} ({where})"))
+            found.append(("latency", f"{self.latency.one_ms:.3g} ms, {self.latency.batch_ms:.3g} ms a batch of {size} ({where})"))
         if self.energy is not None:
             e = self.energy
-            training = "" if e.training is None else f"{e.training:.3g} J in training, {e.step:.3g} J a step, "
-            kind = "estimate" if e.estimated else "measured"
-            found.append(("energy", f"{training}{e.inference:.3g} J an inference ({kind}: {e.source})"))
+            kind = "estimated" if e.estimated else "measured"
+            if e.training_joules is not None:
+                step = "" if e.step_joules is None else f", {e.step_joules:.3g} J a step"
+                found.append((f"training energy, {kind}", f"{e.training_joules:.3g} J{step} ({e.source})"))
+            found.append((f"inference energy, {kind}", f"{e.inference_joules:.3g} J a sample ({e.source})"))
         return found
 
     def renderable(self, folder: str | os.PathLike[str] | None = None) -> Group:
@@ -227,7 +241,7 @@ class Summary:
         facts.add_column(style="dim")
         facts.add_column()
         weights, nonzero = (sum(layer[key] for layer in self.density.layers) for key in ("weights", "nonzero"))
-        for name, value in (
+        rows: list[tuple[str, str | Text]] = [
             ("test accuracy", Text.assemble((percent(self.test.accuracy), "bold green"), f"  ({self.selection})")),
             ("test loss", number(self.test.loss)),
             (
@@ -236,13 +250,14 @@ class Summary:
             ),
             ("inference FLOPs", _of_dense(self.flops.inference_ratio, self.flops.executed_ratio)),
             ("training FLOPs", _of_dense(self.flops.training_ratio, self.flops.training_executed_ratio)),
-            *(("not counted", line) for line in self.flops.uncounted),
             ("topology updates", f"{self.topology.updates}"),
             ("explored", f"{percent(self.topology.exploration_rate)} of the weights"),
             ("training", f"{self.steps:,} steps in {self.seconds:.1f} s"),
             *self.costs(),
-        ):
-            facts.add_row(name, value if isinstance(value, Text) else Text(value))
+        ]
+        for name, value in rows:
+            style = "yellow" if name == "not counted" else ""
+            facts.add_row(name, value if isinstance(value, Text) else Text(value, style=style))
         layers = Table(box=None, header_style="dim", padding=(0, 3, 0, 0), pad_edge=False)
         layers.add_column("layer")
         for header in ("shape", "weights", "active", "density"):
