@@ -82,7 +82,12 @@ class Spent(Callback):
         found = self.energy
         if found is None:
             return {}
-        return {"joules": found.joules, "seconds": found.seconds, "sources": list(found.sources), "estimated": found.estimated}
+        return {
+            "joules": found.joules,
+            "seconds": found.seconds,
+            "sources": list(found.sources),
+            "estimated": found.estimated,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from `state_dict`'s result."""

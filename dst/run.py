@@ -184,10 +184,12 @@ def _memory(parts: Parts, prediction: Prediction, outcome: Outcome) -> MemoryUse
     return MemoryUse(
         predicted_mib=needed.total / MIB,
         peak_mib=None if measured is None else measured.peak / MIB,
-        increase_mib=None if measured is None else measured.increase / MIB,
         source="nothing was trained in this process" if measured is None else measured.source,
         parts={name: value / MIB for name, value in vars(needed).items()},
-        conditions={"batch_size": prediction.batch_size},
+        conditions={
+            "batch_size": prediction.batch_size,
+            "before_mib": None if measured is None else measured.before / MIB,
+        },
     )
 
 
@@ -363,9 +365,7 @@ def _fit_lottery(
     def make_level(level: int, callbacks: list[Callback], place: Path) -> lightning.Trainer:
         metrics = MetricsFile(folder, resume=place / f"{LAST}.ckpt", level=level)
         spent[level] = Spent()
-        return make_trainer(
-            [*callbacks, _recorder(parts, cfg, folder, level), spent[level]], metrics, f"level {level}"
-        )
+        return make_trainer([*callbacks, _recorder(parts, cfg, folder, level), spent[level]], metrics, f"level {level}")
 
     result = run_lottery(
         parts.method,

@@ -86,15 +86,14 @@ class MemoryUse:
             weights that are tested; see ``dst.metrics.predict_memory``.
         peak_mib: Measured most in use in training, on a CPU by the whole process; None where training ran elsewhere (in
             another process, before a resume).
-        increase_mib: Of the peak above what was in use before.
         source: What was measured, in words.
         parts: The prediction's parts in MiB: weights, topology, gradients, optimizer_state, activations.
-        conditions: ``batch_size``.
+        conditions: ``batch_size``, and ``before_mib``, in use before training. The peak above it tells little where runs share
+            a process, which hands freed memory out again.
     """
 
     predicted_mib: float
     peak_mib: float | None
-    increase_mib: float | None
     source: str
     parts: dict[str, float]
     conditions: dict[str, Any]
@@ -219,13 +218,15 @@ class Summary:
         if self.memory is not None:
             m = self.memory
             found.append(("memory, predicted", f"{m.predicted_mib:.3g} MiB at batch size {m.conditions['batch_size']}"))
-            if m.peak_mib is not None and m.increase_mib is not None:
-                text = f"{m.increase_mib:.3g} MiB above the start, {m.peak_mib:.4g} in all ({m.source})"
+            if m.peak_mib is not None:
+                text = f"{m.peak_mib:.4g} MiB, {m.conditions['before_mib']:.4g} MiB before training ({m.source})"
                 found.append(("memory, measured peak", text))
         if self.latency is not None:
             on, size = self.latency.conditions, self.latency.conditions["batch_size"]
             where = f"{on['device']}, {on['threads']} thread{'s' * (on['threads'] != 1)}"
-            found.append(("latency", f"{self.latency.one_ms:.3g} ms, {self.latency.batch_ms:.3g} ms a batch of {size} ({where})"))
+            found.append(
+                ("latency", f"{self.latency.one_ms:.3g} ms, {self.latency.batch_ms:.3g} ms a batch of {size} ({where})")
+            )
         if self.energy is not None:
             e = self.energy
             kind = "estimated" if e.estimated else "measured"

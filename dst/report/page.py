@@ -124,8 +124,9 @@ def _memory(summary: Summary) -> str:
         return ""
     rows = [[name.replace("_", " "), f"{mib:.4g}"] for name, mib in memory.parts.items()]
     rows.append(["all, predicted", f"{memory.predicted_mib:.4g}"])
-    if memory.increase_mib is not None:
-        rows.append(["measured above the start", f"{memory.increase_mib:.4g}"])
+    if memory.peak_mib is not None:
+        rows.append(["measured before training", f"{memory.conditions['before_mib']:.4g}"])
+        rows.append(["measured peak", f"{memory.peak_mib:.4g}"])
     table = _table(["memory in training", "MiB"], rows, "Memory")
     return f"<details><summary>Memory in training</summary>{table}</details>"
 
