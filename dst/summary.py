@@ -19,6 +19,9 @@ from dst.metrics.conventions import convention_of
 
 SUMMARY_FILE = "summary.json"
 
+CONVENTION, NOT_COUNTED = "convention", "not counted"
+"""Names of two of `Summary.costs`."""
+
 
 @dataclass(frozen=True)
 class Density:
@@ -212,9 +215,9 @@ class Summary:
         found = []
         if self.flops.dense_inference is not None:
             rule = convention_of(self.flops.convention)
-            text = f"{self.flops.dense_inference:,.0f} {rule.unit} a sample when dense; {rule.description}"
-            found.append((f'convention "{rule.name}"', text))
-        found += [("not counted", line) for line in self.flops.uncounted]
+            found.append(("dense inference", f"{self.flops.dense_inference:,.0f} {rule.unit} a sample"))
+            found.append((CONVENTION, f"{rule.name}: {rule.description}"))
+        found += [(NOT_COUNTED, line) for line in self.flops.uncounted]
         if self.memory is not None:
             m = self.memory
             found.append(("memory, predicted", f"{m.predicted_mib:.3g} MiB at batch size {m.conditions['batch_size']}"))
@@ -257,7 +260,7 @@ class Summary:
             *self.costs(),
         ]
         for name, value in rows:
-            style = "yellow" if name == "not counted" else ""
+            style = "yellow" if name == NOT_COUNTED else ""
             facts.add_row(name, value if isinstance(value, Text) else Text(value, style=style))
         layers = Table(box=None, header_style="dim", padding=(0, 3, 0, 0), pad_edge=False)
         layers.add_column("layer")

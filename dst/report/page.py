@@ -21,7 +21,7 @@ from dst.report.charts import (
     thin,
 )
 from dst.report.data import Points, RunData
-from dst.summary import Summary, number, percent
+from dst.summary import CONVENTION, NOT_COUNTED, Summary, number, percent
 
 SECTIONS = {
     "summary": "Summary",
@@ -110,11 +110,14 @@ def _summary(run: RunData) -> str:
         ("training", f"{summary.steps:,} steps in {summary.seconds:.1f} s"),
         ("seed", str(summary.seed)),
         ("backend", run.backend),
-        *(fact for fact in summary.costs() if fact[0] != "not counted"),
+        *(fact for fact in summary.costs() if fact[0] not in (CONVENTION, NOT_COUNTED)),
     ]
     warned = "".join(f'<p class="warning">Not counted: {_text(line)}</p>' for line in summary.flops.uncounted)
+    rule = "".join(
+        f'<p class="none">Convention {_text(line)}.</p>' for name, line in summary.costs() if name == CONVENTION
+    )
     listed = "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in facts)
-    return f"{warned}<dl>{listed}</dl>{_memory(summary)}"
+    return f"{warned}<dl>{listed}</dl>{rule}{_memory(summary)}"
 
 
 def _memory(summary: Summary) -> str:
