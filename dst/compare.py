@@ -150,6 +150,13 @@ class Comparison:
                 cells.append("" if interval is None else f"{interval}{star}")
             yield [group.label, str(len(group.runs)), *cells]
 
+    def kinds(self) -> list[list[str]]:
+        """The numbers in groups that make tables of bearable width: accuracy and the like, then each kind of cost."""
+        found: dict[str, list[str]] = {}
+        for metric in self.metrics:
+            found.setdefault(metric.partition(".")[0] if is_cost(metric) else "", []).append(metric)
+        return list(found.values())
+
     def difference_rows(self) -> Iterator[list[str]]:
         """The table of differences as text, header first."""
         yield [f"difference in {QUALITY}", "seeds", "first - second", "zero is"]
@@ -164,11 +171,8 @@ class Comparison:
 
     def renderable(self) -> Lines:
         """Return the comparison as tables for ``rich``: of accuracy and the like, and of each kind of cost."""
-        kinds: dict[str, list[str]] = {}
-        for metric in self.metrics:
-            kinds.setdefault(metric.partition(".")[0] if is_cost(metric) else "", []).append(metric)
         parts: list[RenderableType] = []
-        for metrics in kinds.values():
+        for metrics in self.kinds():
             parts += [_rich(self.rows(metrics)), Text()]
         if self.differences:
             parts += [_rich(self.difference_rows()), Text()]
@@ -176,7 +180,9 @@ class Comparison:
 
     def markdown(self) -> str:
         """The comparison as Markdown."""
-        tables = [_markdown(self.rows())] + ([_markdown(self.difference_rows())] if self.differences else [])
+        tables = [_markdown(self.rows(metrics)) for metrics in self.kinds()] + (
+            [_markdown(self.difference_rows())] if self.differences else []
+        )
         return "\n\n".join([*tables, *(note.replace("*", "\\*") for note in (_LEGEND, *self.notes))]) + "\n"
 
     def csv(self) -> str:
@@ -204,7 +210,8 @@ class Comparison:
         plots = "".join(_plot(self, cost) for cost in self.fronts)
         differences = _html_table(self.difference_rows()) if self.differences else ""
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in (_LEGEND, *self.notes))
-        body = f"<h1>Comparison</h1>{_html_table(self.rows())}{differences}{notes}<div class=plots>{plots}</div>"
+        tables = "".join(_html_table(self.rows(metrics)) for metrics in self.kinds())
+        body = f"<h1>Comparison</h1>{tables}{differences}{notes}<div class=plots>{plots}</div>"
         return f"<!doctype html><html lang=en><head>{_HEAD}</head><body>{body}</body></html>\n"
 
     def write(self, folder: str | os.PathLike[str]) -> list[Path]:
