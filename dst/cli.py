@@ -32,6 +32,8 @@ class TrainConfig:
     resume: Optional[str] = None  # noqa: UP045
     compress_gradients: bool = False
     report: bool = True
+    select: str = "last"
+    convention: str = "flops"
     effective_density: bool = False
     sparsity: Any = MISSING
     model: Any = MISSING

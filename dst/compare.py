@@ -134,16 +134,28 @@ class Comparison:
     fronts: Mapping[str, tuple[str, ...]]
     notes: tuple[str, ...]
 
-    def rows(self) -> Iterator[list[str]]:
-        """The table of groups as text, header first; groups on a front are marked by a star in its column."""
-        yield ["runs", "seeds", *self.metrics]
+    def rows(self, metrics: Sequence[str] | None = None) -> Iterator[list[str]]:
+        """The table of groups as text, header first; groups on a front are marked by a star in its column.
+
+        Args:
+            metrics: Numbers to show; None for all.
+        """
+        metrics = self.metrics if metrics is None else metrics
+        yield ["runs", "seeds", *metrics]
         for group in self.groups:
             cells = []
-            for metric in self.metrics:
+            for metric in metrics:
                 interval = group.intervals.get(metric)
                 star = " *" if group.label in self.fronts.get(metric, ()) else ""
                 cells.append("" if interval is None else f"{interval}{star}")
             yield [group.label, str(len(group.runs)), *cells]
+
+    def kinds(self) -> list[list[str]]:
+        """The numbers in groups that make tables of bearable width: accuracy and the like, then each kind of cost."""
+        found: dict[str, list[str]] = {}
+        for metric in self.metrics:
+            found.setdefault(metric.partition(".")[0] if is_cost(metric) else "", []).append(metric)
+        return list(found.values())
 
     def difference_rows(self) -> Iterator[list[str]]:
         """The table of differences as text, header first."""
@@ -158,15 +170,19 @@ class Comparison:
             ]
 
     def renderable(self) -> Lines:
-        """Return the comparison as tables for ``rich``."""
-        parts: list[RenderableType] = [_rich(self.rows())]
+        """Return the comparison as tables for ``rich``: of accuracy and the like, and of each kind of cost."""
+        parts: list[RenderableType] = []
+        for metrics in self.kinds():
+            parts += [_rich(self.rows(metrics)), Text()]
         if self.differences:
-            parts += [Text(), _rich(self.difference_rows())]
-        return Lines(*parts, Text(), *(Text(note, style="dim") for note in (_LEGEND, *self.notes)))
+            parts += [_rich(self.difference_rows()), Text()]
+        return Lines(*parts, *(Text(note, style="dim") for note in (_LEGEND, *self.notes)))
 
     def markdown(self) -> str:
         """The comparison as Markdown."""
-        tables = [_markdown(self.rows())] + ([_markdown(self.difference_rows())] if self.differences else [])
+        tables = [_markdown(self.rows(metrics)) for metrics in self.kinds()] + (
+            [_markdown(self.difference_rows())] if self.differences else []
+        )
         return "\n\n".join([*tables, *(note.replace("*", "\\*") for note in (_LEGEND, *self.notes))]) + "\n"
 
     def csv(self) -> str:
@@ -194,7 +210,8 @@ class Comparison:
         plots = "".join(_plot(self, cost) for cost in self.fronts)
         differences = _html_table(self.difference_rows()) if self.differences else ""
         notes = "".join(f"<p>{html.escape(note)}</p>" for note in (_LEGEND, *self.notes))
-        body = f"<h1>Comparison</h1>{_html_table(self.rows())}{differences}{notes}<div class=plots>{plots}</div>"
+        tables = "".join(_html_table(self.rows(metrics)) for metrics in self.kinds())
+        body = f"<h1>Comparison</h1>{tables}{differences}{notes}<div class=plots>{plots}</div>"
         return f"<!doctype html><html lang=en><head>{_HEAD}</head><body>{body}</body></html>\n"
 
     def write(self, folder: str | os.PathLike[str]) -> list[Path]:
@@ -249,7 +266,7 @@ def compare(runs: Sequence[Run], baseline: str | None = None) -> Comparison:
         groups.append(Group(label, members, intervals))
     fronts = {}
     for metric in metrics:
-        if metric.startswith(COSTS):
+        if is_cost(metric):
             points = {
                 g.label: (g.intervals[metric].mean, g.intervals[QUALITY].mean)
                 for g in groups
@@ -307,6 +324,11 @@ def student_t95(degrees: int) -> float:
     return z + sum(term / degrees ** (i + 1) for i, term in enumerate(terms))
 
 
+def is_cost(name: str) -> bool:
+    """Whether a number in ``summary.json`` is a cost: not the parts that one is made of, nor what it was measured under."""
+    return name.startswith(COSTS) and name.count(".") == 1
+
+
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> tuple[str, ...]:
     """Labels of the points that no other beats.
 
@@ -329,7 +351,7 @@ def _read(folder: Path) -> Run:
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
         method, seed = str(summary["sparsity"]), int(summary["seed"])
-        values = {name: value for name, value in _flat(summary) if value is None or isinstance(value, (int, float))}
+        values = {name: value for name, value in _flat(summary) if value is None or type(value) in (int, float)}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"{path} is not a run's summary: {type(error).__name__} {error}") from error
     config = folder / ".hydra" / "config.yaml"
@@ -354,7 +376,7 @@ def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def _metrics(runs: Sequence[Run]) -> tuple[str, ...]:
     names = dict.fromkeys(name for run in runs for name in run.values)
-    return (*(name for name in _SHOWN if name in names), *(name for name in names if name.startswith(COSTS)))
+    return (*(name for name in _SHOWN if name in names), *(name for name in names if is_cost(name)))
 
 
 def _grouped(runs: Sequence[Run]) -> tuple[dict[str, dict[int, Run]], list[str]]:

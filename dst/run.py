@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dst.checkpoints import load_checkpoint
 from dst.classifier import Classifier
+from dst.costs import MIB, Prediction, Spent, sum_energy, time_passes
 from dst.data.module import Task, image_task
 from dst.errors import ConfigurationError, StateError
 from dst.first_mask import layer_counts
@@ -32,14 +33,18 @@ from dst.layers import SparseLayer, find_layers
 from dst.lightning import SparseTraining
 from dst.lottery_run import run_lottery
 from dst.method import Method, check_same
+from dst.metrics.conventions import Convention, convention_of
 from dst.metrics.counting import Operations, count_operations
+from dst.metrics.energy import Energy
 from dst.metrics.flops import flops_table
+from dst.metrics.memory import PeakMemory
 from dst.metrics.meter import FlopsMeter, TrainingFlops
 from dst.models.narrowing import build_on_meta, check_takes_width_factor, narrow
 from dst.progress import Progress
 from dst.recording import Recorder
 from dst.report import REPORT_FILE, write_report
-from dst.summary import Density, Flops, Quality, Summary, Topology
+from dst.selection import SELECTIONS, BestCheckpoint
+from dst.summary import Density, EnergyUse, Flops, Latency, MemoryUse, Quality, Summary, Topology
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +74,7 @@ class Parts:
     module: Classifier
     layers: Sequence[SparseLayer]
     operations: Operations
+    example: Sequence[int] | torch.Tensor
     full_size: FullSize | None = None
 
 
@@ -80,11 +86,15 @@ class Inference:
         dense: Of the dense network.
         theoretical: What the sparse one needs.
         executed: What the backend carries out.
+        convention: What counts as an operation.
+        warnings: What is in no total, in words.
     """
 
     dense: float
     theoretical: float
     executed: float
+    convention: Convention
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -94,20 +104,26 @@ class Outcome:
     Attributes:
         trainer: The trainer that can test the module.
         steps: Optimizer steps taken.
-        layers: The final ``Sparsifier.layer_table()``.
+        layers: ``Sparsifier.layer_table()`` of the weights that are tested.
         backends: Layer label to where its weights live.
-        inference: Operations of a forward pass.
         training: Operations of the whole training, and of as many dense steps; for methods of several fits, of one.
         topology: See `dst.summary.Topology`.
+        memory: Measured in training; None where it ran elsewhere.
+        energy: Of training; None where it is not known.
+        tested_step: Step of the weights that are tested.
+        selected: Which weights these are; see ``dst.selection.SELECTIONS``.
     """
 
     trainer: lightning.Trainer
     steps: int
     layers: list[dict[str, Any]]
     backends: dict[str, str]
-    inference: Inference
     training: TrainingFlops
     topology: Topology
+    memory: PeakMemory | None
+    energy: Energy | None
+    tested_step: int
+    selected: str = "last"
 
 
 def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False) -> Summary:
@@ -139,6 +155,9 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
             "this strategy starts the command once more for every device, which in a sweep would repeat the "
             "sweep: use trainer.strategy=ddp_fork or ddp_spawn, trainer.devices=1, or separate commands"
         )
+    batch_size = int(cfg.data.get("batch_size", 1))
+    with _blaming("model"):
+        prediction = Prediction(parts.module, parts.example, batch_size, parts.layers)
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     fit = _fit if parts.method.lottery is None else _fit_lottery
@@ -148,25 +167,32 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
             return _trainer(cfg, folder, callbacks, [metrics, *chosen], title)
 
         outcome = fit(parts, cfg, folder, resume, make_trainer)
+        inference = _inference(parts, outcome.layers, outcome.backends, cfg.convention)
         if parts.full_size is not None:
-            outcome = _relative_to(parts.full_size, outcome)
+            outcome, inference = _relative_to(parts.full_size, outcome, inference, cfg.convention)
         (tested,) = outcome.trainer.test(parts.module, datamodule=parts.datamodule, verbose=False)
-        inference = outcome.inference
+        seconds = time.perf_counter() - began
         summary = Summary(
             sparsity=parts.method.name,
             seed=cfg.seed,
             steps=outcome.steps,
-            seconds=time.perf_counter() - began,
+            seconds=seconds,
             density=Density(parts.method.target_density, _realised(outcome.layers), outcome.layers),
-            test=Quality(_finite(tested["test/accuracy"]), _finite(tested["test/loss"])),
+            test=Quality(
+                _finite(tested["test/accuracy"]), _finite(tested["test/loss"]), outcome.selected, outcome.tested_step
+            ),
             flops=Flops(
                 inference_ratio=inference.theoretical / inference.dense,
                 training_ratio=outcome.training.ratio,
                 executed_ratio=inference.executed / inference.dense,
                 training_executed_ratio=outcome.training.executed_ratio,
                 dense_inference=inference.dense,
+                convention=inference.convention.name,
+                uncounted=list(inference.warnings),
             ),
             topology=outcome.topology,
+            memory=_memory(parts, prediction, outcome),
+            **_timed(parts, batch_size, outcome),
         )
         for target in outcome.trainer.loggers:
             target.log_metrics(summary.scalars(), step=outcome.trainer.global_step)
@@ -175,6 +201,43 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
         if cfg.report:
             _report(folder)
     return summary
+
+
+def _memory(parts: Parts, prediction: Prediction, outcome: Outcome) -> MemoryUse:
+    """Predicted beside measured, in MiB."""
+    nonzero = {layer["name"]: layer["nonzero"] for layer in outcome.layers}
+    dynamic = parts.method.is_dynamic and parts.method.lottery is None
+    needed = prediction.memory(nonzero, outcome.backends, parts.module.optimizer, dynamic=dynamic)
+    measured = outcome.memory
+    return MemoryUse(
+        predicted_mib=needed.total / MIB,
+        peak_mib=None if measured is None else measured.peak / MIB,
+        source="nothing was trained in this process" if measured is None else measured.source,
+        parts={name: value / MIB for name, value in vars(needed).items()},
+        conditions={
+            "batch_size": prediction.batch_size,
+            "before_mib": None if measured is None else measured.before / MIB,
+        },
+    )
+
+
+def _timed(parts: Parts, batch_size: int, outcome: Outcome) -> dict[str, Any]:
+    """Latency and energy of the weights that were tested, where they were trained."""
+    device = outcome.trainer.strategy.root_device
+    module = parts.module.to(device)
+    one, batch = (time_passes(module, parts.example, size, device=device) for size in (1, batch_size))
+    conditions = {"batch_size": batch_size, "device": str(device), "threads": torch.get_num_threads()}
+    inference, training = batch.energy.per(batch_size), outcome.energy
+    return {
+        "latency": Latency(1e3 * one.seconds, 1e3 * batch.seconds, conditions),
+        "energy": EnergyUse(
+            training_joules=None if training is None else training.joules,
+            step_joules=None if training is None or not outcome.steps else training.joules / outcome.steps,
+            inference_joules=inference.joules,
+            estimated=inference.estimated or (training is not None and training.estimated),
+            source="; ".join(dict.fromkeys((*(training.sources if training is not None else ()), *inference.sources))),
+        ),
+    }
 
 
 def _realised(layers: Sequence[Mapping[str, Any]]) -> float:
@@ -209,6 +272,8 @@ def build(cfg: DictConfig) -> Parts:
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of a machine find what this one fetched
         datamodule.prepare_data()
         datamodule.setup("fit")
+    convention_of(cfg.convention)
+    _check_selection(cfg, method, datamodule)
     task = _task(datamodule)
     optimizer, scheduler = _make(cfg.optimizer), _make(cfg.scheduler)
     _check_match(cfg, task)
@@ -229,7 +294,7 @@ def build(cfg: DictConfig) -> Parts:
     _check_budget(method, layers)
     with _blaming("model"):
         operations = count_operations(module, task.example)
-    return Parts(method, datamodule, module, layers, operations, full_size)
+    return Parts(method, datamodule, module, layers, operations, task.example, full_size)
 
 
 def _narrow(
@@ -259,12 +324,14 @@ def _narrow(
     return method, of_width(found.width_factor), FullSize(layers, count_operations(whole, task.example))
 
 
-def _relative_to(full: FullSize, outcome: Outcome) -> Outcome:
+def _relative_to(full: FullSize, outcome: Outcome, inference: Inference, convention: str) -> tuple[Outcome, Inference]:
     """What a narrow network has and costs, in the place of shares of itself as shares of the one of full size.
 
     Args:
         full: The network of full size.
         outcome: The narrow network's own.
+        inference: Likewise.
+        convention: What counts as an operation.
     """
     nonzero = {row["name"]: row["nonzero"] for row in outcome.layers}
     layers = [
@@ -277,22 +344,36 @@ def _relative_to(full: FullSize, outcome: Outcome) -> Outcome:
         }
         for layer in full.layers
     ]
-    dense = flops_table(full.operations, {}).dense
-    share = outcome.inference.dense / dense
+    dense = flops_table(full.operations, {}, convention=convention).dense
+    share = inference.dense / dense
     explored = sum(nonzero.values()) / sum(layer.weights for layer in full.layers)
-    return replace(
+    outcome = replace(
         outcome,
         layers=layers,
-        inference=replace(outcome.inference, dense=dense),
         training=replace(outcome.training, dense=outcome.training.dense / share),
         topology=replace(outcome.topology, exploration_rate=explored),
     )
+    return outcome, replace(inference, dense=dense)
 
 
 def _task(datamodule: Any) -> Task:
     """What the data ask of the model; data modules that only know images' shape and classes are of that task."""
     task = getattr(datamodule, "task", None)
     return task if isinstance(task, Task) else image_task(datamodule.input_shape, datamodule.num_classes)
+
+
+def _check_selection(cfg: DictConfig, method: Method, datamodule: Any) -> None:
+    if cfg.select not in SELECTIONS:
+        raise ConfigurationError(f"select={cfg.select} is unknown; choose from {', '.join(SELECTIONS)}")
+    if cfg.select == "last":
+        return
+    if method.lottery is not None:
+        raise ConfigurationError(f"{method.name} rewinds and trains to the end, level by level: use select=last")
+    if not getattr(datamodule, "validation", 1) or not cfg.trainer.limit_val_batches:
+        raise ConfigurationError(
+            f"select={cfg.select} needs samples that are held out of training: set data.validation above 0, such as "
+            "data.validation=0.1, and leave trainer.limit_val_batches at 1.0"
+        )
 
 
 def _check_match(cfg: DictConfig, task: Task) -> None:
@@ -340,31 +421,46 @@ def _fit(parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_
         enable_version_counter=False,
         save_on_train_epoch_end=True,
     )
-    recorder = _recorder(parts, cfg, folder)
-    trainer = make_trainer([sparse, recorder, saver], MetricsFile(folder, resume=resume), parts.method.name)
+    recorder, spent = _recorder(parts, cfg, folder), Spent()
+    best = BestCheckpoint(folder / "checkpoints" / "best", sparse) if cfg.select == "validation" else None
+    # The last checkpoint is saved after the best, and knows of it.
+    callbacks: list[Callback] = [sparse, recorder, spent, *([best] if best is not None else []), saver]
+    trainer = make_trainer(callbacks, MetricsFile(folder, resume=resume), parts.method.name)
     trainer.fit(parts.module, datamodule=parts.datamodule, ckpt_path=resume, weights_only=True)
     sparsifier = sparse.sparsifier
     assert sparsifier is not None
-    table = sparsifier.layer_table()
-    return Outcome(
+    outcome = Outcome(
         trainer,
         sparsifier.step,
-        table,
+        sparsifier.layer_table(),
         sparsifier.backends,
-        _inference(parts, table, sparsifier.backends),
-        _training(parts, [(sparsifier.work, sparsifier.step_counts)], sparsifier.backends),
+        _training(parts, [(sparsifier.work, sparsifier.step_counts)], sparsifier.backends, cfg.convention),
         Topology(sparsifier.updates, sparsifier.exploration_rate),
+        spent.memory,
+        spent.energy,
+        sparsifier.step,
     )
+    if best is None:
+        return outcome
+    if not best.load_weights(parts.module):
+        logger.warning(
+            "select=validation: no validation found the network at its target density, %s; the last weights are tested",
+            parts.method.density,
+        )
+        return outcome
+    return replace(outcome, layers=best.layers, tested_step=best.step, selected=cfg.select)
 
 
 def _fit_lottery(
     parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_trainer: TrainerFactory
 ) -> Outcome:
     """One fit a level, all levels' metrics in one file."""
+    spent: dict[int, Spent] = {}
 
     def make_level(level: int, callbacks: list[Callback], place: Path) -> lightning.Trainer:
         metrics = MetricsFile(folder, resume=place / f"{LAST}.ckpt", level=level)
-        return make_trainer([*callbacks, _recorder(parts, cfg, folder, level)], metrics, f"level {level}")
+        spent[level] = Spent()
+        return make_trainer([*callbacks, _recorder(parts, cfg, folder, level), spent[level]], metrics, f"level {level}")
 
     result = run_lottery(
         parts.method,
@@ -376,32 +472,40 @@ def _fit_lottery(
         include=cfg.include,
         exclude=cfg.exclude,
     )
-    total = _training(parts, [(level.work, level.step_counts) for level in result.levels], {})
+    total = _training(parts, [(level.work, level.step_counts) for level in result.levels], {}, cfg.convention)
+    one = _training(parts, [(result.levels[0].work, result.levels[0].step_counts)], {}, cfg.convention)
     masked = {layer.label: "masked" for layer in parts.layers}
-    one = _training(parts, [(result.levels[0].work, result.levels[0].step_counts)], {})
     # Levels' masks lie within each other, so the first that is sparse holds all that were ever active.
     first = result.levels[min(1, len(result.levels) - 1)].layers
     explored = sum(layer["nonzero"] for layer in first) / sum(layer["weights"] for layer in first)
+    steps = sum(level.steps for level in result.levels)
+    energies = [energy for level in spent.values() if (energy := level.energy) is not None]
     return Outcome(
         result.trainer,
-        sum(level.steps for level in result.levels),
+        steps,
         result.levels[-1].layers,
         masked,
-        _inference(parts, result.levels[-1].layers, masked),
         replace(total, dense=one.dense),
         Topology(len(result.levels) - 1, explored),
+        max((x.memory for x in spent.values() if x.memory is not None), key=lambda m: m.peak, default=None),
+        # What levels took that were finished before a resume is not known.
+        sum_energy(energies) if len(energies) == len(result.levels) else None,
+        steps,
     )
 
 
-def _inference(parts: Parts, table: Sequence[Mapping[str, Any]], backends: Mapping[str, str]) -> Inference:
+def _inference(
+    parts: Parts, table: Sequence[Mapping[str, Any]], backends: Mapping[str, str], convention: str
+) -> Inference:
     """Operations of a forward pass with the densities of a ``layer_table``."""
     found = flops_table(
         parts.operations,
         {row["name"]: row["density"] for row in table if row["name"] in _counted(parts)},
+        convention=convention,
         backend="csr",
         stored=[label for label, backend in backends.items() if backend == "csr"],
     )
-    return Inference(found.dense, found.theoretical, found.executed)
+    return Inference(found.dense, found.theoretical, found.executed, found.convention, found.warnings)
 
 
 def _counted(parts: Parts) -> set[str]:
@@ -412,13 +516,14 @@ def _training(
     parts: Parts,
     fits: Sequence[tuple[Mapping[str, Mapping[str, int]], Mapping[str, int]]],
     backends: Mapping[str, str],
+    convention: str,
 ) -> TrainingFlops:
     """Operations of fits, each given by a sparsifier's ``work`` and ``step_counts``."""
     stored = [label for label, backend in backends.items() if backend == "csr" and label in _counted(parts)]
     meter = FlopsMeter(parts.operations, backend="csr", stored=stored)
     for work, step_counts in fits:
         meter.add_work(work, step_counts)
-    return meter.total()
+    return meter.total(convention)
 
 
 def _recorder(parts: Parts, cfg: DictConfig, folder: Path, level: int | None = None) -> Recorder:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from dst.errors import DataError
+from dst.metrics.conventions import convention_of
 
 SUMMARY_FILE = "summary.json"
+
+CONVENTION, NOT_COUNTED = "convention", "not counted"
+"""Names of two of `Summary.costs`."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,19 @@ class Density:
 
 @dataclass(frozen=True)
 class Quality:
-    """Accuracy, in [0, 1], and mean loss of the last weights on the test split; None where not finite."""
+    """What the weights that were selected reach on the test split, which no choice looks at.
+
+    Attributes:
+        accuracy: In [0, 1]; None where not finite.
+        loss: Mean loss; None where not finite.
+        weights: Which weights: "last", or "validation" for those of the best validation accuracy.
+        step: Optimizer steps that they were trained for; None in summaries of earlier versions.
+    """
 
     accuracy: float | None
     loss: float | None
+    weights: str = "last"
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +67,8 @@ class Flops:
             earlier versions. The first two are what the sparse network needs in theory.
         training_executed_ratio: The same of the whole training.
         dense_inference: FLOPs of the dense network's forward pass for one sample, a multiply-accumulate counting two.
+        convention: What counts as an operation; see ``dst.metrics.CONVENTIONS``.
+        uncounted: Operators and parameters that are in no total, in words.
     """
 
     inference_ratio: float
@@ -61,6 +76,64 @@ class Flops:
     executed_ratio: float | None = None
     training_executed_ratio: float | None = None
     dense_inference: float | None = None
+    convention: str = "flops"
+    uncounted: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Memory of training, in MiB.
+
+    Attributes:
+        predicted_mib: Of weights, topology, gradients, optimizer state and a batch's activations, at the density of the
+            weights that are tested; see ``dst.metrics.predict_memory``.
+        peak_mib: Measured most in use in training, on a CPU by the whole process; None where training ran elsewhere (in
+            another process, before a resume).
+        source: What was measured, in words.
+        parts: The prediction's parts in MiB: weights, topology, gradients, optimizer_state, activations.
+        conditions: ``batch_size``, and ``before_mib``, in use before training. The peak above it tells little where runs share
+            a process, which hands freed memory out again.
+    """
+
+    predicted_mib: float
+    peak_mib: float | None
+    source: str
+    parts: dict[str, float]
+    conditions: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of a forward pass in evaluation mode on the machine that trained, the median of a few.
+
+    Attributes:
+        one_ms: Of a single sample.
+        batch_ms: Of a batch.
+        conditions: ``batch_size``, ``device`` and ``threads``.
+    """
+
+    one_ms: float
+    batch_ms: float
+    conditions: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EnergyUse:
+    """Joules.
+
+    Attributes:
+        training_joules: Of all fits; None where it is not known (what finished levels took before a resume).
+        step_joules: Of training per optimizer step.
+        inference_joules: Of one sample, within a batch as in `Latency`.
+        estimated: Whether it is an estimate and no measurement.
+        source: What was read, in words; an estimate says what it assumes.
+    """
+
+    training_joules: float | None
+    step_joules: float | None
+    inference_joules: float
+    estimated: bool
+    source: str
 
 
 @dataclass(frozen=True)
@@ -84,6 +157,9 @@ class Summary:
         test: See `Quality`.
         flops: See `Flops`.
         topology: See `Topology`.
+        memory: See `MemoryUse`; None in summaries of earlier versions, as are the next two.
+        latency: See `Latency`.
+        energy: See `EnergyUse`.
     """
 
     sparsity: str
@@ -94,6 +170,9 @@ class Summary:
     test: Quality
     flops: Flops
     topology: Topology
+    memory: MemoryUse | None = None
+    latency: Latency | None = None
+    energy: EnergyUse | None = None
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``summary.json`` into ``folder``, whole or not at all."""
@@ -104,9 +183,9 @@ class Summary:
     def scalars(self) -> dict[str, float]:
         """Its finite numbers by dotted name behind ``summary/``, for loggers, without the layers' and the time taken."""
         found = {f"summary/{name}": float(getattr(self, name)) for name in ("seed", "steps")}
-        for part in ("density", "test", "flops", "topology"):
-            for name, value in asdict(getattr(self, part)).items():
-                if isinstance(value, (int, float)) and math.isfinite(value):
+        for part in _PARTS:
+            for name, value in _leaves(asdict(getattr(self, part)) if getattr(self, part) is not None else {}):
+                if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
                     found[f"summary/{part}.{name}"] = float(value)
         return found
 
@@ -120,10 +199,45 @@ class Summary:
         path = Path(folder) / SUMMARY_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            parts = {"density": Density, "test": Quality, "flops": Flops, "topology": Topology}
-            return cls(**{k: parts[k](**v) if k in parts else v for k, v in values.items()})
+            return cls(**{k: _PARTS[k](**v) if k in _PARTS and v is not None else v for k, v in values.items()})
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not a run's summary: {error}") from error
+
+    @property
+    def selection(self) -> str:
+        """Which weights were tested, in words."""
+        if self.test.weights == "last":
+            return "last weights"
+        return f"best validation accuracy, at step {self.test.step:,}"
+
+    def costs(self) -> list[tuple[str, str]]:
+        """Names and texts of how operations were counted, and of what was measured on the machine."""
+        found = []
+        if self.flops.dense_inference is not None:
+            rule = convention_of(self.flops.convention)
+            found.append(("dense inference", f"{self.flops.dense_inference:,.0f} {rule.unit} a sample"))
+            found.append((CONVENTION, f"{rule.name}: {rule.description}"))
+        found += [(NOT_COUNTED, line) for line in self.flops.uncounted]
+        if self.memory is not None:
+            m = self.memory
+            found.append(("memory, predicted", f"{m.predicted_mib:.3g} MiB at batch size {m.conditions['batch_size']}"))
+            if m.peak_mib is not None:
+                text = f"{m.peak_mib:.4g} MiB, {m.conditions['before_mib']:.4g} MiB before training ({m.source})"
+                found.append(("memory, measured peak", text))
+        if self.latency is not None:
+            on, size = self.latency.conditions, self.latency.conditions["batch_size"]
+            where = f"{on['device']}, {on['threads']} thread{'s' * (on['threads'] != 1)}"
+            found.append(
+                ("latency", f"{self.latency.one_ms:.3g} ms, {self.latency.batch_ms:.3g} ms a batch of {size} ({where})")
+            )
+        if self.energy is not None:
+            e = self.energy
+            kind = "estimated" if e.estimated else "measured"
+            if e.training_joules is not None:
+                step = "" if e.step_joules is None else f", {e.step_joules:.3g} J a step"
+                found.append((f"training energy, {kind}", f"{e.training_joules:.3g} J{step} ({e.source})"))
+            found.append((f"inference energy, {kind}", f"{e.inference_joules:.3g} J a sample ({e.source})"))
+        return found
 
     def renderable(self, folder: str | os.PathLike[str] | None = None) -> Group:
         """Return the summary as tables for ``rich``, with the run's folder below."""
@@ -131,22 +245,23 @@ class Summary:
         facts.add_column(style="dim")
         facts.add_column()
         weights, nonzero = (sum(layer[key] for layer in self.density.layers) for key in ("weights", "nonzero"))
-        ratio = self.flops.executed_ratio
-        executed = "" if ratio is None else f" in theory, {percent(ratio)} executed"
-        for name, value in (
-            ("test accuracy", Text(percent(self.test.accuracy), style="bold green")),
+        rows: list[tuple[str, str | Text]] = [
+            ("test accuracy", Text.assemble((percent(self.test.accuracy), "bold green"), f"  ({self.selection})")),
             ("test loss", number(self.test.loss)),
             (
                 "density",
                 f"{self.density.realised:.6g} (target {self.density.target:.6g}), {nonzero:,} of {weights:,} weights",
             ),
-            ("inference FLOPs", f"{percent(self.flops.inference_ratio)} of dense{executed}"),
-            ("training FLOPs", f"{percent(self.flops.training_ratio)} of dense"),
+            ("inference FLOPs", _of_dense(self.flops.inference_ratio, self.flops.executed_ratio)),
+            ("training FLOPs", _of_dense(self.flops.training_ratio, self.flops.training_executed_ratio)),
             ("topology updates", f"{self.topology.updates}"),
             ("explored", f"{percent(self.topology.exploration_rate)} of the weights"),
             ("training", f"{self.steps:,} steps in {self.seconds:.1f} s"),
-        ):
-            facts.add_row(name, value)
+            *self.costs(),
+        ]
+        for name, value in rows:
+            style = "yellow" if name == NOT_COUNTED else ""
+            facts.add_row(name, value if isinstance(value, Text) else Text(value, style=style))
         layers = Table(box=None, header_style="dim", padding=(0, 3, 0, 0), pad_edge=False)
         layers.add_column("layer")
         for header in ("shape", "weights", "active", "density"):
@@ -161,6 +276,31 @@ class Summary:
         if folder is not None:
             parts.append(Text(f"\n{Path(folder)}", style="dim"))
         return Group(*parts)
+
+
+_PARTS: dict[str, Any] = {
+    "density": Density,
+    "test": Quality,
+    "flops": Flops,
+    "topology": Topology,
+    "memory": MemoryUse,
+    "latency": Latency,
+    "energy": EnergyUse,
+}
+
+
+def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and what is no mapping."""
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            yield from _leaves(inner, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", inner
+
+
+def _of_dense(theoretical: float, executed: float | None) -> str:
+    done = "" if executed is None else f" in theory, {percent(executed)} executed"
+    return f"{percent(theoretical)} of dense{done}"
 
 
 def show(renderable: Any) -> None:

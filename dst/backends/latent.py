@@ -44,6 +44,8 @@ class Latent(Masked):
         ConfigurationError: A parameter that is spread over processes.
     """
 
+    backend = "latent"
+
     def __init__(
         self, model: nn.Module, layers: Sequence[SparseLayer], relaxation: Relaxation, *, density: float, seed: int
     ) -> None:

@@ -19,7 +19,14 @@ from torch.utils._pytree import tree_leaves
 from dst.errors import ConfigurationError
 from dst.metrics.counting import Example, forward_arguments, undisturbed
 
-_STORES_NON_ZEROS = {"masked": False, "latent": False, "csr": True}
+STORAGES = ("masked", "latent", "csr")
+"""Backends whose memory can be predicted."""
+
+_NARROW = 1 << 16
+"""Sides up to which csr storage keeps row and column numbers in two bytes."""
+
+_UNION_BYTES = 1 << 23
+"""Most bytes with which csr storage keeps the connections that were ever active, a bit each."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class Memory:
     """Bytes by what needs them.
 
     Attributes:
-        weights: Parameters and buffers.
+        weights: Parameters, copies of them that training or the kernels keep, and buffers.
         topology: Masks, or indices of the stored non-zeros.
         gradients: Of all parameters that are trained.
         optimizer_state: Momentum and the like.
@@ -57,38 +64,40 @@ def predict_memory(
     example: Example,
     active: Mapping[str, int],
     *,
-    backend: str = "masked",
+    backend: str | Mapping[str, str] = "masked",
     optimizer: Optimizer | None = None,
     dynamic: bool = True,
-    index_bytes: int = 4,
+    activations: int | None = None,
 ) -> Memory:
     """Predict what training, or inference, with so many active weights needs.
 
-    A parameter of n weights of s bytes, a of them active, takes
+    A parameter of n weights of s bytes, a of them active, takes in training
 
-    ============  ==========================  =======================================================
-    part          masked, latent              csr
-    ============  ==========================  =======================================================
-    weights       n·s                         a·s
-    topology      n (mask) + n·s (its bits)   a·i (columns) + (rows + 1)·i (row starts)
-                  + n (union, if dynamic)
-    gradients     n·s                         a·s
-    state         n per copy of the weights   a per copy of the weights
-    ============  ==========================  =======================================================
+    ============  ==========================  ========================  ===============================================
+    part          masked                      latent                    csr
+    ============  ==========================  ========================  ===============================================
+    weights       n·s                         2·n·s (latent ones too)   2·a·s (by columns, and a copy by rows)
+    topology      n (mask) + n·s (its bits)   as masked                 a·(2·i + 4) + 4·(rows + 1) + 4·(columns + 1)
+                  + n (union, if dynamic)                               + n/8, at most 8 MiB (union, if dynamic)
+    gradients     n·s                         n·s                       a·s
+    state         n per copy of the weights   n per copy                a per copy
+    ============  ==========================  ========================  ===============================================
 
-    with i the bytes of an index. The bits are kept for parameters that are not wholly active. Masked storage thus needs more
-    than a dense network, which the prediction shows.
+    with i the bytes of an index: 2 where neither side exceeds 65,536, else 4. With 32-bit weights and one momentum that makes
+    24 bytes for a non-zero of csr storage. The bits are kept for parameters that are not wholly active. Masked and latent
+    storage thus need more than a dense network, which the prediction shows. What a relaxation learns besides, and tensors
+    that live for a moment while the topology moves, are left out.
 
     Args:
         model: The dense model. It is run once on its own device, in training mode if there is an optimizer, and left as it
             was; on the ``meta`` device nothing is computed.
         example: A batch, as in `dst.metrics.count_operations`.
         active: Parameter name -> active weights, of the sparse parameters.
-        backend: "masked", "latent" or "csr".
+        backend: "masked", "latent" or "csr"; or parameter name -> one of them, where they differ: the rest is "masked".
         optimizer: The optimizer that will train the model; its state is found by a step on a small parameter. None
-            predicts inference: no gradients, no optimizer state, and masks are not needed.
+            predicts inference: no gradients, no optimizer state, and neither masks nor latent weights are needed.
         dynamic: Whether the topology moves: the union of all masks is kept then.
-        index_bytes: Bytes i of an index.
+        activations: Bytes of activations where they are known, from `activation_bytes`; the model is not run then.
 
     Returns:
         The prediction.
@@ -102,34 +111,47 @@ def predict_memory(
         >>> model = torch.nn.Linear(100, 10, bias=False)
         >>> optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
         >>> predict_memory(model, torch.zeros(8, 100), {"weight": 50}, backend="csr", optimizer=optimizer)
-        Memory(weights=200, topology=244, gradients=200, optimizer_state=200, activations=3200)
+        Memory(weights=400, topology=973, gradients=200, optimizer_state=200, activations=3200)
     """
-    if backend not in _STORES_NON_ZEROS:
-        raise ConfigurationError(f"backend={backend!r} is unknown; choose from {', '.join(_STORES_NON_ZEROS)}")
+    homes = dict.fromkeys(active, backend) if isinstance(backend, str) else backend
+    for home in [backend] if isinstance(backend, str) else homes.values():
+        if home not in STORAGES:
+            raise ConfigurationError(f"backend={home!r} is unknown; choose from {', '.join(STORAGES)}")
     named = dict(model.named_parameters())
     for name, count in active.items():
         if name not in named:
             raise ConfigurationError(f"the model has no parameter {name}")
         if not 0 <= count <= named[name].numel():
             raise ConfigurationError(f"{name} has {named[name].numel()} weights; {count} of them cannot be active")
-    training, non_zeros = optimizer is not None, _STORES_NON_ZEROS[backend]
+    training = optimizer is not None
     state = _state_bytes(optimizer) if optimizer is not None else {}
     weights = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     topology = gradients = optimizer_state = 0
     for name, parameter in named.items():
-        size = parameter.element_size()
-        stored = active[name] if non_zeros and name in active else parameter.numel()
-        weights += stored * size
-        if name in active and non_zeros:
-            topology += (stored + parameter.shape[0] + 1) * index_bytes
-        elif name in active and training:
-            bits = parameter.numel() * size if active[name] < parameter.numel() else 0
-            topology += parameter.numel() * (1 + dynamic) + bits
+        size, count = parameter.element_size(), parameter.numel()
+        home = homes.get(name, "masked") if name in active else "dense"
+        stored = active[name] if home == "csr" else count
+        copies = 2 if home == "csr" or (home == "latent" and training) else 1
+        weights += copies * stored * size
+        if home == "csr":
+            topology += _index_bytes(parameter.shape, stored)
+            topology += min(-(-count // 8), _UNION_BYTES) if training and dynamic else 0
+        elif home != "dense" and training:
+            topology += count * (1 + dynamic) + (count * size if active[name] < count else 0)
         if training and parameter.requires_grad:
             gradients += stored * size
             per_weight, fixed = state.get(id(parameter), (0, 0))
             optimizer_state += stored * per_weight + fixed
-    return Memory(weights, topology, gradients, optimizer_state, activation_bytes(model, example, training=training))
+    if activations is None:
+        activations = activation_bytes(model, example, training=training)
+    return Memory(weights, topology, gradients, optimizer_state, activations)
+
+
+def _index_bytes(shape: torch.Size, stored: int) -> int:
+    """Bytes of all index tensors of csr storage: both orders, their pointers, and the permutation between them."""
+    rows, columns = shape[0], shape[1:].numel()
+    narrow = max(rows, columns) <= _NARROW
+    return stored * (2 * (2 if narrow else 4) + 4) + 4 * (rows + 1 + columns + 1)
 
 
 def activation_bytes(model: nn.Module, example: Example, *, training: bool = True) -> int:

@@ -21,7 +21,7 @@ from dst.report.charts import (
     thin,
 )
 from dst.report.data import Points, RunData
-from dst.summary import Summary, number, percent
+from dst.summary import CONVENTION, NOT_COUNTED, Summary, number, percent
 
 SECTIONS = {
     "summary": "Summary",
@@ -93,19 +93,45 @@ def _summary(run: RunData) -> str:
     weights, active = (sum(layer[key] for layer in summary.density.layers) for key in ("weights", "nonzero"))
     facts = [
         ("test accuracy", percent(summary.test.accuracy)),
+        ("tested", summary.selection),
         ("test loss", number(summary.test.loss)),
         ("density", f"{summary.density.realised:.6g} (target {summary.density.target:.6g})"),
         ("active weights", f"{active:,} of {weights:,}"),
         ("inference FLOPs, theoretical", f"{percent(summary.flops.inference_ratio)} of dense"),
         ("inference FLOPs, executed", f"{percent(_executed(run, summary))} of dense"),
         ("training FLOPs, theoretical", f"{percent(summary.flops.training_ratio)} of dense"),
+        *(
+            [("training FLOPs, executed", f"{percent(summary.flops.training_executed_ratio)} of dense")]
+            if summary.flops.training_executed_ratio is not None
+            else []
+        ),
         ("topology updates", f"{summary.topology.updates:,}"),
         ("explored", f"{percent(summary.topology.exploration_rate)} of the weights"),
         ("training", f"{summary.steps:,} steps in {summary.seconds:.1f} s"),
         ("seed", str(summary.seed)),
         ("backend", run.backend),
+        *(fact for fact in summary.costs() if fact[0] not in (CONVENTION, NOT_COUNTED)),
     ]
-    return "<dl>" + "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in facts) + "</dl>"
+    warned = "".join(f'<p class="warning">Not counted: {_text(line)}</p>' for line in summary.flops.uncounted)
+    rule = "".join(
+        f'<p class="none">Convention {_text(line)}.</p>' for name, line in summary.costs() if name == CONVENTION
+    )
+    listed = "".join(f"<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>" for k, v in facts)
+    return f"{warned}<dl>{listed}</dl>{rule}{_memory(summary)}"
+
+
+def _memory(summary: Summary) -> str:
+    """The prediction's parts beside what was measured."""
+    memory = summary.memory
+    if memory is None:
+        return ""
+    rows = [[name.replace("_", " "), f"{mib:.4g}"] for name, mib in memory.parts.items()]
+    rows.append(["all, predicted", f"{memory.predicted_mib:.4g}"])
+    if memory.peak_mib is not None:
+        rows.append(["measured before training", f"{memory.conditions['before_mib']:.4g}"])
+        rows.append(["measured peak", f"{memory.peak_mib:.4g}"])
+    table = _table(["memory in training", "MiB"], rows, "Memory")
+    return f"<details><summary>Memory in training</summary>{table}</details>"
 
 
 def _curves(run: RunData) -> str:
@@ -351,6 +377,7 @@ dd { margin: 0; font-size: 1.05rem; font-variant-numeric: tabular-nums }
 figure { margin: 0; min-width: 0 } figcaption { font-size: .95rem; margin-bottom: .4rem }
 figure > svg { display: block; width: 100%; height: auto } image { image-rendering: pixelated }
 svg text { font: 11px system-ui, sans-serif; fill: var(--ink) } svg .soft { fill: var(--soft) }
+.warning { border-left: 3px solid var(--s1); padding-left: .6rem; margin: 0 0 .6rem }
 .grid { stroke: var(--line); fill: none } .mark { stroke: var(--soft); stroke-dasharray: 1 3; fill: none }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round } .bar { fill: var(--s0) }
 .line.s0 { stroke: var(--s0) } .line.s1 { stroke: var(--s1); stroke-dasharray: 7 3 }

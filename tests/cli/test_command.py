@@ -35,17 +35,30 @@ def train(folder, *arguments, path=""):
 
 def check_schema(summary):
     assert list(summary) == [
-        "sparsity", "seed", "steps", "seconds", "density", "test", "flops", "topology"
+        "sparsity", "seed", "steps", "seconds", "density", "test", "flops", "topology",
+        "memory", "latency", "energy",
     ]  # fmt: skip
     assert list(summary["density"]) == ["target", "realised", "layers"]
-    assert list(summary["test"]) == ["accuracy", "loss"]
+    assert list(summary["test"]) == ["accuracy", "loss", "weights", "step"]
+    assert (summary["test"]["weights"], summary["test"]["step"]) == ("last", summary["steps"])
     assert list(summary["flops"]) == [
         "inference_ratio",
         "training_ratio",
         "executed_ratio",
         "training_executed_ratio",
         "dense_inference",
+        "convention",
+        "uncounted",
     ]
+    assert (summary["flops"]["convention"], summary["flops"]["uncounted"]) == ("flops", [])
+    assert list(summary["memory"]) == ["predicted_mib", "peak_mib", "source", "parts", "conditions"]
+    assert list(summary["memory"]["parts"]) == [
+        "weights", "topology", "gradients", "optimizer_state", "activations"
+    ]  # fmt: skip
+    assert list(summary["latency"]) == ["one_ms", "batch_ms", "conditions"]
+    assert list(summary["energy"]) == [
+        "training_joules", "step_joules", "inference_joules", "estimated", "source"
+    ]  # fmt: skip
     assert summary["flops"]["executed_ratio"] == 1  # the masked backend multiplies by its zeros
     assert list(summary["topology"]) == ["updates", "exploration_rate"]
     for layer in summary["density"]["layers"]:

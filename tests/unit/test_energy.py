@@ -45,9 +45,10 @@ def test_machines_without_counters_get_an_estimate_that_says_what_it_assumes(tmp
     used = {"seconds": 3.0}
 
     def times():
-        return types.SimpleNamespace(user=used["seconds"], system=1.0, children_user=0.5, children_system=0.5)
+        return types.SimpleNamespace(user=9.0, system=9.0, children_user=0.5 * used["seconds"], children_system=0.5)
 
     monkeypatch.setattr(module.os, "times", times)
+    monkeypatch.setattr(module.time, "process_time", lambda: 0.5 * used["seconds"])
     with EnergyMeter(meters=[meter]) as measured:
         used["seconds"] += 2
     assert measured.result.joules == 14

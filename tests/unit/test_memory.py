@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -33,13 +35,65 @@ def test_stored_non_zeros_by_hand():
     batch = torch.zeros(8, 100, dtype=torch.float64)
     optimizer = torch.optim.Adam(model.parameters())
     found = predict_memory(model, batch, {"weight": 50}, backend="csr", optimizer=optimizer)
-    assert found.weights == found.gradients == 8 * 60
-    assert found.topology == 4 * (50 + 11)
+    assert found.gradients == 8 * 60
+    assert found.weights == 8 * (2 * 50 + 10)
+    assert found.topology == 50 * (2 + 2 + 4) + 4 * (11 + 101) + 1000 // 8
     assert found.optimizer_state == 2 * 8 * 60 + 2 * 4  # two moments, and a step of four bytes for each parameter
-    wide = predict_memory(model, batch, {"weight": 50}, backend="csr", optimizer=optimizer, index_bytes=8)
-    assert wide.topology == 2 * found.topology
+    wide = nn.Linear(70_000, 2, bias=False, device="meta")
+    wide = predict_memory(wide, torch.zeros(1, 70_000, device="meta"), {"weight": 50}, backend="csr")
+    assert wide.topology == 50 * (4 + 4 + 4) + 4 * (3 + 70_001)
     dense = predict_memory(model, batch, {}, optimizer=optimizer)
     assert found.total < dense.total < predict_memory(model, batch, {"weight": 50}, optimizer=optimizer).total
+
+
+def held_by(sparsifier, model, optimizer):
+    """Bytes of everything a training holds between steps, each memory once, but for activations."""
+    state = [v for p in optimizer.state.values() for v in p.values() if isinstance(v, torch.Tensor)]
+    found = [*model.parameters(), *model.buffers(), *state, *(p.grad for p in model.parameters())]
+    for storage in sparsifier._storages:
+        if storage.backend == "csr":
+            for module in storage._modules.values():
+                pattern = vars(module.pattern).values()
+                found += [module.row_major(module.values), *(t for t in pattern if isinstance(t, torch.Tensor))]
+            found += [explored.bits for explored in storage._explored.values()]
+        else:
+            found += [*storage._masks.values(), *storage._union.values(), *storage._bits._tensors.values()]
+            found += [] if storage.backend == "masked" else [*storage._weights.values()]
+    return sum({t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in found}.values())
+
+
+@pytest.mark.parametrize("backend", ["masked", "latent", "csr"])
+def test_prediction_is_what_a_training_holds(backend):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48, bias=False), nn.Linear(48, 32, bias=False), nn.Linear(32, 10))
+    twin = copy.deepcopy(model)
+    method = (
+        dst.methods.top_kast(0.1) if backend == "latent" else dst.methods.rigl(0.1, update_every=2, backend=backend)
+    )
+    model = dst.prepare(model, method)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    sparsifier = dst.Sparsifier(model, optimizer, method, total_steps=8)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.randn(16, 64)).square().mean().backward()
+        sparsifier.before_step()
+        optimizer.step()
+    active = {row["name"]: row["nonzero"] for row in sparsifier.layer_table()}
+    homes = sparsifier.backends
+    assert set(homes.values()) == {backend}
+    trained = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
+    predicted = predict_memory(twin, torch.zeros(16, 64), active, backend=homes, optimizer=trained)
+    assert predicted.total - predicted.activations == held_by(sparsifier, model, optimizer)
+
+
+def test_storages_may_differ_within_a_model():
+    model = nn.Sequential(nn.Linear(100, 50, bias=False), nn.Linear(50, 40, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    mixed = predict_memory(
+        model, (100,), {"0.weight": 500, "1.weight": 200}, backend={"0.weight": "csr"}, optimizer=optimizer
+    )
+    assert mixed.gradients == 4 * (500 + 2000)
+    assert mixed.weights == 4 * (2 * 500 + 2000)
 
 
 @pytest.mark.parametrize("name", small.OPTIMIZERS)
@@ -165,6 +219,7 @@ def test_systems_that_tell_less(monkeypatch, tmp_path):
         (({"other": 1}, "masked"), "no parameter other"),
         (({"weight": 7}, "masked"), "6 weights; 7"),
         (({}, "dense"), "backend='dense' is unknown"),
+        (({"weight": 1}, {"weight": "dense"}), "backend='dense' is unknown"),
     ],
 )
 def test_refuses(arguments, message):
