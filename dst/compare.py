@@ -393,6 +393,8 @@ def _grouped(runs: Sequence[Run]) -> tuple[dict[str, dict[int, Run]], list[str]]
             parts = [method, *([f"density={density}"] if density is not None and method != "dense" else [])]
             label = " ".join([*parts, *(f"{name}={run.settings.get(name)}" for name in varying)])
             same = groups.setdefault(label, {})
+            if run.seed in same and method == "dense" and density != same[run.seed].settings.get("density"):
+                continue  # a sweep over densities trains the dense network once for each: the first one counts
             if run.seed in same:
                 raise DataError(
                     f"{same[run.seed].folder} and {run.folder} are both runs of {label} with seed {run.seed}: leave one out"

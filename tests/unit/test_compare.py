@@ -197,6 +197,14 @@ def test_files_of_every_kind(tmp_path, capsys):
     assert [y for _, y in positions] == sorted((y for _, y in positions), reverse=True)  # and better is higher
 
 
+def test_a_dense_run_counts_once_in_a_sweep_over_densities(tmp_path):
+    for i, density in enumerate((0.1, 0.05)):
+        make_run(tmp_path / str(i), method="dense", density=density, accuracy=0.9)
+    comparison = compare(read_runs([tmp_path]))
+    assert [group.label for group in comparison.groups] == ["dense"]
+    assert list(comparison.groups[0].runs) == [0]
+
+
 def test_bad_arguments_end_in_one_line(tmp_path, capsys):
     make_run(tmp_path / "a" / "1")
     make_run(tmp_path / "a" / "2")
