@@ -49,8 +49,13 @@ def config():
 
 
 def metrics(folder):
+    """All rows but those about topology, without what the machine measured."""
+    measured = tuple(f"summary/{part}." for part in ("memory", "latency", "energy"))
     with (folder / "metrics.csv").open(newline="") as file:
-        rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(file)]
+        rows = [
+            {name: value for name, value in row.items() if value and not name.startswith(measured)}
+            for row in csv.DictReader(file)
+        ]
     return [row for row in rows if "topology/updates" not in row]
 
 

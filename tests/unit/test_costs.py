@@ -128,7 +128,7 @@ def test_a_run_on_non_zeros_says_so_in_every_cost(config, tmp_path):
     assert parts["gradients"] == parts["optimizer_state"] == 4 * (nonzero + biases)
     assert parts["weights"] == 4 * (2 * nonzero + biases)
     assert sum(parts.values()) == pytest.approx(summary.memory.predicted_mib * 2**20)
-    assert summary.memory.peak_mib > summary.memory.conditions["before_mib"] > 0
+    assert summary.memory.peak_mib >= summary.memory.conditions["before_mib"] > 0
     assert summary.flops.executed_ratio == summary.flops.inference_ratio < 0.11
     assert summary.flops.dense_inference == 50_200
     assert summary.latency.one_ms > 0
