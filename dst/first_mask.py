@@ -11,7 +11,6 @@ from dst.allocation import planned_counts
 from dst.errors import ConfigurationError
 from dst.layers import SparseLayer
 from dst.method import Method
-from dst.patterns import Unstructured
 from dst.topology import count_active, top_indices
 from dst.types import Allocation, LayerView, as_sampler, folded_generator
 
@@ -98,7 +97,7 @@ def first_positions(
         return init.scores(view(layer, folded_generator(seed, "init", step, layer.label)))
 
     density = method.density if density is None else density
-    pattern = method.pattern.for_density(density) if density < 1 else Unstructured()
+    pattern = method.pattern_at(density)
     allocation = method.first_allocation or method.allocation
     by_score = allocation.needs_scores and pattern.is_free and density < 1
     scores = [score(layer) for layer in layers] if by_score else None

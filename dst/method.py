@@ -261,6 +261,10 @@ class Method:
             return self.density  # the last step is the last chance to arrive there
         return self.schedule(step, total_steps, self.density)
 
+    def pattern_at(self, density: float) -> Pattern:
+        """The pattern at a density of the network, in (0, 1]: a dense one has none."""
+        return self.pattern.for_density(density) if density < 1 else patterns.Unstructured()
+
     def _check_relaxation(self, relaxation: Relaxation, dynamic: bool) -> None:
         kind = type(relaxation).__name__
         if self.backend == "csr":

@@ -602,7 +602,7 @@ class Sparsifier:
         parts = {layer.label: layer.part(masks[layer.parameter]).reshape(-1) for layer in self.layers}
         kept = sum(int(part.sum()) for part in parts.values())
         density = self.method.density
-        pattern = self.method.pattern.for_density(density) if density < 1 else Unstructured()
+        pattern = self.method.pattern_at(density)
         slack = 0
         for layer in self.layers:
             mask = layer.part(masks[layer.parameter])
@@ -677,7 +677,7 @@ class Sparsifier:
         if not moves or density == self._budget_density:
             return
         method = self.method
-        pattern = method.pattern.for_density(density) if density < 1 else Unstructured()
+        pattern = method.pattern_at(density)
         free = [layer for layer in self.layers if pattern.obstacle(layer) is None]
         active = [self._active(layer) for layer in free]
         counts: list[int] | None
@@ -728,7 +728,7 @@ class Sparsifier:
         """
         method = self.method
         density = self._density_at(step)
-        pattern = method.pattern.for_density(density) if density < 1 else Unstructured()
+        pattern = method.pattern_at(density)
         # Where budget moves between layers, one that has become full may give some back.
         gives = method.redistribute is not None and fraction is not None and density < 1
         moved = [

@@ -11,7 +11,6 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 import dst
-from dst.patterns import Unstructured
 from tests.methods_list import TOTAL_STEPS
 
 
@@ -126,7 +125,7 @@ def settles_at(method: dst.Method) -> int | None:
 
 def check_budget(sparsifier: dst.Sparsifier, method: dst.Method) -> None:
     """Assert that the network has the method's density, as exactly as the pattern can hold it."""
-    pattern = method.pattern.for_density(method.density) if method.density < 1 else Unstructured()
+    pattern = method.pattern_at(method.density)
     active = {row["name"]: row["nonzero"] for row in sparsifier.layer_table()}
     free = [layer for layer in sparsifier.layers if pattern.obstacle(layer) is None]
     assert all(active[layer.label] == layer.weights for layer in sparsifier.layers if layer not in free)
