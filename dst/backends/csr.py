@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from dst.backends.explored import Explored
 from dst.backends.saved import as_positions, narrow, union_as_bits
-from dst.backends.storage import Draft, is_finite
+from dst.backends.storage import Draft, Storage, is_finite
 from dst.errors import ConfigurationError, StateError
 from dst.first_mask import first_positions
 from dst.init import FromFile
@@ -34,7 +34,7 @@ _SPARSE = (SparseLinear.__name__, SparseConv2d.__name__)
 _HOOKS = tuple(name for name in nn.Linear(1, 1).__dict__ if name.endswith("_hooks") and "state_dict" not in name)
 
 
-class Csr:
+class Csr(Storage):
     """Storage in ``SparseLinear`` modules; see ``dst.backends.storage.Storage``.
 
     Args:
@@ -65,10 +65,6 @@ class Csr:
         """See ``Storage``; built anew at every call."""
         return {name: module.mask() for name, module in self._modules.items()}
 
-    def mask_of(self, name: str) -> Tensor | None:
-        """See ``Storage``: the parameter holds nothing inactive."""
-        return None
-
     def shape(self, name: str) -> tuple[int, ...]:
         """See ``Storage``."""
         return self._modules[name].shape
@@ -84,9 +80,6 @@ class Csr:
         """See ``Storage``."""
         module = self._modules[layer.parameter]
         return LayerView(module.dense_weight(), module.mask(), None, None, generator)
-
-    def adopt(self, positions: Mapping[str, Tensor]) -> None:
-        """See ``Storage``: the modules have their connections."""
 
     def rescale(self, layer: SparseLayer) -> None:
         """See ``Storage``."""
@@ -174,35 +167,6 @@ class Csr:
         """See ``Storage``."""
         for name in self._modules.keys() & collected.keys():
             self._modules[name].restore_collected([(x.clone(), g.clone()) for x, g in collected[name]])
-
-    def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """See ``Storage``: there is nothing inactive."""
-
-    def mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:
-        """See ``Storage``: there is nothing inactive."""
-
-    def begin_step(self, optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> None:
-        """See ``Storage``: parameters hold what the optimizer moves."""
-
-    def end_step(self, parameters: Collection[nn.Parameter], step: int, steps: int) -> None:
-        """See ``Storage``: there is nothing inactive."""
-
-    def release(self) -> None:
-        """See ``Storage``: there is nothing to remove."""
-
-    def latent_state(self) -> dict[str, Tensor]:
-        """See ``Storage``: nothing is kept elsewhere."""
-        return {}
-
-    def latent_shapes(self, masked: bool) -> dict[str, tuple[int, ...]]:
-        """See ``Storage``."""
-        return {}
-
-    def load_latent(self, saved: Mapping[str, Tensor], step: int) -> None:
-        """See ``Storage``."""
-
-    def mask_optimizer_state(self, optimizer: Optimizer) -> None:
-        """See ``Storage``: there is nothing inactive."""
 
     def track_average(self, model: nn.Module) -> None:
         """See ``Storage``."""

@@ -8,7 +8,7 @@ weights' dtype does (a fifteenth of one by bool masks), and unlike one it makes 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dst.backends.saved import as_mask, union_as_mask
-from dst.backends.storage import Draft
+from dst.backends.storage import Draft, Storage
 from dst.errors import ConfigurationError
 from dst.layers import SparseLayer
 from dst.optimizer_state import clear_state, mask_state
@@ -73,7 +73,7 @@ def _expand(mask: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like, dtype=_INTEGERS[like.element_size()]).copy_(mask).neg_()
 
 
-class Masked:
+class Masked(Storage):
     """Storage in ordinary parameters; see ``dst.backends.storage.Storage``.
 
     Args:
@@ -82,7 +82,6 @@ class Masked:
     """
 
     backend = "masked"
-    is_placed = False
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], layers: Sequence[SparseLayer]) -> None:
         for name, parameter in parameters.items():
@@ -232,20 +231,6 @@ class Masked:
         self._bits.rewire(parameter, here, self._masks[name])
         self.active[layer.label] += rewiring.grown.numel() - rewiring.dropped.numel()
 
-    def expect_dense_gradient(self, parameters: Collection[nn.Parameter], expected: bool) -> None:
-        """See ``Storage``; gradients are always dense."""
-
-    def collected_is_finite(self, parameters: Collection[nn.Parameter]) -> bool:
-        """See ``Storage``: the gradients are the parameters'."""
-        return True
-
-    def collected_state(self) -> dict[str, list[list[Tensor]]]:
-        """See ``Storage``."""
-        return {}
-
-    def load_collected(self, collected: Mapping[str, list[list[Tensor]]]) -> None:
-        """See ``Storage``."""
-
     def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """See ``Storage``."""
         self._bits.mask_gradients(parameters)
@@ -253,27 +238,6 @@ class Masked:
     def mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:
         """See ``Storage``."""
         self._bits.mask_weights(parameters)
-
-    def begin_step(self, optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> None:
-        """See ``Storage``; parameters hold what the optimizer moves."""
-
-    def end_step(self, parameters: Collection[nn.Parameter], step: int, steps: int) -> None:
-        """See ``Storage``."""
-        self.mask_weights(parameters)
-
-    def release(self) -> None:
-        """See ``Storage``; there is nothing to remove."""
-
-    def latent_state(self) -> dict[str, Tensor]:
-        """See ``Storage``; nothing is kept elsewhere."""
-        return {}
-
-    def latent_shapes(self, masked: bool) -> dict[str, tuple[int, ...]]:
-        """See ``Storage``."""
-        return {}
-
-    def load_latent(self, saved: Mapping[str, Tensor], step: int) -> None:
-        """See ``Storage``."""
 
     def mask_optimizer_state(self, optimizer: Optimizer) -> None:
         """See ``Storage``."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,30 +41,37 @@ class Draft:
     condemned: Tensor | None = None
 
 
-class Storage(Protocol):
+class Storage(ABC):
     """The weights of some sparse parameters and which of them are active.
 
-    Parameters go by the name that they have in the dense model, and positions are row-major in a layer of its shape.
+    Parameters go by the name that they have in the dense model, and positions are row-major in a layer of its shape. What a
+    backend has no use for has a default that does nothing.
     """
 
-    backend: str
+    backend: ClassVar[str]
     """Its name: ``masked``, ``latent`` or ``csr``."""
+    is_placed: ClassVar[bool] = False
+    """Whether the layers come with their first connections, made by ``dst.prepare``."""
     parameters: Mapping[str, nn.Parameter]
     """Name to the parameter that the optimizer holds."""
     active: dict[str, int]
     """Layer label to its number of active weights."""
-    is_placed: bool
-    """Whether the layers come with their first connections, made by ``dst.prepare``."""
 
+    # -- what is active -------------------------------------------------------------------------------------------
+
+    @abstractmethod
     def masks(self) -> dict[str, Tensor]:
         """Name to bool mask of the dense shape (a DTensor for a parameter that is one)."""
 
     def mask_of(self, name: str) -> Tensor | None:
-        """The mask of this process's part of a parameter, where the parameter holds inactive weights too."""
+        """The mask of this process's part of a parameter; ``None`` where the parameter holds no inactive weights."""
+        return None
 
+    @abstractmethod
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the dense weight."""
 
+    @abstractmethod
     def view(
         self,
         layer: SparseLayer,
@@ -74,40 +82,41 @@ class Storage(Protocol):
     ) -> LayerView:
         """The layer at its dense shape, for what looks at every position."""
 
-    def adopt(self, positions: Mapping[str, Tensor]) -> None:
+    def adopt(self, positions: Mapping[str, Tensor]) -> None:  # noqa: B027
         """Take over connections: layer label to sorted positions. Inactive weights are zero then."""
 
+    @abstractmethod
     def rescale(self, layer: SparseLayer) -> None:
         """Scale each output's weights by sqrt(fan-in / active fan-in)."""
 
+    # -- a topology update ----------------------------------------------------------------------------------------
+
+    @abstractmethod
     def decide(self, layer: SparseLayer, draft: Draft) -> Rewiring | None:
         """Decide an update and change nothing; ``None`` where a gradient that it needs is missing."""
 
+    @abstractmethod
     def apply(self, layer: SparseLayer, rewiring: Rewiring, optimizer: Optimizer) -> None:
         """Make an update: weights and optimizer state are zero where it changed, and go on where it did not.
 
         The gradient fits the new connections afterwards, those that have grown included where it was expected.
         """
 
-    def expect_dense_gradient(self, parameters: Collection[nn.Parameter], expected: bool) -> None:
+    # -- an optimizer step ----------------------------------------------------------------------------------------
+
+    def expect_dense_gradient(self, parameters: Collection[nn.Parameter], expected: bool) -> None:  # noqa: B027
         """Announce whether the step to come reads gradients of inactive weights; called before its forward pass."""
 
-    def collected_is_finite(self, parameters: Collection[nn.Parameter]) -> bool:
-        """Whether what stands for gradients of inactive weights, where parameters hold none, is finite."""
-
-    def collected_state(self) -> dict[str, list[list[Tensor]]]:
-        """That, for a checkpoint in the middle of an accumulated step."""
-
-    def load_collected(self, collected: Mapping[str, list[list[Tensor]]]) -> None:
-        """Go on from ``collected_state``; without effect where the coming step does not need it."""
-
-    def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+    def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:  # noqa: B027
         """Set gradients of inactive weights to zero."""
 
-    def mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:
+    def mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:  # noqa: B027
         """Set inactive weights to zero."""
 
-    def begin_step(self, optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> None:
+    def mask_optimizer_state(self, optimizer: Optimizer) -> None:  # noqa: B027
+        """Set an optimizer's state of inactive weights to zero."""
+
+    def begin_step(self, optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> None:  # noqa: B027
         """Let parameters and gradients be what the optimizer moves, as its step begins; without effect a second time."""
 
     def end_step(self, parameters: Collection[nn.Parameter], step: int, steps: int) -> None:
@@ -118,40 +127,64 @@ class Storage(Protocol):
             step: The number of the step to come.
             steps: When the first mask is made.
         """
+        self.mask_weights(parameters)
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027
         """Leave the model as it is to be used without this storage."""
+
+    # -- gradients that are kept outside parameters ---------------------------------------------------------------
+
+    def collected_is_finite(self, parameters: Collection[nn.Parameter]) -> bool:
+        """Whether what stands for gradients of inactive weights, where parameters hold none, is finite."""
+        return True
+
+    def collected_state(self) -> dict[str, list[list[Tensor]]]:
+        """That, for a checkpoint in the middle of an accumulated step."""
+        return {}
+
+    def load_collected(self, collected: Mapping[str, list[list[Tensor]]]) -> None:  # noqa: B027
+        """Go on from ``collected_state``; without effect where the coming step does not need it."""
+
+    # -- weights that are kept beside parameters ------------------------------------------------------------------
 
     def latent_state(self) -> dict[str, Tensor]:
         """What is kept beside the parameters, by name, for a checkpoint."""
+        return {}
 
     def latent_shapes(self, masked: bool) -> dict[str, tuple[int, ...]]:
         """The names and shapes of ``latent_state``, before or after the first mask is made."""
+        return {}
 
-    def load_latent(self, saved: Mapping[str, Tensor], step: int) -> None:
+    def load_latent(self, saved: Mapping[str, Tensor], step: int) -> None:  # noqa: B027
         """Go on from ``latent_state`` at a step; follows ``load``."""
 
-    def mask_optimizer_state(self, optimizer: Optimizer) -> None:
-        """Set an optimizer's state of inactive weights to zero."""
+    # -- copies, exploration and checkpoints ----------------------------------------------------------------------
 
+    @abstractmethod
     def track_average(self, model: nn.Module) -> None:
         """Keep a copy of the model on the same connections from now on; refuse one that lacks a parameter."""
 
+    @abstractmethod
     def explore(self) -> None:
         """Count from now on which connections have ever been active."""
 
+    @abstractmethod
     def explored(self, layer: SparseLayer) -> float:
         """How many connections of a layer have ever been active."""
 
+    @abstractmethod
     def signatures(self) -> Iterable[tuple[str, Tensor]]:
         """Name and a tensor, equal on processes whose masks are; only for parameters that all processes hold whole."""
 
+    @abstractmethod
     def masks_state(self) -> dict[str, Tensor]:
         """Masks for a checkpoint: whole bool tensors, or sorted positions."""
 
+    @abstractmethod
     def union_state(self) -> dict[str, Tensor]:
         """What ``explore`` counted, for a checkpoint."""
 
+    @abstractmethod
     def load(self, masks: Mapping[str, Tensor], union: Mapping[str, Tensor]) -> None:
         """Go on from ``masks_state`` and ``union_state``, of this backend or another."""
 
