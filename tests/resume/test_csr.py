@@ -14,6 +14,7 @@ from dst.nn import SparseLinear
 from tests.methods_list import DENSITY
 from tests.resume.fits import Fit, check_same, differences
 from tests.resume.test_lightning import SaveAt
+from tests.sampling import rotated
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 
@@ -27,23 +28,23 @@ METHODS: dict[str, Callable[[], Method]] = {
 }
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("name", METHODS)
-def test_a_fit_resumes_to_the_bit(name: str, optimizer: str, tmp_path: Path) -> None:
-    whole = Fit(SparseTraining(METHODS[name]()), tmp_path, optimizer=optimizer)
+@pytest.mark.parametrize(("name", "optimizer", "step"), rotated(METHODS, ["sgd", "adamw"], [3, 4, 5, 13], each=2))
+def test_a_fit_resumes_to_the_bit(name: str, optimizer: str, step: int, tmp_path: Path) -> None:
+    def fit(folder: Path, resume: Path | None = None) -> Fit:
+        saver = {"every_n_train_steps": step}
+        return Fit(SparseTraining(METHODS[name]()), folder, optimizer=optimizer, resume=resume, saver=saver)
+
+    whole = fit(tmp_path)
     assert isinstance(whole.module.hidden, SparseLinear)
-    for step in (3, 4, 5, 13):
-        checkpoint = tmp_path / f"step={step}.ckpt"
-        state = torch.load(checkpoint, weights_only=True)["state_dict"]
-        assert "hidden.values" in state
-        assert "hidden.weight" not in state
-        resumed = Fit(SparseTraining(METHODS[name]()), tmp_path / "b", optimizer=optimizer, resume=checkpoint)
-        check_same(whole, resumed)
+    checkpoint = tmp_path / f"step={step}.ckpt"
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert "hidden.values" in state
+    assert "hidden.weight" not in state
+    check_same(whole, fit(tmp_path / "b", checkpoint))
 
 
-@pytest.mark.parametrize("micro", [12, 13, 14])
-@pytest.mark.parametrize("name", ["rigl", "rigl_with_step"])
-def test_a_checkpoint_within_the_accumulated_step_of_an_update(name: str, micro: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("micro", "name"), rotated([12, 13, 14], ["rigl", "rigl_with_step"]))
+def test_a_checkpoint_within_the_accumulated_step_of_an_update(micro: int, name: str, tmp_path: Path) -> None:
     whole = Fit(SparseTraining(METHODS[name]()), tmp_path / "whole", accumulate=3)
     sparse = SparseTraining(METHODS[name]())
     middle = tmp_path / "middle.ckpt"

@@ -18,6 +18,7 @@ from dst.checkpoints import load_checkpoint
 from dst.lightning import SparseTraining
 from tests.methods_list import DYNAMIC, METHODS, TOTAL_STEPS
 from tests.resume.fits import BATCHES, Fit, Interrupted, Module, StopAt, check_rows, check_same, differences
+from tests.sampling import rotated
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 
@@ -35,33 +36,41 @@ def points(name: str) -> list[int]:
     return sorted(chosen)
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_resumes_from_any_step(name: str, tmp_path: Path) -> None:
-    whole = Fit(SparseTraining(METHODS[name]()), tmp_path)
+@pytest.mark.parametrize(("name", "point"), rotated(METHODS, range(4)))
+def test_every_method_resumes_from_any_step(name: str, point: int, tmp_path: Path) -> None:
+    step = points(name)[point % len(points(name))]
+    whole = Fit(SparseTraining(METHODS[name]()), tmp_path, saver={"every_n_train_steps": step})
     assert whole.sparse.sparsifier is not None
     assert whole.sparse.sparsifier.step == TOTAL_STEPS
     if name in DYNAMIC:
         assert whole.sparse.sparsifier.updates > 3
-    for step in points(name):
-        resumed = Fit(SparseTraining(METHODS[name]()), tmp_path / "again", resume=tmp_path / f"step={step}.ckpt")
-        check_same(whole, resumed)
-        assert sum("loss" in row for _, row in resumed.rows.rows) >= TOTAL_STEPS - step
+    again = {"saver": {"every_n_train_steps": step}, "resume": tmp_path / f"step={step}.ckpt"}
+    resumed = Fit(SparseTraining(METHODS[name]()), tmp_path / "again", **again)
+    check_same(whole, resumed)
+    assert sum("loss" in row for _, row in resumed.rows.rows) >= TOTAL_STEPS - step
 
 
-@pytest.mark.parametrize("name", ["rigl", "set", "momentum_growth", "static_at_step"])
-@pytest.mark.parametrize("optimizer", ["adamw", "odd", "rmsprop"])
-def test_every_optimizer_resumes(name: str, optimizer: str, tmp_path: Path) -> None:
-    whole = Fit(SparseTraining(METHODS[name]()), tmp_path, optimizer=optimizer)
-    for step in (5, 10):
-        resume = tmp_path / f"step={step}.ckpt"
-        check_same(whole, Fit(SparseTraining(METHODS[name]()), tmp_path / "b", optimizer=optimizer, resume=resume))
+@pytest.mark.parametrize(
+    ("name", "optimizer", "step"),
+    rotated(["rigl", "set", "momentum_growth", "static_at_step"], ["adamw", "odd", "rmsprop"], [5, 10], each=2),
+)
+def test_every_optimizer_resumes(name: str, optimizer: str, step: int, tmp_path: Path) -> None:
+    def fit(folder: Path, resume: Path | None = None) -> Fit:
+        saver = {"every_n_train_steps": step}
+        return Fit(SparseTraining(METHODS[name]()), folder, optimizer=optimizer, resume=resume, saver=saver)
+
+    check_same(fit(tmp_path), fit(tmp_path / "b", tmp_path / f"step={step}.ckpt"))
 
 
-@pytest.mark.parametrize("name", ["rigl", "set", "snip", "momentum_growth"])
-@pytest.mark.parametrize(("accumulate", "stop"), [(1, 4), (1, 5), (3, 13), (3, 14), (3, 15)])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    rotated(["rigl", "set", "snip", "momentum_growth"], [(1, 4), (1, 5), (3, 13), (3, 14), (3, 15)], each=2),
+)
 def test_a_run_that_is_interrupted_goes_on_from_its_last_checkpoint(
-    name: str, accumulate: int, stop: int, tmp_path: Path
+    name: str, where: tuple[int, int], tmp_path: Path
 ) -> None:
+    accumulate, stop = where
+
     def sparse() -> SparseTraining:
         return SparseTraining(METHODS[name]())
 
@@ -91,8 +100,7 @@ class SaveAt(Callback):
             trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.parametrize("micro", [13, 14, 15])
-@pytest.mark.parametrize("order", [0, 1])
+@pytest.mark.parametrize(("micro", "order"), rotated([13, 14, 15], [0, 1]))
 def test_a_checkpoint_within_gradient_accumulation_keeps_the_gradients(micro: int, order: int, tmp_path: Path) -> None:
     method = METHODS["rigl"]()  # updates at step 4, which micro-batches 12, 13 and 14 make
     whole = Fit(SparseTraining(method), tmp_path / "whole", accumulate=3)
@@ -162,8 +170,8 @@ ORDERS: dict[str, Callable[[SparseTraining, Callback, Callback], Sequence[Callba
 }
 
 
-@pytest.mark.parametrize("name", ["rigl", "static_at_step"])
-def test_callbacks_in_any_order(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "order"), rotated(["rigl", "static_at_step"], ORDERS, each=2))
+def test_callbacks_in_any_order(name: str, order: str, tmp_path: Path) -> None:
     """Weights, averaged weights and metrics are the same in every order, and survive a resume in every other."""
 
     def fit(order: str, folder: Path, resume: Path | None = None) -> tuple[Fit, EMAWeightAveraging]:
@@ -171,19 +179,15 @@ def test_callbacks_in_any_order(name: str, tmp_path: Path) -> None:
         callbacks = list(ORDERS[order](sparse, average, LearningRateMonitor()))
         return Fit(sparse, folder, callbacks=callbacks, resume=resume), average
 
-    reference: Fit | None = None
-    for order in ORDERS:
-        whole, average = fit(order, tmp_path / order)
-        reference = reference or whole
-        assert not list(differences(reference.outcome(), whole.outcome()))
-        for other in ORDERS:
-            resumed, resumed_average = fit(other, tmp_path / "again", tmp_path / order / "step=9.ckpt")
-            assert not list(differences(whole.outcome(), resumed.outcome()))
-            assert average._average_model is not None
-            assert resumed_average._average_model is not None
-            assert not list(
-                differences(average._average_model.state_dict(), resumed_average._average_model.state_dict())
-            )
+    reference, _ = fit(next(iter(ORDERS)), tmp_path / "reference")
+    whole, average = fit(order, tmp_path / "whole")
+    assert not list(differences(reference.outcome(), whole.outcome()))
+    for other in ORDERS.keys() - {order}:
+        resumed, resumed_average = fit(other, tmp_path / "again", tmp_path / "whole" / "step=9.ckpt")
+        assert not list(differences(whole.outcome(), resumed.outcome()))
+        assert average._average_model is not None
+        assert resumed_average._average_model is not None
+        assert not list(differences(average._average_model.state_dict(), resumed_average._average_model.state_dict()))
 
 
 def test_a_finished_run_that_is_resumed_keeps_everything(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import dst
 from dst.checkpoints import load_checkpoint, save_atomically
 from tests.methods_list import METHODS, TOTAL_STEPS
 from tests.resume.fits import differences
+from tests.sampling import rotated
 from tests.small import OPTIMIZERS, Small, train
 
 
@@ -28,29 +29,30 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer, sparsifier: dst.Sp
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "sparsifier": sparsifier.state_dict()}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "odd"])
-@pytest.mark.parametrize("name", METHODS)
-def test_resume_in_a_new_process_order(name: str, optimizer: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "optimizer", "first"),
+    rotated(METHODS, ("adamw", "odd"), (("model", "optimizer"), ("model",), ("optimizer",), ())),
+)
+def test_resume_in_a_new_process_order(name: str, optimizer: str, first: tuple[str, ...], tmp_path: Path) -> None:
     """Weights and optimizer before the sparsifier is built, after it, or one of each: all continue exactly."""
     whole = build(name, optimizer)
     train(*whole, 5)
     torch.save(state(*whole), tmp_path / "5.pt")
     train(*whole, TOTAL_STEPS - 5)
-    for first in (("model", "optimizer"), ("model",), ("optimizer",), ()):
-        saved = torch.load(tmp_path / "5.pt", weights_only=True)
-        torch.manual_seed(1)
-        model = Small()
-        made = OPTIMIZERS[optimizer](model.parameters())
-        targets: dict[str, Any] = {"model": model, "optimizer": made}
-        for key in first:
-            targets[key].load_state_dict(saved[key])
-        sparsifier = dst.Sparsifier(model, made, METHODS[name](), total_steps=TOTAL_STEPS)
-        for key in set(targets) - set(first):
-            targets[key].load_state_dict(saved[key])
-        sparsifier.load_state_dict(saved["sparsifier"])
-        train(model, made, sparsifier, TOTAL_STEPS - 5)
-        found = list(differences(state(*whole), state(model, made, sparsifier)))
-        assert not found, (first, found)
+    saved = torch.load(tmp_path / "5.pt", weights_only=True)
+    torch.manual_seed(1)
+    model = Small()
+    made = OPTIMIZERS[optimizer](model.parameters())
+    targets: dict[str, Any] = {"model": model, "optimizer": made}
+    for key in first:
+        targets[key].load_state_dict(saved[key])
+    sparsifier = dst.Sparsifier(model, made, METHODS[name](), total_steps=TOTAL_STEPS)
+    for key in set(targets) - set(first):
+        targets[key].load_state_dict(saved[key])
+    sparsifier.load_state_dict(saved["sparsifier"])
+    train(model, made, sparsifier, TOTAL_STEPS - 5)
+    found = list(differences(state(*whole), state(model, made, sparsifier)))
+    assert not found, (first, found)
 
 
 def test_loading_the_sparsifier_before_weights_and_optimizer(tmp_path: Path) -> None:

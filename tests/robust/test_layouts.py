@@ -11,6 +11,7 @@ from torch.nn import functional
 
 import dst
 from tests.methods_list import METHODS
+from tests.sampling import rotated
 from tests.small import OPTIMIZERS, Small, train
 
 
@@ -20,8 +21,7 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.permute(order).contiguous().permute(order)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "odd"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "optimizer"), rotated(METHODS, ["sgd", "odd"]))
 def test_non_contiguous_weights_train_like_contiguous_ones(name: str, optimizer: str) -> None:
     def run(transposed: bool) -> Any:
         torch.manual_seed(0)

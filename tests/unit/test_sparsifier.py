@@ -22,6 +22,7 @@ from dst.scores import Random as RandomScore
 from dst.topology import count_active, drop_count
 from dst.types import waits_for_batch
 from tests.methods_list import DENSITY, DYNAMIC, LATENT, METHODS, TOTAL_STEPS
+from tests.sampling import rotated
 from tests.small import OPTIMIZERS, Odd, Small, backward, batch, check_budget, random_gradients, settles_at, train
 
 
@@ -74,8 +75,9 @@ def through_a_file(state):
 # --- every step of every method -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
-@pytest.mark.parametrize("method_name", [name for name in METHODS if name not in LATENT])
+@pytest.mark.parametrize(
+    ("method_name", "optimizer_name"), rotated([name for name in METHODS if name not in LATENT], OPTIMIZERS)
+)
 def test_what_holds_at_every_step(method_name, optimizer_name):
     method = METHODS[method_name]()
     model, optimizer, sparsifier = build(method, optimizer_name)
@@ -949,35 +951,37 @@ def everything(model, optimizer, sparsifier):
     return copy.deepcopy([model.state_dict(), state, sparsifier.state_dict()])
 
 
-@pytest.mark.parametrize("order", ["weights first", "weights and optimizer first", "sparsifier first"])
-@pytest.mark.parametrize("optimizer_name", ["adamw", "odd"])
-@pytest.mark.parametrize("method_name", METHODS)
-def test_a_resume_goes_on_to_the_bit(method_name, optimizer_name, order):
-    make = METHODS[method_name]
-    for at in (0, 3, 9):
-        model, optimizer, sparsifier = build(make(), optimizer_name, seed=4)
-        train(model, optimizer, sparsifier, at)
-        saved = checkpoint(model, optimizer, sparsifier)
-        then = everything(model, optimizer, sparsifier)
-        train(model, optimizer, sparsifier, 6)
-        expected = everything(model, optimizer, sparsifier)
+ORDERS = ("weights first", "weights and optimizer first", "sparsifier first")
 
-        torch.manual_seed(99)
-        model = Small()
-        optimizer = OPTIMIZERS[optimizer_name](model.parameters())
-        if order != "sparsifier first":
-            model.load_state_dict(saved["model"])
-        if order == "weights and optimizer first":
-            optimizer.load_state_dict(saved["optimizer"])
-        sparsifier = Sparsifier(model, optimizer, make(), total_steps=TOTAL_STEPS, seed=4)
-        if order == "sparsifier first":
-            model.load_state_dict(saved["model"])
-        sparsifier.load_state_dict(saved["sparsifier"])
-        if order != "weights and optimizer first":
-            optimizer.load_state_dict(saved["optimizer"])
-        assert equal(everything(model, optimizer, sparsifier), then)
-        train(model, optimizer, sparsifier, 6)
-        assert equal(everything(model, optimizer, sparsifier), expected)
+
+@pytest.mark.parametrize(
+    ("method_name", "optimizer_name", "order", "at"), rotated(METHODS, ("adamw", "odd"), ORDERS, (0, 3, 9), each=2)
+)
+def test_a_resume_goes_on_to_the_bit(method_name, optimizer_name, order, at):
+    make = METHODS[method_name]
+    model, optimizer, sparsifier = build(make(), optimizer_name, seed=4)
+    train(model, optimizer, sparsifier, at)
+    saved = checkpoint(model, optimizer, sparsifier)
+    then = everything(model, optimizer, sparsifier)
+    train(model, optimizer, sparsifier, 6)
+    expected = everything(model, optimizer, sparsifier)
+
+    torch.manual_seed(99)
+    model = Small()
+    optimizer = OPTIMIZERS[optimizer_name](model.parameters())
+    if order != "sparsifier first":
+        model.load_state_dict(saved["model"])
+    if order == "weights and optimizer first":
+        optimizer.load_state_dict(saved["optimizer"])
+    sparsifier = Sparsifier(model, optimizer, make(), total_steps=TOTAL_STEPS, seed=4)
+    if order == "sparsifier first":
+        model.load_state_dict(saved["model"])
+    sparsifier.load_state_dict(saved["sparsifier"])
+    if order != "weights and optimizer first":
+        optimizer.load_state_dict(saved["optimizer"])
+    assert equal(everything(model, optimizer, sparsifier), then)
+    train(model, optimizer, sparsifier, 6)
+    assert equal(everything(model, optimizer, sparsifier), expected)
 
 
 def test_weights_may_be_loaded_after_the_state():
