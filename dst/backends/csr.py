@@ -165,7 +165,7 @@ class Csr(Storage):
 
     def load_collected(self, collected: Mapping[str, list[list[Tensor]]]) -> None:
         """See ``Storage``."""
-        for name in self._modules.keys() & collected.keys():
+        for name in (n for n in self._modules if n in collected):
             self._modules[name].restore_collected([(x.clone(), g.clone()) for x, g in collected[name]])
 
     def track_average(self, model: nn.Module) -> None:
@@ -219,7 +219,7 @@ class Csr(Storage):
                 module.set_pattern(positions)
         self.active = {layer.label: self._modules[layer.parameter].nnz for layer in self._layers}
         self._explored = {}
-        for name in self._modules.keys() & union.keys():
+        for name in (n for n in self._modules if n in union):
             self._explored[name] = union_as_bits(union[name], self.shape(name))
         self._match_averages()
 

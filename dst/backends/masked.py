@@ -290,7 +290,8 @@ class Masked(Storage):
         here = {n: local(p).device for n, p in self.parameters.items()}
         self._take_over({n: as_mask(masks[n], self.shape(n)).to(here[n]) for n in self.parameters})
         self._union = {}
-        for name in self.parameters.keys() & union.keys():
+        # In the parameters' order: sharded ones are collectives, and the order of a set differs between processes.
+        for name in (n for n in self.parameters if n in union):
             explored = union_as_mask(union[name], self.shape(name))
             self._union[name] = part_of(explored.to(here[name]), self.parameters[name]).clone()
 

@@ -1,11 +1,17 @@
-"""Runs a function on several gloo processes and brings back what each returned."""
+"""Runs functions on several gloo processes and brings back what each returned.
+
+Processes are started anew, never forked: a fork of a process whose OpenMP threads exist waits for them for ever in its
+first parallel region. They are kept for the calls to come, since importing torch takes longer than any of these tests.
+"""
 
 from __future__ import annotations
 
 import datetime
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +19,100 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+LIMIT = 120.0
+"""Seconds that a call may take, starting the processes included."""
+
+_pools: dict[int, _Pool] = {}
+
 
 def run(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
-    """Call ``function(rank, world, *arguments)`` on ``world`` forked processes; exceptions come back as values."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_main, (function, world, Path(folder), arguments), nprocs=world, start_method="fork")
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world)]
+    """Call ``function(rank, world, *arguments)`` on ``world`` processes; exceptions come back as values.
 
+    Args:
+        function: A function of a module, which the processes import.
+        world: Number of processes.
+        arguments: Passed on, pickled.
 
-def _main(rank: int, function: Callable[..., Any], world: int, folder: Path, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)  # a forked process must not wake the parent's OpenMP pool
-    timeout = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timeout)
+    Raises:
+        TimeoutError: The call took longer than ``LIMIT``; the processes are gone then.
+    """
+    if world not in _pools:
+        _pools[world] = _Pool(world)
     try:
-        result = function(rank, world, *arguments)
-    except Exception as error:
-        traceback.print_exc()
-        result = error
-    torch.save(result, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+        return _pools[world].call(function, arguments)
+    except BaseException:
+        _pools.pop(world).close()
+        raise
+
+
+def exit_code_of(function: Callable[..., Any], *arguments: Any) -> int | None:
+    """Call a function of a module in a process of its own; returns its exit code, minus the signal that killed it."""
+    process = mp.get_context("spawn").Process(target=function, args=arguments)
+    process.start()
+    process.join(LIMIT)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise TimeoutError(f"{function.__name__} has not ended within {LIMIT:.0f} s")
+    return process.exitcode
+
+
+def close() -> None:
+    """End all processes."""
+    while _pools:
+        _pools.popitem()[1].close()
+
+
+class _Pool:
+    def __init__(self, world: int) -> None:
+        context = mp.get_context("spawn")
+        pipes = [context.Pipe() for _ in range(world)]
+        self._ends = [ours for ours, _ in pipes]
+        self._processes = [
+            context.Process(target=_serve, args=(rank, world, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for process in self._processes:
+            process.start()
+        for _, theirs in pipes:
+            theirs.close()
+
+    def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
+        deadline = time.monotonic() + LIMIT
+        with tempfile.TemporaryDirectory() as folder:
+            for end in self._ends:
+                end.send((function, folder, arguments))
+            results = []
+            for rank, end in enumerate(self._ends):
+                if not end.poll(max(0.0, deadline - time.monotonic())):
+                    raise TimeoutError(f"{function.__name__}: process {rank} has not answered within {LIMIT:.0f} s")
+                end.recv()
+                results.append(torch.load(Path(folder) / f"{rank}.pt", weights_only=False))
+            return results
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process, end in zip(self._processes, self._ends, strict=True):
+            process.join()
+            end.close()
+
+
+def _serve(rank: int, world: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    while True:
+        try:
+            function, folder, arguments = pipe.recv()
+        except EOFError:  # the parent is gone
+            return
+        store = f"file://{folder}/store"
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timeout)
+        try:
+            result = function(rank, world, *arguments)
+        except Exception as error:
+            traceback.print_exc()
+            result = error
+        torch.save(result, Path(folder) / f"{rank}.pt")
+        dist.destroy_process_group()
+        pipe.send("done")

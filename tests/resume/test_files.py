@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 import dst
 from dst.checkpoints import latest_readable, load_checkpoint, save_atomically
 from dst.lightning import AtomicCheckpointIO, SparseTraining
+from tests.distributed.processes import exit_code_of
 from tests.methods_list import METHODS
 from tests.resume.fits import Fit
 
@@ -61,25 +61,23 @@ def test_a_failure_after_the_writing_leaves_the_old_file(
     assert load_checkpoint(path)["weights"].eq(1).all()
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_process_killed_while_it_writes_leaves_a_whole_file(tmp_path: Path) -> None:
+def save_twice_and_die(path: Path, function: str) -> None:
+    AtomicCheckpointIO().save_checkpoint({"attempt": 1, "payload": torch.zeros(1000)}, path)
+
+    def die(*args: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(os, function, die)
+    AtomicCheckpointIO().save_checkpoint({"attempt": 2, "payload": torch.zeros(1000)}, path)
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_process_killed_while_it_writes_leaves_a_whole_file(function: str, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
-    payload = torch.zeros(2_000_000)
-    unfinished = 0
-    for attempt in range(8):
-        child = os.fork()
-        if child == 0:
-            while True:
-                AtomicCheckpointIO().save_checkpoint({"attempt": attempt, "payload": payload}, path)
-        while not path.exists() or load_checkpoint(path)["attempt"] != attempt:
-            time.sleep(0.005)
-        time.sleep(0.003 * attempt)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        assert load_checkpoint(path)["payload"].shape == payload.shape
-        unfinished = len(list(tmp_path.glob(".*.part")))
-        assert latest_readable(tmp_path) == path
-    assert unfinished > 0, "no process was killed while it wrote: the test says nothing"
+    assert exit_code_of(save_twice_and_die, path, function) == -signal.SIGKILL
+    assert len(list(tmp_path.glob(".*.part"))) == 1, "the process was not killed while it wrote: the test says nothing"
+    assert load_checkpoint(path)["attempt"] == 1
+    assert latest_readable(tmp_path) == path
 
 
 def test_sparse_training_writes_its_trainers_checkpoints_atomically(

@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRa
 import dst
 from dst.checkpoints import load_checkpoint
 from dst.lightning import SparseTraining
+from tests.distributed.processes import exit_code_of
 from tests.methods_list import DYNAMIC, METHODS, TOTAL_STEPS
 from tests.resume.fits import BATCHES, Fit, Interrupted, Module, StopAt, check_rows, check_same, differences
 from tests.sampling import rotated
@@ -133,28 +134,18 @@ def test_gradients_are_saved_where_they_accumulate_and_nowhere_else(tmp_path: Pa
     assert key not in load_checkpoint(tmp_path / "step=4.ckpt")
 
 
-def in_a_process(work: Callable[[], None]) -> int:
-    """Run ``work`` in a forked process; returns the signal that ended it."""
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-        finally:
-            os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def fit_until_killed(name: str, accumulate: int, stop: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    sparse = SparseTraining(METHODS[name]())
+    kill = StopAt(stop, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    Fit(sparse, folder, callbacks=[sparse, kill], accumulate=accumulate, optimizer="adamw")
 
 
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize(("name", "accumulate", "stop"), [("rigl", 1, 9), ("set", 3, 37)])
 def test_a_killed_process_goes_on_from_its_last_checkpoint(
     name: str, accumulate: int, stop: int, tmp_path: Path
 ) -> None:
-    def killed() -> None:
-        sparse = SparseTraining(METHODS[name]())
-        kill = StopAt(stop, lambda: os.kill(os.getpid(), signal.SIGKILL))
-        Fit(sparse, tmp_path, callbacks=[sparse, kill], accumulate=accumulate, optimizer="adamw")
-
-    assert in_a_process(killed) == -signal.SIGKILL
+    assert exit_code_of(fit_until_killed, name, accumulate, stop, tmp_path) == -signal.SIGKILL
     whole = Fit(SparseTraining(METHODS[name]()), tmp_path / "whole", accumulate=accumulate, optimizer="adamw")
     resume = tmp_path / "last.ckpt"
     check_same(

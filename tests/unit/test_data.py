@@ -817,14 +817,12 @@ class ShardRecorder(Recorder):
         torch.save(self.shares, self.folder / f"{self.trainer.world_size}-{self.global_rank}.pt")
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_two_processes_see_what_one_sees(tmp_path: Path) -> None:
     for processes in (1, 2):
         trainer = Trainer(
             accelerator="cpu",
             devices=processes,
-            strategy="ddp_fork" if processes > 1 else "auto",
+            strategy="ddp_spawn" if processes > 1 else "auto",
             max_epochs=2,
             limit_train_batches=3,
             logger=False,
