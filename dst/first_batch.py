@@ -24,6 +24,9 @@ Select = Callable[[Mapping[str, Tensor], float], Mapping[str, Tensor]]
 """From scores by layer label, and progress in [0, 1], to masks by layer label."""
 
 
+_WATCH = "FirstBatch.watch."
+
+
 @dataclass(frozen=True)
 class _Call:
     """A module and the inputs that it was called with, ones for every floating-point number."""
@@ -102,6 +105,21 @@ class FirstBatch:
         for module in self._modules:
             self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
             self._hooks.append(module.register_forward_hook(after, always_call=True))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no hooks until ``rehook``, and remembers whether it is to have some."""
+        return {**self.__dict__, "_hooks": [None] if self._hooks else []}
+
+    def rehook(self) -> None:
+        """Watch the modules of a copied model."""
+        if not self._hooks:
+            return
+        for module in self._modules:  # copies of modules keep functions, which report to the original's watcher
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for key in [key for key, hook in hooks.items() if getattr(hook, "__qualname__", "").startswith(_WATCH)]:
+                    del hooks[key]
+        self._hooks, self._call = [], None
+        self.watch()
 
     def close(self) -> None:
         """End watching, and forget what was seen."""

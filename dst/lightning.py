@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,10 @@ from dst.errors import ConfigurationError
 from dst.layers import Selector
 from dst.method import Method
 from dst.sparsifier import Sparsifier
+from dst.wrapping import check_method
 
 _GRADIENTS = "dst_accumulated_gradients"
+_SHARES_AFTER = 0.1  # the part of training over which the steps of several optimizers are counted
 
 _REFUSED_STRATEGIES = {
     "DeepSpeedStrategy": "steps flat copies of the weights, on which no mask can be kept; use ddp or ModelParallelStrategy",
@@ -87,7 +89,9 @@ class SparseTraining(Callback):
     Args:
         method: What to do; see ``dst.methods``.
         total_steps: Optimizer steps of the whole training, where the trainer cannot tell: iterable data with only
-            ``max_epochs``, or no end at all. By default the trainer's estimate.
+            ``max_epochs``, or no end at all; a number for each optimizer, where several step unequally often. By default
+            the trainer's estimate. Where there are several optimizers their shares are measured over the first tenth of
+            training, and the estimate is split accordingly: ``max_steps`` counts the steps of all optimizers together.
         include: Restrict what is sparse, by name, pattern or module type.
         exclude: Keep dense what these select.
         seed: Seeds every random choice.
@@ -103,13 +107,14 @@ class SparseTraining(Callback):
         self,
         method: Method,
         *,
-        total_steps: int | None = None,
+        total_steps: int | Sequence[int] | None = None,
         include: Iterable[Selector] | None = None,
         exclude: Iterable[Selector] | None = None,
         seed: int = 0,
         compress_gradients: bool = False,
     ) -> None:
         super().__init__()
+        check_method(method)
         self.method = method
         self.total_steps = total_steps
         self.include = None if include is None else list(include)
@@ -124,6 +129,7 @@ class SparseTraining(Callback):
         self._accumulated = False
         self._pending_gradients: dict[str, Tensor] = {}
         self._following: RemovableHandle | None = None
+        self._shares_known = True  # False while the optimizers' shares of the trainer's steps are still to be measured
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Refuse what cannot work, and swap modules where the backend stores only non-zeros; no optimizers exist yet."""
@@ -191,6 +197,7 @@ class SparseTraining(Callback):
     def _build(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> Sparsifier:
         """A sparsifier for this fit: from a checkpoint, from the fit before of the same module, or new."""
         state, previous = self._pending_state, self.sparsifier
+        dense_steps = trainer.global_step if state is None else 0  # of a checkpoint that sparse training had no part in
         if previous is not None:
             previous.finalize()
             if state is None and self._fitted is pl_module:
@@ -203,13 +210,18 @@ class SparseTraining(Callback):
             pl_module,
             trainer.optimizers,
             self.method,
-            total_steps=self._total_steps(trainer),
+            total_steps=self._total_steps(trainer, dense_steps),
             include=self.include,
             exclude=self.exclude,
             seed=self.seed,
         )
         self._logged_updates = -1
+        several = len(self.sparsifier.steps) > 1 and self.total_steps is None
+        self._shares_known = not several
         if state is not None:
+            if several and isinstance(saved := state.get("total_steps"), list) and any(state.get("steps", [])):
+                self.sparsifier.set_total_steps(saved)
+                self._shares_known = True
             self.sparsifier.load_state_dict(state)
             self._logged_updates = state.get("logged_updates", -1)
         self._pending_state, self._fitted = None, pl_module
@@ -254,7 +266,14 @@ class SparseTraining(Callback):
         batch_idx: int,
     ) -> None:
         """Log an update that happened at this batch."""
+        if not self._shares_known:
+            self._measure_shares(trainer)
         self._log_if_new(trainer)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Warn where training ended before its budget was reached."""
+        if self.sparsifier is not None and (shortfall := self.sparsifier.shortfall) is not None:
+            rank_zero_warn(shortfall)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Detach from the optimizers; masks stay readable."""
@@ -296,7 +315,18 @@ class SparseTraining(Callback):
         """Keep accumulated gradients until ``on_train_start``."""
         self._pending_gradients = checkpoint.get(_GRADIENTS, {})
 
-    def _total_steps(self, trainer: lightning.Trainer) -> int:
+    def _measure_shares(self, trainer: lightning.Trainer) -> None:
+        """Once a tenth of training is over, let every optimizer's length follow from the steps that it has taken."""
+        sparsifier = self.sparsifier
+        assert sparsifier is not None
+        counted = trainer.max_epochs in (None, -1) or trainer.max_steps != -1
+        taken = trainer.global_step if counted else trainer.fit_loop.total_batch_idx + 1
+        progress = taken / (trainer.max_steps if counted else trainer.estimated_stepping_batches)
+        if progress >= _SHARES_AFTER and all(sparsifier.steps):
+            sparsifier.set_total_steps([max(step + 1, int(step / progress)) for step in sparsifier.steps])
+            self._shares_known = True
+
+    def _total_steps(self, trainer: lightning.Trainer, dense_steps: int) -> int | Sequence[int]:
         if self.total_steps is not None:
             return self.total_steps
         estimate = trainer.estimated_stepping_batches
@@ -305,7 +335,12 @@ class SparseTraining(Callback):
                 f"the trainer cannot tell how many optimizer steps training takes (its estimate is {estimate}): "
                 "pass SparseTraining(total_steps=...), or set max_steps"
             )
-        return int(estimate)
+        left = int(estimate) - dense_steps
+        if left < 1:
+            return int(estimate)  # nothing is trained any more
+        # Under manual optimization max_steps counts the steps of every optimizer.
+        shared = len(trainer.optimizers) if trainer.max_steps == estimate else 1
+        return max(1, left // shared)
 
     def _log_if_new(self, trainer: lightning.Trainer) -> None:
         """Send the topology's scalars to the loggers, once for every mask, and to the progress bar."""

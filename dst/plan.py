@@ -13,6 +13,7 @@ from dst.first_mask import layer_counts
 from dst.layers import Selector, SparseLayer, find_layers
 from dst.method import Method
 from dst.nn import SparseLinear
+from dst.wrapping import check_method
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def plan(
     Raises:
         ConfigurationError: As for ``Sparsifier``: an infeasible budget, a selector that selects nothing, …
     """
+    check_method(method)
     layers, dense = find_layers(model, include, exclude)
     counts = layer_counts(method, layers, method.density)
     pattern = method.pattern.for_density(method.density) if method.density < 1 else method.pattern

@@ -55,8 +55,7 @@ class Expected:
     Attributes:
         method: Its method.
         seed: Its seed.
-        total_steps: Its length.
-        optimizers: Number of optimizers with sparse parameters.
+        total_steps: Its length, for each optimizer with sparse parameters.
         layers: Its sparse layers.
         home: Name of every sparse parameter to its storage.
         storages: All storages.
@@ -64,8 +63,13 @@ class Expected:
 
     method: Method
     seed: int
-    total_steps: int
-    optimizers: int
+    total_steps: Sequence[int]
+
+    @property
+    def optimizers(self) -> int:
+        """Number of optimizers with sparse parameters."""
+        return len(self.total_steps)
+
     layers: Sequence[SparseLayer]
     home: Mapping[str, Storage]
     storages: Sequence[Storage]
@@ -109,11 +113,12 @@ def check_state(state: Mapping[str, Any], here: Expected) -> None:
     _check_buffers(state, here)
     _check_latent(state, here)
     check_young(state["warming"], {layer.label: layer for layer in here.layers})
-    if state["total_steps"] != here.total_steps:
+    saved = state["total_steps"]
+    if (saved if isinstance(saved, list) else [saved] * here.optimizers) != list(here.total_steps):
         logger.warning(
-            "the checkpoint's schedules were laid out for %s steps and go on for %d",
-            state["total_steps"],
-            here.total_steps,
+            "the checkpoint's schedules were laid out for %s steps and go on for %s",
+            saved,
+            ", ".join(map(str, here.total_steps)),
         )
 
 

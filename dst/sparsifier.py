@@ -12,14 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from dst import init as inits
-from dst.allocation import network_budget
 from dst.backends import Draft, Storage, open_storages
 from dst.backends.csr import obstacles
 from dst.backends.storage import is_finite
-from dst.budget import Change, leave_none_empty, only_shrinking, plan_change, scaled
-from dst.chains import incomplete, sequences
 from dst.errors import ConfigurationError, StateError
 from dst.first_batch import FirstBatch
 from dst.first_mask import first_positions, layer_counts, masks_on_the_way
@@ -27,26 +25,25 @@ from dst.layers import Selector, SparseLayer, find_layers
 from dst.mask_file import load_masks
 from dst.method import Method
 from dst.optimizer_state import per_weight_state
-from dst.patterns import Unstructured
+from dst.planning import LayerFacts, LayerUpdate, Moment, can_score, plan_update
 from dst.saved_state import STATE_FORMAT, STEP_KINDS, Expected, check_masks, check_state
 from dst.scores import Magnitude, Random
-from dst.sharding import all_agree, check_equal_masks, local, whole
-from dst.topology import top_indices
+from dst.sharding import all_agree, check_equal_masks, local
 from dst.types import (
     CallInit,
-    LayerStat,
     LayerView,
     LossInit,
-    Pattern,
     Score,
     folded_generator,
     resolve_steps,
     waits_for_batch,
 )
 from dst.warmup import WarmUp, check_whole
-from dst.wrapping import holders, unwrap
+from dst.wrapping import as_optimizers, check_method, holders, totals_of, unwrap, unwrap_optimizer
 
 logger = logging.getLogger(__name__)
+
+_MOST_UNANSWERED = 20  # steps prepared one after another and not taken, after which they are not thought to be left out
 
 
 @dataclass
@@ -56,7 +53,9 @@ class _Stepper:
     optimizer: Optimizer
     layers: list[int]
     parameters: list[nn.Parameter]
+    total: int  # its steps in the whole training
     step: int = 0
+    budget_density: float | None = None  # the network's density that its layers' budgets were split from
     announced: str | None = None  # what the step that before_step() prepared costs; None where it was not called
     replaced: bool = False  # whether that step is to have no gradients
     active: list[int] = field(default_factory=list)  # what that step's forward and backward passes had, per layer
@@ -104,7 +103,8 @@ class Sparsifier:
         model: The model; its parameters stay ordinary parameters.
         optimizer: The optimizer, or several. Each counts its own steps, and moves its own parameters' connections.
         method: What to do; see ``dst.methods``.
-        total_steps: Optimizer steps of the whole training, >= 1: durations given as fractions refer to it.
+        total_steps: Optimizer steps of the whole training, >= 1: durations given as fractions refer to it. Where several
+            optimizers step unequally often, one number for each, in their order, or a mapping from optimizer to number.
         include: Restrict what is sparse, by name, pattern or module type; see ``dst.layers.find_layers``.
         exclude: Keep dense what these select.
         seed: Seeds every random choice; the same on all ranks.
@@ -121,20 +121,20 @@ class Sparsifier:
         optimizer: Optimizer | Sequence[Optimizer],
         method: Method,
         *,
-        total_steps: int,
+        total_steps: int | Sequence[int] | Mapping[Optimizer, int],
         include: Iterable[Selector] | None = None,
         exclude: Iterable[Selector] | None = None,
         seed: int = 0,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        model = unwrap(model)
+        check_method(method)
+        model, optimizers = unwrap(model), as_optimizers(optimizer)
+        totals = totals_of(total_steps, optimizers)
         if method.lottery is not None:
             raise ConfigurationError(
                 f"{method.name} consists of several fits, and a Sparsifier serves one: "
                 "use dst.lottery_run.run_lottery, or dst.lottery in a loop of your own"
             )
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise ConfigurationError(f"total_steps={total_steps!r} must be a positive number of optimizer steps")
         if method.narrow is not None and method.narrow.width_factor is None:
             logger.warning(
                 "%s makes nothing sparse: the model is trained dense, with the widths that it has; for a narrower one use "
@@ -142,7 +142,6 @@ class Sparsifier:
                 method.name,
             )
         self.method = method
-        self.total_steps = total_steps
         self.seed = seed
         self.layers, self.dense_weights = find_layers(model, include, exclude)
         self._storages = open_storages(model, self.layers, method, seed=seed, group=process_group)
@@ -151,7 +150,7 @@ class Sparsifier:
         self._home: dict[str, Storage] = {name: s for s in self._storages for name in s.parameters}
         self._parameters = {x.parameter: self._home[x.parameter].parameters[x.parameter] for x in self.layers}
         self._names = {parameter: name for name, parameter in self._parameters.items()}
-        self._steppers = self._assign([optimizer] if isinstance(optimizer, Optimizer) else list(optimizer))
+        self._steppers = self._assign(optimizers, totals)
         self._group = process_group
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._counters = _Counters()
@@ -161,20 +160,22 @@ class Sparsifier:
         self._originals: list[tuple[Tensor, Tensor, int]] = []  # what the first mask cut, as it was
         self._set_density: float | None = None  # what a user set, instead of the method's schedule
         self._budgets = {layer.label: layer.weights for layer in self.layers}  # what updates keep to
-        self._budget_density: float | None = None  # the network's density that they were split from
+        # The network's density to all layers' budgets at it, and which optimizers' layers have them.
+        self._splits: dict[float, tuple[tuple[int, ...], set[int]]] = {}
+        self._unanswered = 0  # calls of before_step since an optimizer stepped
         self._amount_state = method.amount.initial_state if method.amount is not None else 0.0
         if method.grown_warmup or method.perturb is not None:
             check_whole(self._parameters, "grown_warmup" if method.grown_warmup else "perturb")
         self._warming = WarmUp(method.grown_warmup) if method.grown_warmup else None
-        self._sparsify_step = resolve_steps(method.sparsify_at, total_steps, "sparsify_at")
         if not isinstance(method.init, inits.FromFile):
             for density in {method.density, self._lowest_density()}:
                 layer_counts(method, self.layers, density)
-        if self._sparsify_step >= total_steps and method.density < 1:
-            raise ConfigurationError(
-                f"sparsify_at={method.sparsify_at} is not before the end of training at step {total_steps}: "
-                "the mask would never be made"
-            )
+        for stepper in self._steppers:
+            if self._sparsify_step(stepper) >= stepper.total and method.density < 1:
+                raise ConfigurationError(
+                    f"sparsify_at={method.sparsify_at} is not before the end of training at step {stepper.total}: "
+                    "the mask would never be made"
+                )
         if waits_for_batch(method.init) and len(self._steppers) > 1:
             raise ConfigurationError(
                 f"{type(method.init).__name__} needs every layer's gradient at one step, and the layers belong to "
@@ -184,13 +185,60 @@ class Sparsifier:
         if not self._sparsified and isinstance(method.init, (LossInit, CallInit)):
             self._first_batch = FirstBatch(model, self.layers, method.init, self._mask_is_due, process_group)
             self._first_batch.watch()
-        if not self._sparsified and self._sparsify_step == 0 and not waits_for_batch(method.init):
+        self._warn_of_what_will_not_happen()
+        makes_mask = not self._sparsified and self._sparsify_step(self._steppers[0]) == 0
+        if makes_mask and not waits_for_batch(method.init):
             originals = [(t, t.clone()) for t in self._cut_by_first_mask()]
             self._sparsify(0)
             self._originals = [(t, copy, t._version) for t, copy in originals]
         self._expect_gradients()
+        self._hooks: list[RemovableHandle] = []
+        self._hook()
+
+    def _hook(self) -> None:
+        """Be called at the optimizers' steps."""
         self._hooks = [s.optimizer.register_step_post_hook(self._after_step) for s in self._steppers]
         self._hooks += [s.optimizer.register_step_pre_hook(self._on_step) for s in self._steppers]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the hooks, which optimizers and modules leave out of their copies too."""
+        return {**self.__dict__, "_hooks": bool(self._hooks)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Go on as a copy: the hooks of the copied optimizers and modules call this one."""
+        self.__dict__.update(state)
+        hooked, self._hooks = bool(self._hooks), []
+        if hooked:
+            self._hook()
+            for storage in self._storages:
+                storage.rehook()
+            if self._first_batch is not None:
+                self._first_batch.rehook()
+
+    def _sparsify_step(self, stepper: _Stepper) -> int:
+        """The step at which the first mask is made."""
+        return resolve_steps(self.method.sparsify_at, stepper.total, "sparsify_at")
+
+    def _warn_of_what_will_not_happen(self) -> None:
+        """Warn where a setting has no effect on this model or training."""
+        method = self.method
+        if method.is_dynamic and method.density < 1:
+            for stepper in self._steppers:
+                # An update at step 0 moves a mask that nothing has been trained under.
+                fires = any(method.clock.fires(step, stepper.total) for step in range(1, stepper.total))
+                if not fires and self._settles_at(stepper) is None and stepper.total > 1:
+                    logger.warning(
+                        "%s never updates the topology: no update falls within %d steps (%s); lower update_every or start",
+                        method.name,
+                        stepper.total,
+                        method.clock,
+                    )
+        if method.backend == "csr" and not any(storage.is_placed for storage in self._storages):
+            reasons = sorted({reason or "dst.prepare was not called" for reason in self._obstacles.values()})
+            logger.warning(
+                'backend="csr" stores no layer of this model as non-zeros alone, all are masked (%s)',
+                "; ".join(reasons),
+            )
 
     # -- what users look at ---------------------------------------------------------------------------------------
 
@@ -208,6 +256,47 @@ class Sparsifier:
     def step(self) -> int:
         """Optimizer steps taken (of the first optimizer, where there are several)."""
         return self._steppers[0].step
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole training (of the first optimizer, where there are several)."""
+        return self._steppers[0].total
+
+    def set_total_steps(self, total_steps: int | Sequence[int]) -> None:
+        """Say anew how long the training is: schedules go on over the new length.
+
+        Args:
+            total_steps: Optimizer steps of the whole training, or one number for each optimizer that holds sparse weights.
+
+        Raises:
+            ConfigurationError: Not a positive number, or not one for each optimizer.
+        """
+        optimizers = [stepper.optimizer for stepper in self._steppers]
+        for stepper, total in zip(self._steppers, totals_of(total_steps, optimizers), strict=True):
+            stepper.total = total
+        self._expect_gradients()
+
+    @property
+    def steps(self) -> list[int]:
+        """Optimizer steps taken, of each optimizer that holds sparse weights."""
+        return [stepper.step for stepper in self._steppers]
+
+    @property
+    def shortfall(self) -> str | None:
+        """What the training has not reached, in words, were it to end now; ``None`` where it ends as it was planned."""
+        target = self.method.density
+        if target == 1 or self._set_density is not None or not any(self.steps):
+            return None
+        reached = self._sparsified and all(
+            (settles := self._settles_at(s)) is None or s.updated_at >= settles for s in self._steppers
+        )
+        if reached or abs(self.density - target) <= 0.01 * target:
+            return None
+        taken = ", ".join(f"{stepper.step:,} of {stepper.total:,}" for stepper in self._steppers)
+        return (
+            f"ended at density {self.density:.4g}, target {target:.4g}: {taken} planned optimizer steps were taken; "
+            "train to the end, or pass the total_steps that are taken"
+        )
 
     @property
     def updates(self) -> int:
@@ -311,32 +400,32 @@ class Sparsifier:
         if not self._sparsified or self._moves_inactive(stepper):
             return True
         if any(score.observes and score.needs_gradient for score in self.method.scores().values()):
-            return stepper.step < self.method.clock.stop_step(self.total_steps)
+            return stepper.step < self.method.clock.stop_step(stepper.total)
         # An update that does not take the place of the step is followed by one that moves the grown connections.
         return (not self.method.replace_step or self.method.reads_gradient) and self._is_due(stepper)
 
     def _moves_inactive(self, stepper: _Stepper) -> bool:
         """Whether inactive weights are trained that may become active."""
-        return self.method.moves_inactive and stepper.step < self.method.clock.stop_step(self.total_steps)
+        return self.method.moves_inactive and stepper.step < self.method.clock.stop_step(stepper.total)
 
     def _is_due(self, stepper: _Stepper) -> bool:
         """Whether the step to come updates the topology; once it has, it does not where it is tried again."""
         if stepper.updated_at == stepper.step:
             return False
-        if self.method.clock.fires(stepper.step, self.total_steps):
+        if self.method.clock.fires(stepper.step, stepper.total):
             return True
-        settles_at = self._settles_at()  # an update that was left out there is made up for
+        settles_at = self._settles_at(stepper)  # an update that was left out there is made up for
         return settles_at is not None and stepper.updated_at < settles_at <= stepper.step
 
-    def _settles_at(self) -> int | None:
+    def _settles_at(self, stepper: _Stepper) -> int | None:
         """The step of the last update of a budget that moves: from there on it is the final one."""
         method = self.method
         if method.schedule is None and method.surplus is None:
             return None
-        last = method.clock.stop_step(self.total_steps)
+        last = method.clock.stop_step(stepper.total)
         if method.schedule is not None:
-            last = max(last, method.schedule.settles_at(self.total_steps))
-        return min(last, self.total_steps - 1)
+            last = max(last, method.schedule.settles_at(stepper.total))
+        return min(last, stepper.total - 1)
 
     def _expect_gradients(self, steppers: Iterable[_Stepper] | None = None) -> None:
         """Tell the storages what the coming step of the optimizers (by default all) needs to see."""
@@ -367,7 +456,7 @@ class Sparsifier:
 
     def _mask_is_due(self) -> bool:
         """Whether the step to come makes the first mask."""
-        return not self._sparsified and self._steppers[0].step >= self._sparsify_step
+        return not self._sparsified and self._steppers[0].step >= self._sparsify_step(self._steppers[0])
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer | None = None) -> None:
@@ -384,7 +473,9 @@ class Sparsifier:
         Raises:
             ConfigurationError: A gradient that is a sparse tensor.
         """
+        optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
         chosen = [s for s in self._steppers if optimizer is None or s.optimizer is optimizer]
+        self._check_answered(chosen)
         for stepper in chosen:
             stepper.replaced = False
             stepper.active = [self._active(self.layers[i]) for i in stepper.layers]
@@ -395,6 +486,19 @@ class Sparsifier:
             # What was kept for this step is used; should it not be taken, the next attempt begins anew.
             self._expect_gradients([stepper])
 
+    def _check_answered(self, chosen: Sequence[_Stepper]) -> None:
+        """Refuse to prepare step after step of which none is ever taken."""
+        if not chosen:
+            return
+        # A gradient scaler leaves steps out whose gradients are not finite; these do not count.
+        self._unanswered += self._unanswered == 0 or all(self._are_finite(stepper) for stepper in chosen)
+        if self._unanswered > _MOST_UNANSWERED:
+            raise StateError(
+                f"sparsifier.before_step() was called {self._unanswered} times, and none of the optimizers that it was "
+                "built with has stepped: build the sparsifier with the optimizer that steps (anew, where that was rebuilt), "
+                "and call before_step() once for each of its steps"
+            )
+
     def _prepare(self, stepper: _Stepper) -> str:
         """Do what is due before a step and say what kind of step it is."""
         for index in stepper.layers:
@@ -403,7 +507,7 @@ class Sparsifier:
                 raise ConfigurationError(
                     f"{self.layers[index].parameter} has a sparse gradient; build its module with sparse=False"
                 )
-        if not self._sparsified and stepper.step >= self._sparsify_step:
+        if not self._sparsified and stepper.step >= self._sparsify_step(stepper):
             if waits_for_batch(self.method.init):
                 usable = self._gradients_are_usable(stepper, every_layer=self.method.init.needs_gradient)
                 given = self._scores_of_first_batch() if usable else None
@@ -467,11 +571,12 @@ class Sparsifier:
         if self._warming is not None and stepper.begun:
             self._warming.end(self._parameters, stepper.step)
         for storage in self._storages:
-            storage.end_step(stepper.parameters, stepper.step + stepper.begun, self._sparsify_step)
+            storage.end_step(stepper.parameters, stepper.step + stepper.begun, self._sparsify_step(stepper))
         self._originals = []
         if not stepper.begun:
             return  # the step of a class within that of its subclass has told already
         stepper.begun = False
+        self._unanswered = 0
         if stepper.announced is None:
             raise StateError(
                 "optimizer.step() ran without sparsifier.before_step(): call it between backward() and step(), "
@@ -488,7 +593,12 @@ class Sparsifier:
         self._expect_gradients([stepper])
 
     def finalize(self) -> None:
-        """End sparse training: inactive weights are zero, and the optimizers' hooks are removed."""
+        """End sparse training: inactive weights are zero, and the optimizers' hooks are removed.
+
+        A warning tells where training ended before its budget was reached (``shortfall``).
+        """
+        if self._hooks and (shortfall := self.shortfall) is not None:
+            self._warn_once(shortfall)
         parameters = list(self._parameters.values())
         for storage in self._storages:
             storage.mask_weights(parameters)
@@ -573,7 +683,7 @@ class Sparsifier:
             ),
             seed=self.seed,
             step=step,
-            density=self.method.density_at(step, self.total_steps),
+            density=self.method.density_at(step, self._steppers[0].total),
             placed=placed,
             given=given,
         ):
@@ -630,12 +740,16 @@ class Sparsifier:
             self._counters.skipped += 1
             return False
         step, method = stepper.step, self.method
+        stop = method.clock.stop_step(stepper.total)
         # Where a moving budget settles after the clock's last update, connections only go or come to meet it.
-        replaces = method.clock.fires(step, self.total_steps)
-        fraction = method.fraction(step, method.clock.stop_step(self.total_steps)) if replaces else 0.0
-        self._move_budgets(self._density_at(step), step)
-        drafts = self._draft(stepper, step, fraction if replaces else None, method.scores())
-        grown = self._apply(stepper, drafts, born=step + method.replace_step)
+        replaces = method.clock.fires(step, stepper.total)
+        fraction = method.fraction(step, stop) if replaces else 0.0
+        surplus = None
+        if method.surplus is not None and replaces:
+            surplus = 0.0 if step >= (self._settles_at(stepper) or 0) else method.surplus(step, stop)
+        is_set = self._set_density is not None
+        moment = Moment(step, self.seed, self._density_at(stepper), fraction if replaces else None, surplus, is_set)
+        grown = self._rewire(stepper, moment, method.scores(), born=step + method.replace_step)
         self._check_agreement(step)
         self._counters.updates += 1
         active = sum(self._active(self.layers[i]) for i in stepper.layers)
@@ -643,14 +757,37 @@ class Sparsifier:
         self.last_update = Update(step, fraction, grown / max(1, active))
         return True
 
-    def _apply(self, stepper: _Stepper, drafts: Sequence[tuple[SparseLayer, Draft]], *, born: int) -> int:
-        """Decide all layers' rewirings, then apply them; returns how many connections grew.
+    def _rewire(self, stepper: _Stepper, moment: Moment, scores: Mapping[str, Score], *, born: int) -> int:
+        """Plan an update of the optimizer's layers, decide all rewirings, then apply them; returns how many grew.
 
-        ``born`` is the step that first moves them.
+        ``born`` is the step that first moves what grows.
         """
+        moves = self.method.schedule is not None or self._set_density is not None
+        number = self._steppers.index(stepper)
+        split, users = self._splits.get(moment.density, ((), set[int]()))
+        plan = plan_update(
+            self.method,
+            moment,
+            [self._facts(layer, moment.step) for layer in self.layers],
+            stepper.layers,
+            scores,
+            moves=moves and moment.density != stepper.budget_density,
+            split=split if users and number not in users else None,
+            amount_state=self._amount_state,
+        )
+        self._budgets |= plan.budgets
+        self._amount_state = plan.amount_state
+        if plan.split is not None:
+            stepper.budget_density = moment.density
+            if len(self._steppers) > 1:
+                # Others come to the same densities, later perhaps: the last one and the final one are kept for them.
+                users = {number} if number in users else {*users, number}
+                kept = {d: held for d, held in self._splits.items() if d == self.method.density}
+                self._splits = {**kept, moment.density: (plan.split, users)}
         rewirings = []
-        for layer, draft in drafts:
-            rewiring = self._home[layer.parameter].decide(layer, draft)
+        for update in plan.layers:
+            layer = update.layer
+            rewiring = self._home[layer.parameter].decide(layer, self._draft(update, moment.step, scores))
             if rewiring is None:
                 self._warn_once(f"{layer.parameter} had no gradient at a topology update and keeps its connections")
             else:
@@ -661,55 +798,39 @@ class Sparsifier:
                 self._warming.follow(layer, rewiring, born)
         return sum(rewiring.grown.numel() for _, rewiring in rewirings)
 
-    def _density_at(self, step: int) -> float:
+    def _facts(self, layer: SparseLayer, step: int) -> LayerFacts:
+        def view(role: str, gradient: bool) -> LayerView:
+            return self._home[layer.parameter].view(
+                layer,
+                self._generator(step, layer, role),
+                gradient=gradient,
+                # Layers are measured by the growth score's own mean, where it keeps one.
+                buffer=self._buffers.get(("grow" if role == "redistribute" else role, layer.label)),
+            )
+
+        return LayerFacts(layer, self._active(layer), self._budgets[layer.label], view)
+
+    def _draft(self, update: LayerUpdate, step: int, scores: Mapping[str, Score]) -> Draft:
+        return Draft(
+            update.drop,
+            update.grow,
+            scores,
+            {role: b for (role, label), b in self._buffers.items() if label == update.layer.label},
+            partial(self._generator, step, update.layer),
+            update.regrow_dropped,
+            update.pattern,
+            update.forced_drops,
+        )
+
+    def _density_at(self, stepper: _Stepper) -> float:
         if self._set_density is not None:
             return self._set_density
-        return self.method.density_at(step, self.total_steps)
+        return self.method.density_at(stepper.step, stepper.total)
 
     def _lowest_density(self) -> float:
         """The lowest that the method's schedule comes to, as far as a thousand looks at it tell."""
-        steps = range(0, self.total_steps, max(1, self.total_steps // 1000))
-        return min(self.method.density_at(step, self.total_steps) for step in steps)
-
-    def _move_budgets(self, density: float, step: int) -> None:
-        """Let the layers' budgets follow the network's, where it moves."""
-        moves = self.method.schedule is not None or self._set_density is not None
-        if not moves or density == self._budget_density:
-            return
-        method = self.method
-        pattern = method.pattern_at(density)
-        free = [layer for layer in self.layers if pattern.obstacle(layer) is None]
-        active = [self._active(layer) for layer in free]
-        counts: list[int] | None
-        if density == 1 or not pattern.is_free:
-            counts = layer_counts(method, self.layers, density)
-        else:
-            wanted = network_budget([layer.shape for layer in free], density)
-            if method.allocation.needs_scores and wanted < sum(active):
-                counts = layer_counts(method, self.layers, density, [self._survival(x, step) for x in self.layers])
-            elif method.allocation.needs_scores or method.redistribute is not None:
-                # There is no network-wide threshold for growth, and budget that has moved stays where it is: every layer
-                # grows or shrinks in proportion to what it has.
-                shares = scaled(active, wanted, [layer.weights for layer in free])
-                fitted = {x.label: pattern.fit(x, share) for x, share in zip(free, shares, strict=True)}
-                counts = [fitted.get(layer.label, layer.weights) for layer in self.layers]
-            else:
-                counts = layer_counts(method, self.layers, density)
-                if method.grow is None and self._set_density is None and not pattern.is_grouped and counts is not None:
-                    # A layer's rounded share may rise by a weight while the network's falls.
-                    counts = only_shrinking([self._active(layer) for layer in self.layers], counts)
-        assert counts is not None
-        self._budgets = {layer.label: count for layer, count in zip(self.layers, counts, strict=True)}
-        self._budget_density = density
-
-    def _survival(self, layer: SparseLayer, step: int) -> Tensor:
-        """Drop scores, lowest where inactive."""
-        drop = self.method.drop or Magnitude()
-        view = self._view(layer, "drop", step, drop)
-        if not _can_score(drop, view):
-            view, drop = self._view(layer, "drop", step, Magnitude()), Magnitude()
-        scores = drop(view)
-        return scores.masked_fill(~view.mask, torch.finfo(scores.dtype).min)
+        total = max(stepper.total for stepper in self._steppers)
+        return min(self.method.density_at(step, total) for step in range(0, total, max(1, total // 1000)))
 
     def _view(self, layer: SparseLayer, role: str, step: int, score: Score) -> LayerView:
         return self._home[layer.parameter].view(
@@ -719,130 +840,8 @@ class Sparsifier:
             buffer=self._buffers.get((role, layer.label)),
         )
 
-    def _draft(
-        self, stepper: _Stepper, step: int, fraction: float | None, scores: Mapping[str, Score]
-    ) -> list[tuple[SparseLayer, Draft]]:
-        """What the update is to do in each of the optimizer's layers; layers that stay as they are are left out.
-
-        ``fraction`` is the share to replace; ``None`` meets the layers' budgets and replaces nothing, by whatever piece.
-        """
-        method = self.method
-        density = self._density_at(step)
-        pattern = method.pattern_at(density)
-        # Where budget moves between layers, one that has become full may give some back.
-        gives = method.redistribute is not None and fraction is not None and density < 1
-        moved = [
-            layer
-            for layer in (self.layers[i] for i in stepper.layers)
-            if (gives and pattern.obstacle(layer) is None)
-            or not self._active(layer) == self._budgets[layer.label] == layer.weights
-        ]
-        changes = self._changes(moved, step, fraction, scores)
-        if pattern.is_grouped:
-            changes = [self._whole_groups(pattern, layer, c) for layer, c in zip(moved, changes, strict=True)]
-        condemned = self._condemned(moved, changes, step) if method.chain_removal and fraction is not None else {}
-        drafts = []
-        for layer, change in zip(moved, changes, strict=True):
-            extra = condemned.get(layer.label)
-            more = 0 if extra is None else extra.numel()
-            if change.drop + change.grow + more == 0:
-                continue
-            draft = Draft(
-                change.drop + more,
-                change.grow + more,
-                scores,
-                {role: b for (role, label), b in self._buffers.items() if label == layer.label},
-                partial(self._generator, step, layer),
-                method.regrow_dropped or change.grow == 0,
-                pattern if pattern.obstacle(layer) is None else Unstructured(),
-                extra,
-            )
-            drafts.append((layer, draft))
-        return drafts
-
-    def _whole_groups(self, pattern: Pattern, layer: SparseLayer, change: Change) -> Change:
-        """The change that ends at what the pattern can hold."""
-        kept = self._active(layer) - change.drop
-        wanted = kept + change.grow
-        target = layer.weights if pattern.obstacle(layer) else pattern.fit(layer, wanted)
-        return Change(change.drop + max(0, kept - target), max(0, target - kept))
-
     def _generator(self, step: int, layer: SparseLayer, role: str) -> torch.Generator:
         return folded_generator(self.seed, role, step, layer.label)
-
-    def _changes(
-        self, layers: Sequence[SparseLayer], step: int, fraction: float | None, scores: Mapping[str, Score]
-    ) -> list[Change]:
-        """How many connections come and go in every layer."""
-        method, replaces = self.method, fraction is not None
-        amounts: list[int | None] = [None] * len(layers)
-        if method.amount is not None and replaces:
-            views = [self._view(layer, "drop", step, scores["drop"]) for layer in layers]
-            drop_scores = [scores["drop"](view) for view in views]
-            counts, self._amount_state = method.amount.counts(views, drop_scores, self._amount_state)
-            amounts = list(counts)
-        surplus = None
-        if method.surplus is not None and replaces:
-            settled = step >= (self._settles_at() or 0)
-            surplus = 0.0 if settled else method.surplus(step, method.clock.stop_step(self.total_steps))
-        changes = [
-            plan_change(
-                self._active(layer),
-                self._budgets[layer.label],
-                layer.weights,
-                fraction=fraction or 0.0,
-                grows="grow" in scores,
-                surplus=surplus,
-                amount=amount,
-            )
-            for layer, amount in zip(layers, amounts, strict=True)
-        ]
-        if method.redistribute is None or not replaces:
-            return changes
-        stats = [
-            LayerStat(layer.weights, self._active(layer) - change.drop, self._strength(layer, step))
-            for layer, change in zip(layers, changes, strict=True)
-        ]
-        grown = method.redistribute.grow_counts(stats, sum(change.grow for change in changes))
-        changes = leave_none_empty(stats, [Change(c.drop, g) for c, g in zip(changes, grown, strict=True)])
-        for layer, stat, change in zip(layers, stats, changes, strict=True):
-            self._budgets[layer.label] = stat.kept + change.grow
-        return changes
-
-    def _strength(self, layer: SparseLayer, step: int) -> float:
-        """A layer's claim to what is redistributed."""
-        redistribute = self.method.redistribute
-        if redistribute is None or not redistribute.needs_gradient:
-            return 0.0
-        view = self._home[layer.parameter].view(
-            layer,
-            self._generator(step, layer, "redistribute"),
-            gradient=True,
-            buffer=self._buffers.get(("grow", layer.label)),
-        )
-        return redistribute.measure(view)
-
-    def _condemned(self, layers: Sequence[SparseLayer], changes: Sequence[Change], step: int) -> dict[str, Tensor]:
-        """Label to positions of connections that will lie on no path once the update has dropped its share."""
-        drops = {layer.label: change.drop for layer, change in zip(layers, changes, strict=True)}
-        found = {}
-        for run in sequences(self.layers):
-            masks = []
-            for layer in run:
-                scores, active = self._survival(layer, step), self._mask_of_layer(layer).reshape(-1)
-                positions = active.nonzero().squeeze(1)
-                kept = torch.zeros_like(active)
-                count = positions.numel() - drops.get(layer.label, 0)
-                best = top_indices(scores.reshape(-1)[positions], count, self._generator(step, layer, "ties"))
-                kept[positions[best]] = True
-                masks.append(kept.view(layer.shape))
-            for layer, broken in zip(run, incomplete(masks), strict=True):
-                if layer.label in drops:
-                    found[layer.label] = broken.reshape(-1).nonzero().squeeze(1)
-        return found
-
-    def _mask_of_layer(self, layer: SparseLayer) -> Tensor:
-        return layer.part(whole(self.masks[layer.parameter]))
 
     def _perturb(self, stepper: _Stepper) -> None:
         """Add what the method adds to the gradients of active weights."""
@@ -885,17 +884,20 @@ class Sparsifier:
                 f'backend="{self.method.backend}" stores a fixed number of connections; use backend="masked" to change it'
             )
         if not self._sparsified:
-            raise StateError(f"training is dense until step {self._sparsify_step}; set the density after it")
+            raise StateError(
+                f"training is dense until step {self._sparsify_step(self._steppers[0])}; set the density after it"
+            )
         layer_counts(self.method, self.layers, density)
         self._set_density = float(density)
         step = self.step
-        self._move_budgets(self._set_density, step)
+        self._splits = {}
         chosen: dict[str, Score] = {"drop": Magnitude(), "grow": Random()}
         for role, score in self.method.scores().items():
-            if all(_can_score(score, self._view(layer, role, step, score)) for layer in self.layers):
+            if all(can_score(score, self._view(layer, role, step, score)) for layer in self.layers):
                 chosen[role] = score
         for stepper in self._steppers:
-            self._apply(stepper, self._draft(stepper, step, None, chosen), born=stepper.step)
+            moment = Moment(step, self.seed, self._set_density, None, is_set=True)
+            self._rewire(stepper, moment, chosen, born=stepper.step)
         self._check_agreement(step)
 
     @torch.no_grad()
@@ -923,7 +925,7 @@ class Sparsifier:
     def _observe(self, stepper: _Stepper) -> bool:
         """Show this step's weights and dense gradients to the scores that watch; whether any of them reads gradients."""
         observers = {role: s for role, s in self.method.scores().items() if s.observes}
-        if not observers or stepper.step >= self.method.clock.stop_step(self.total_steps):
+        if not observers or stepper.step >= self.method.clock.stop_step(stepper.total):
             return False
         reads = any(score.needs_gradient for score in observers.values())
         usable = not reads or self._gradients_are_usable(stepper)
@@ -946,14 +948,16 @@ class Sparsifier:
                 f"{self._names[missing[0]]} has no gradient, and {type(self.method.init).__name__} needs one; "
                 "exclude it, or let it take part in the loss"
             )
-        groups = stepper.optimizer.param_groups
-        present = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        finite = all(is_finite(local(g)) for g in present)
+        finite = self._are_finite(stepper)
         finite = finite and all(storage.collected_is_finite(stepper.parameters) for storage in self._storages)
         finite = all_agree(finite, self._group)
         if not finite:
             self._warn_once("gradients are not finite where the topology needs them; the update is left out")
         return finite
+
+    def _are_finite(self, stepper: _Stepper) -> bool:
+        groups = stepper.optimizer.param_groups
+        return all(is_finite(local(p.grad)) for group in groups for p in group["params"] if p.grad is not None)
 
     # -- saving and loading ---------------------------------------------------------------------------------------
 
@@ -963,7 +967,7 @@ class Sparsifier:
             "format": STATE_FORMAT,
             "method": self.method.spec(),
             "seed": self.seed,
-            "total_steps": self.total_steps,
+            "total_steps": self.total_steps if len(self._steppers) == 1 else [s.total for s in self._steppers],
             "steps": [stepper.step for stepper in self._steppers],
             "updated_at": [stepper.updated_at for stepper in self._steppers],
             "sparsified": self._sparsified,
@@ -974,7 +978,9 @@ class Sparsifier:
             if self.last_update is None
             else [self.last_update.step, self.last_update.fraction, self.last_update.churn],
             "set_density": self._set_density,
-            "budget_density": self._budget_density,
+            "budget_density": self._steppers[0].budget_density,
+            "budget_densities": [stepper.budget_density for stepper in self._steppers],
+            "splits": [[d, list(counts), sorted(users)] for d, (counts, users) in self._splits.items()],
             "budgets": dict(self._budgets),
             "amount": self._amount_state,
             "work": {kind: list(active) for kind, active in self._counters.work.items()},
@@ -1018,7 +1024,13 @@ class Sparsifier:
         self._check_agreement(int(state["steps"][0]))
         for stepper, step, updated_at in zip(self._steppers, state["steps"], state["updated_at"], strict=True):
             stepper.step, stepper.updated_at, stepper.announced = int(step), int(updated_at), None
-        self._set_density, self._budget_density = state["set_density"], state["budget_density"]
+        self._set_density = state["set_density"]
+        several = len(self._steppers)
+        for stepper, density in zip(
+            self._steppers, state.get("budget_densities", [state["budget_density"]] * several), strict=True
+        ):
+            stepper.budget_density = density
+        self._splits = {d: (tuple(counts), set(users)) for d, counts, users in state.get("splits", [])}
         self._budgets, self._amount_state = dict(state["budgets"]), float(state["amount"])
         if self._warming is not None:
             self._warming.load(state["warming"], {layer.label: layer for layer in self.layers}, self._parameters)
@@ -1036,12 +1048,17 @@ class Sparsifier:
 
     def _expected(self) -> Expected:
         return Expected(
-            self.method, self.seed, self.total_steps, len(self._steppers), self.layers, self._home, self._storages
+            self.method,
+            self.seed,
+            [stepper.total for stepper in self._steppers],
+            self.layers,
+            self._home,
+            self._storages,
         )
 
     # -- small helpers --------------------------------------------------------------------------------------------
 
-    def _assign(self, optimizers: Sequence[Optimizer]) -> list[_Stepper]:
+    def _assign(self, optimizers: Sequence[Optimizer], totals: Sequence[int]) -> list[_Stepper]:
         """Give each layer to the optimizer that holds its parameter."""
         held = holders(optimizers, self._parameters)
         steppers = []
@@ -1049,7 +1066,7 @@ class Sparsifier:
             mine = [k for k, layer in enumerate(self.layers) if held[layer.parameter] == i]
             names = dict.fromkeys(self.layers[k].parameter for k in mine)
             if mine:
-                steppers.append(_Stepper(optimizer, mine, [self._parameters[name] for name in names]))
+                steppers.append(_Stepper(optimizer, mine, [self._parameters[name] for name in names], totals[i]))
         return steppers
 
     def _warn_once(self, message: str) -> None:
@@ -1062,10 +1079,3 @@ class Sparsifier:
             f"Sparsifier({self.method.name}, density={self.density:.4g} of {len(self.layers)} layers, "
             f"step={self.step}, updates={self.updates})"
         )
-
-
-def _can_score(score: Score, view: LayerView) -> bool:
-    """Whether what the score reads is there."""
-    if score.observes:
-        return view.buffer is not None
-    return view.gradient is not None or not score.needs_gradient

@@ -18,6 +18,7 @@ from dst.errors import ConfigurationError
 from dst.layers import Selector, SparseLayer, sparse_modules
 from dst.method import Method
 from dst.types import as_sampler
+from dst.wrapping import check_method
 
 __all__ = [
     "Csr",
@@ -78,6 +79,7 @@ def prepare(
     Raises:
         ConfigurationError: As for ``Sparsifier``: an infeasible budget, a selector that selects nothing, …
     """
+    check_method(method)
     if method.backend not in ("csr", "auto") or method.density == 1:
         return model
     if method.backend == "auto":

@@ -77,8 +77,21 @@ class Latent(Masked):
         self._ended = False
         self._learned = {layer.label: self._initial(layer) for layer in self._layers}
         if self._relaxation.samples and not self._hooks:
-            hook, above = _ModeHook(self), _modules_above(self._model, self.parameters)
-            self._hooks = [module.register_forward_pre_hook(hook) for module in above]
+            self._watch_modes()
+
+    def rehook(self) -> None:
+        """See ``Storage``."""
+        if self._hooks:
+            self._hooks = []
+            self._watch_modes()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has no hooks until ``rehook``, and remembers whether it is to have some."""
+        return {**self.__dict__, "_hooks": [None] if self._hooks else []}
+
+    def _watch_modes(self) -> None:
+        hook, above = _ModeHook(self), _modules_above(self._model, self.parameters)
+        self._hooks = [module.register_forward_pre_hook(hook) for module in above]
 
     def _end(self) -> None:
         self._ended = True

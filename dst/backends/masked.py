@@ -172,8 +172,8 @@ class Masked(Storage):
                 return None
         ties = draft.generator("ties")
         drop_scores = draft.scores["drop"](views["drop"])
-        if draft.condemned is not None:
-            drop_scores = fill_at_(drop_scores.clone(), draft.condemned.to(mask.device), -math.inf)
+        if draft.forced_drops is not None:
+            drop_scores = fill_at_(drop_scores.clone(), draft.forced_drops.to(mask.device), -math.inf)
         if draft.pattern.is_grouped:
             # Where nothing is to grow, scopes that have lost more than others get back the best of their own.
             lowest = torch.finfo(drop_scores.dtype).min

@@ -28,7 +28,7 @@ class Draft:
         generator: Role, or ``"ties"``, to a fresh CPU generator folded from seed, step, layer and it.
         regrow_dropped: As in ``dst.topology.rewire``.
         pattern: Which weights live and die together.
-        condemned: Sorted positions of active connections that are dropped before any other, int64, or ``None``.
+        forced_drops: Sorted positions of active connections that are dropped before any other, int64, or ``None``.
     """
 
     drop: int
@@ -38,7 +38,7 @@ class Draft:
     generator: Callable[[str], torch.Generator]
     regrow_dropped: bool
     pattern: Pattern
-    condemned: Tensor | None = None
+    forced_drops: Tensor | None = None
 
 
 class Storage(ABC):
@@ -128,6 +128,9 @@ class Storage(ABC):
             steps: When the first mask is made.
         """
         self.mask_weights(parameters)
+
+    def rehook(self) -> None:  # noqa: B027
+        """Hook into the modules again, after a copy, which has no hooks."""
 
     def release(self) -> None:  # noqa: B027
         """Leave the model as it is to be used without this storage."""

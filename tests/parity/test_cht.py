@@ -16,6 +16,7 @@ from dst import methods
 from dst.allocation import Uniform
 from dst.chains import incomplete, path_count
 from dst.errors import ConfigurationError
+from dst.planning import Moment, plan_update
 from dst.schedules import Constant
 from dst.scores import CH3L3, Gradient, Magnitude, Soft
 from dst.types import LayerView
@@ -140,10 +141,12 @@ def test_what_an_update_drops(chain_removal):
         parameter.grad = torch.zeros_like(parameter)
     broken = incomplete(kept)
     assert sum(int(b.sum()) for b in broken) > 0
-    drafts = {x.label: d for x, d in sparsifier._draft(sparsifier._steppers[0], 0, 0.3, method.scores())}
+    facts = [sparsifier._facts(layer, 0) for layer in sparsifier.layers]
+    plan = plan_update(method, Moment(0, 0, 0.15, 0.3), facts, range(len(facts)), method.scores())
+    updates = {update.layer.label: update for update in plan.layers}
     for (name, mask), b in zip(masks.items(), broken, strict=True):
         plain = int(0.3 * int(mask.sum()))
-        assert drafts[name].drop == plain + (int(b.sum()) if chain_removal else 0)
+        assert updates[name].drop == plain + (int(b.sum()) if chain_removal else 0)
     sparsifier.before_step()
     for name, mask in sparsifier.masks.items():
         assert int(mask.sum()) == int(masks[name].sum())

@@ -1,0 +1,200 @@
+"""Several optimizers under Lightning: each has a length of its own, and every network arrives at its density."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import lightning
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import dst
+from dst.lightning import SparseTraining
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+
+METHODS: dict[str, Callable[[], dst.Method]] = {
+    "gmp": lambda: dst.methods.gmp(0.1, update_every=5),
+    "granet": lambda: dst.methods.granet(0.1, update_every=5),
+    "static": lambda: dst.methods.static(0.1, sparsify_at=0.6),
+    "rigl": lambda: dst.methods.rigl(0.1, update_every=5, stop=1.0),
+}
+
+
+class Gan(lightning.LightningModule):
+    """A generator and a discriminator; the generator steps at every ``every``-th batch."""
+
+    def __init__(self, every: int = 1) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.generator = nn.Sequential(nn.Linear(4, 20), nn.ReLU(), nn.Linear(20, 6))
+        self.discriminator = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 1))
+        self.automatic_optimization = False
+        self.every = every
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.Adam(net.parameters(), 1e-3) for net in (self.discriminator, self.generator)]
+
+    def training_step(self, batch: list[Tensor], index: int) -> None:
+        discriminator, generator = self.optimizers()
+        fake = self.generator(torch.randn(8, 4))
+        real, fooled = self.discriminator(batch[0]), self.discriminator(fake.detach())
+        self._step(discriminator, cross_entropy(real, real * 0 + 1) + cross_entropy(fooled, fooled * 0))
+        if (index + 1) % self.every == 0:
+            judged = self.discriminator(self.generator(torch.randn(8, 4)))
+            self._step(generator, cross_entropy(judged, judged * 0 + 1))
+
+    def _step(self, optimizer: Any, loss: Tensor) -> None:
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
+
+def fit(method: dst.Method, every: int = 1, batches: int = 50, **settings: Any) -> tuple[Gan, SparseTraining]:
+    total = settings.pop("total_steps", None)
+    module, sparse = Gan(every), SparseTraining(method, total_steps=total)
+    trainer = lightning.Trainer(
+        accelerator="cpu", callbacks=[sparse], logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **settings,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(8 * batches, 6)), 8))
+    return module, sparse
+
+
+def densities(module: Gan) -> list[float]:
+    return [
+        sum(int(p.count_nonzero()) for p in net.parameters() if p.ndim == 2)
+        / sum(p.numel() for p in net.parameters() if p.ndim == 2)
+        for net in (module.generator, module.discriminator)
+    ]
+
+
+def check(module: Gan, sparse: SparseTraining, steps: list[int]) -> None:
+    sparsifier = sparse.sparsifier
+    assert sparsifier is not None
+    assert sparsifier.steps == steps
+    assert sparsifier.shortfall is None
+    assert sparsifier.density == pytest.approx(0.1, abs=0.005)
+    assert all(density < 0.25 for density in densities(module))  # neither network is left dense
+    if sparsifier.method.name == "rigl":
+        assert sparsifier.drop_fraction < 0.02  # the cosine has come to its end
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_optimizers_share_max_steps(name: str) -> None:
+    check(*fit(METHODS[name](), max_steps=200), [100, 100])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_that_steps_five_times_as_often(name: str) -> None:
+    check(*fit(METHODS[name](), every=5, max_epochs=6), [300, 60])
+    if name == "gmp":
+        check(*fit(METHODS[name](), every=5, max_steps=240), [200, 40])
+
+
+def test_lengths_that_are_given() -> None:
+    module, sparse = fit(METHODS["gmp"](), every=5, max_epochs=6, total_steps=[300, 60])
+    check(module, sparse, [300, 60])
+    assert sparse.sparsifier is not None
+    assert [s.total for s in sparse.sparsifier._steppers] == [300, 60]
+
+
+def test_lengths_in_a_loop_of_ones_own() -> None:
+    nets = [nn.Linear(20, 20), nn.Linear(20, 20)]
+    model = nn.ModuleList(nets)
+    first, second = (torch.optim.SGD(net.parameters(), 0.01) for net in nets)
+    method = dst.methods.gmp(0.2, update_every=2)
+    sparsifier = dst.Sparsifier(model, [first, second], method, total_steps={second: 10, first: 40})
+    for step in range(40):
+        for optimizer, net in ((first, nets[0]), (second, nets[1])):
+            if optimizer is first or step % 4 == 3:
+                net(torch.randn(4, 20)).square().mean().backward()
+                sparsifier.before_step(optimizer)
+                optimizer.step()
+                optimizer.zero_grad()
+    assert sparsifier.shortfall is None
+    assert sparsifier.active == 160
+    with pytest.raises(dst.ConfigurationError, match="3 numbers for 2 optimizers"):
+        dst.Sparsifier(nn.ModuleList(nets), [first, second], method, total_steps=[1, 2, 3])
+    with pytest.raises(dst.ConfigurationError, match="no steps for optimizer 1"):
+        dst.Sparsifier(nn.ModuleList(nets), [first, second], method, total_steps={first: 3})
+
+
+def test_a_resume_goes_on_with_the_lengths_that_were_measured() -> None:
+    _, sparse = fit(METHODS["gmp"](), every=5, max_epochs=6)
+    assert sparse.sparsifier is not None
+    state = sparse.state_dict()
+    assert state["total_steps"] == [300, 60]
+    again = SparseTraining(METHODS["gmp"]())
+    again.load_state_dict(state)
+    assert again.state_dict()["total_steps"] == [300, 60]
+
+
+# -- training that ends too early ----------------------------------------------------------------------------------
+
+
+class Plain(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(20, 20)
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        return self.layer(batch[0]).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+def plain_fit(module: Plain, callbacks: list[Any], tmp_path: Any = None, resume: Any = None, **settings: Any) -> None:
+    trainer = lightning.Trainer(
+        accelerator="cpu", callbacks=callbacks, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **settings,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(TensorDataset(torch.randn(40, 20)), 4), ckpt_path=resume)
+    if tmp_path is not None:
+        trainer.save_checkpoint(tmp_path / "dense.ckpt")
+
+
+@pytest.mark.parametrize("method", [dst.methods.gmp(0.1, update_every=3), dst.methods.static(0.1, sparsify_at=0.5)])
+def test_a_dense_checkpoint_leaves_the_steps_that_are_left(method: dst.Method, tmp_path: Any) -> None:
+    plain_fit(Plain(), [], tmp_path, max_epochs=6)
+    sparse = SparseTraining(method)
+    plain_fit(Plain(), [sparse], resume=tmp_path / "dense.ckpt", max_epochs=10)
+    assert sparse.sparsifier is not None
+    assert (sparse.sparsifier.step, sparse.sparsifier.total_steps) == (40, 40)
+    assert sparse.sparsifier.active == 40
+
+
+class Stop(lightning.pytorch.callbacks.Callback):
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step >= 10
+
+
+def test_training_that_ends_before_its_mask_says_so() -> None:
+    sparse = SparseTraining(dst.methods.static(0.1, sparsify_at=0.5))
+    with pytest.warns(UserWarning, match=r"ended at density 1, target 0\.1: 10 of 100 planned optimizer steps") as seen:
+        plain_fit(Plain(), [sparse, Stop()], max_epochs=10)
+    assert sum("ended at density" in str(w.message) for w in seen) == 1
+
+
+def test_a_loop_that_ends_before_its_budget_settles_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Linear(20, 20)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    sparsifier = dst.Sparsifier(net, optimizer, dst.methods.gmp(0.1, update_every=2), total_steps=40)
+    for _ in range(20):
+        net(torch.randn(4, 20)).sum().backward()
+        sparsifier.before_step()
+        optimizer.step()
+    with caplog.at_level(logging.WARNING):
+        sparsifier.finalize()
+        sparsifier.finalize()
+    assert [r.message[:27] for r in caplog.records] == [
+        "ended at density 0.1" + r.message[20:27] for r in caplog.records
+    ]
+    assert len(caplog.records) == 1
+    assert "target 0.1: 20 of 40" in caplog.text
