@@ -129,6 +129,7 @@ class SparseTraining(Callback):
         self._accumulated = False
         self._pending_gradients: dict[str, Tensor] = {}
         self._following: RemovableHandle | None = None
+        self._counted: tuple[float, list[int]] = (0.0, [0])  # how far training was, and the steps of each optimizer
         self._shares_known = True  # False while the optimizers' shares of the trainer's steps are still to be measured
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
@@ -217,7 +218,7 @@ class SparseTraining(Callback):
         )
         self._logged_updates = -1
         several = len(self.sparsifier.steps) > 1 and self.total_steps is None
-        self._shares_known = not several
+        self._shares_known, self._counted = not several, (0.0, [0])
         if state is not None:
             if several and isinstance(saved := state.get("total_steps"), list) and any(state.get("steps", [])):
                 self.sparsifier.set_total_steps(saved)
@@ -322,8 +323,12 @@ class SparseTraining(Callback):
         counted = trainer.max_epochs in (None, -1) or trainer.max_steps != -1
         taken = trainer.global_step if counted else trainer.fit_loop.total_batch_idx + 1
         progress = taken / (trainer.max_steps if counted else trainer.estimated_stepping_batches)
-        if progress >= _SHARES_AFTER and all(sparsifier.steps):
-            sparsifier.set_total_steps([max(step + 1, int(step / progress)) for step in sparsifier.steps])
+        # Counted where the rarest has just stepped, a whole number of rounds is over.
+        if min(sparsifier.steps) > min(self._counted[1], default=0):
+            self._counted = (progress, sparsifier.steps)
+        if progress >= _SHARES_AFTER and all(self._counted[1]):
+            at, steps = self._counted
+            sparsifier.set_total_steps([max(step + 1, int(step / at + 1e-6)) for step in steps])
             self._shares_known = True
 
     def _total_steps(self, trainer: lightning.Trainer, dense_steps: int) -> int | Sequence[int]:
