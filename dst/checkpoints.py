@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,22 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise StateError(f"no checkpoint at {path}") from None
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise StateError(
-            f"{path} cannot be read: it is cut off, damaged, or holds more than plain values and tensors, which would "
-            f"have to be executed ({str(error).splitlines()[0] if str(error) else type(error).__name__}). "
+            f"{path} cannot be read: {reason_of(error)}. "
             f"dst.checkpoints.latest_readable({str(Path(path).parent)!r}) finds the newest one that can be read"
         ) from error
     if not isinstance(checkpoint, dict):
         raise StateError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict")
     return checkpoint
+
+
+def reason_of(error: Exception) -> str:
+    """What is wrong with a file that torch.load refused; without torch's advice to let it execute the file."""
+    if isinstance(error, (pickle.UnpicklingError, EOFError)) and "GLOBAL" not in str(error):
+        return "it is no checkpoint (torch.save did not write it), or it is cut off or damaged"
+    first = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds more than plain values and tensors, which would have to be executed"
+    return f"it is cut off, damaged, or holds more than plain values and tensors ({first})"
 
 
 def latest_readable(folder: str | os.PathLike[str], pattern: str = "*.ckpt") -> Path:

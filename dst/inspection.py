@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from dst.backends.saved import as_mask, is_mask, is_union, union_as_mask
 from dst.checkpoints import load_checkpoint
 from dst.errors import StateError
 from dst.metrics.health import dead_inputs, dead_outputs
@@ -185,12 +186,19 @@ def _of_state(
         target = float(method["density"])
         rows = {str(row["name"]): tuple(int(size) for size in row["shape"]) for row in state["layers"]}
         facts = {"method": str(method["name"]), "seed": str(state["seed"])}
-        facts["step"] = f"{', '.join(f'{int(s):,}' for s in state['steps'])} of {int(state['total_steps']):,}"
+        totals = state["total_steps"] if isinstance(state["total_steps"], list) else [state["total_steps"]]
+        facts["step"] = " of ".join(", ".join(f"{int(x):,}" for x in numbers) for numbers in (state["steps"], totals))
         if isinstance(content.get("epoch"), int):
             facts["epoch"] = str(content["epoch"])
         skipped = f", {int(state['skipped'])} left out" if state["skipped"] else ""
         facts["topology updates"] = f"{int(state['updates'])}{skipped}"
-        union, masks = _tensors(state["union"]), _tensors(state["masks"])
+        saved, union = _tensors(state["masks"]), _tensors(state["union"])
+        shapes = {name: rows[name] if name in rows else tuple(mask.shape) for name, mask in saved.items()}
+        for name, mask in saved.items():
+            if not is_mask(mask, shapes[name]) or (name in union and not is_union(union[name], shapes[name])):
+                raise StateError(f"{path} is damaged: the mask of {name} does not fit its shape {shapes[name]}")
+        masks = {name: as_mask(mask, shapes[name]) for name, mask in saved.items()}
+        union = {name: union_as_mask(u, shapes[name]) for name, u in union.items() if name in shapes}
         if union:
             sparse = [u for name, u in union.items() if name in masks and not bool(masks[name].all())]
             explored = sum(int(u.sum()) for u in sparse) / max(1, sum(u.numel() for u in sparse))
@@ -199,7 +207,7 @@ def _of_state(
             facts["phase"] = "dense: the mask has not been made yet"
             target_now = None
         else:
-            target_now = target
+            target_now = target if state.get("set_density") is None else float(state["set_density"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StateError(
             f"{path} holds a sparsifier's state that is damaged: {type(error).__name__} {error}"

@@ -353,9 +353,9 @@ class SparseTraining(Callback):
         assert sparsifier is not None
         shown = {"density": sparsifier.density, "updates": float(sparsifier.updates)}
         trainer.progress_bar_metrics.update(shown)
-        if sparsifier.updates + sparsifier.is_sparse == self._logged_updates:
+        if sparsifier.mask_version == self._logged_updates:
             return
-        self._logged_updates = sparsifier.updates + sparsifier.is_sparse
+        self._logged_updates = sparsifier.mask_version
         scalars = {
             "density": sparsifier.density,
             "topology/churn": sparsifier.churn,

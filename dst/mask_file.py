@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from dst.checkpoints import save_atomically
+from dst.checkpoints import reason_of, save_atomically
 from dst.errors import StateError
 
 
@@ -39,8 +39,7 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise StateError(f"no mask file at {path}; dst.save_masks writes one") from None
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise StateError(f"{path} is not a mask file, or is damaged: {reason}") from None
+        raise StateError(f"{path} is not a mask file, or is damaged: {reason_of(error)}") from None
     if not isinstance(masks, dict) or not all(
         isinstance(k, str) and isinstance(v, Tensor) and v.dtype == torch.bool for k, v in masks.items()
     ):

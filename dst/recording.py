@@ -235,7 +235,7 @@ class Recorder(Callback):
             table = sparsifier.layer_table()
             columns = {"names": "name", "shapes": "shape", "weights": "weights"}
             self._write(trainer, "layers", {plural: [row[key] for row in table] for plural, key in columns.items()})
-        if _version(sparsifier) != self._seen:
+        if sparsifier.mask_version != self._seen:
             self._record_mask(trainer, sparsifier)
 
     def on_train_batch_end(
@@ -256,7 +256,7 @@ class Recorder(Callback):
         self._step = step
         if self._batches:
             self._add_loss(trainer)
-        if _version(sparsifier) != self._seen and RECORD_EVERY * (self._masks - 2) <= step:
+        if sparsifier.mask_version != self._seen and RECORD_EVERY * (self._masks - 2) <= step:
             self._record_mask(trainer, sparsifier)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -267,8 +267,8 @@ class Recorder(Callback):
         self._epoch_step = sparsifier.step
         self._look(trainer, sparsifier)
         row = self._row(trainer, sparsifier)
-        if self.effective_density and sparsifier.is_sparse and self._effective_at != _version(sparsifier):
-            self._effective_at = _version(sparsifier)
+        if self.effective_density and sparsifier.is_sparse and self._effective_at != sparsifier.mask_version:
+            self._effective_at = sparsifier.mask_version
             row["effective"] = self._effective(trainer, pl_module, sparsifier)
         self._write(trainer, "epoch", row)
 
@@ -324,7 +324,7 @@ class Recorder(Callback):
     def _record_mask(self, trainer: lightning.Trainer, sparsifier: Sparsifier) -> None:
         """A row for new masks."""
         self._masks += 1
-        self._seen = _version(sparsifier)
+        self._seen = sparsifier.mask_version
         self._look(trainer, sparsifier)
         self._write(trainer, "mask", self._row(trainer, sparsifier))
         last = sparsifier.last_update
@@ -333,7 +333,7 @@ class Recorder(Callback):
             self._update, self._update_before, self._after = sparsifier.step, list(self._before), []
 
     def _row(self, trainer: lightning.Trainer, sparsifier: Sparsifier) -> dict[str, Any]:
-        masks = _version(sparsifier)
+        masks = sparsifier.mask_version
         if self._explored[0] != masks:  # counting takes longer than all the rest
             self._explored = (masks, sparsifier.exploration_rate)
         row: dict[str, Any] = {
@@ -403,7 +403,7 @@ class Recorder(Callback):
 
     def _look(self, trainer: lightning.Trainer, sparsifier: Sparsifier, due: bool = False) -> None:
         """Count dead units, send layers' figures to the loggers and warn, where masks are new and it is time."""
-        (masks, step), now = self._looked_at, _version(sparsifier)
+        (masks, step), now = self._looked_at, sparsifier.mask_version
         due = due or step < 0 or sparsifier.step - step >= LOOK_EVERY
         if not sparsifier.is_sparse or masks == now or not due:
             return
@@ -480,11 +480,6 @@ class Recorder(Callback):
                 target.log_image("masks/input", [grey], step=sparsifier.step)
             else:
                 target.experiment.add_image("masks/input", grey, sparsifier.step, dataformats="HW")
-
-
-def _version(sparsifier: Sparsifier) -> int:
-    """A number that is new where the masks are: 0 before the first, then one more with every update."""
-    return sparsifier.updates + sparsifier.is_sparse
 
 
 def _masks(sparsifier: Sparsifier) -> Iterator[tuple[SparseLayer, Tensor]]:

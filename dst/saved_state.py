@@ -99,6 +99,15 @@ def check_state(state: Mapping[str, Any], here: Expected) -> None:
     ):
         if not isinstance(state[key], Mapping):
             raise StateError(f"the state is damaged: {key} is no mapping")
+    try:
+        _check_contents(state, here)
+    except StateError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise StateError(f"the state is damaged: {type(error).__name__}: {error}") from error
+
+
+def _check_contents(state: Mapping[str, Any], here: Expected) -> None:
     check_same(state["method"], here.method)  # every backend reads what another has saved
     if state["seed"] != here.seed:
         raise StateError(f"the checkpoint has seed {state['seed']}, this run {here.seed}: use the same")
@@ -108,6 +117,7 @@ def check_state(state: Mapping[str, Any], here: Expected) -> None:
         raise StateError("the state is damaged: step_counts must be counts of dense, sparse and dense_gradient steps")
     if len(state["steps"]) != here.optimizers:
         raise StateError(f"the checkpoint has {len(state['steps'])} optimizers, this run {here.optimizers}")
+    _check_numbers(state)
     check_masks(state["masks"], "the checkpoint", here.home)
     _check_table(state, here)
     _check_buffers(state, here)
@@ -120,6 +130,28 @@ def check_state(state: Mapping[str, Any], here: Expected) -> None:
             saved,
             ", ".join(map(str, here.total_steps)),
         )
+
+
+def _check_numbers(state: Mapping[str, Any]) -> None:
+    """Values that are read without another look."""
+    last, totals = state["last_update"], state["total_steps"]
+    wrong = {
+        "sparsified": not isinstance(state["sparsified"], bool),
+        "amount": not _is_number(state["amount"]),
+        "last_update": last is not None
+        and not (isinstance(last, (list, tuple)) and len(last) == 3 and all(map(_is_number, last))),
+        "total_steps": not _are_counts(totals if isinstance(totals, list) else [totals]),
+        "updated_at": not isinstance(state["updated_at"], list)
+        or not all(isinstance(s, int) for s in state["updated_at"]),
+        "layers": not isinstance(state["layers"], list) or not all(isinstance(row, Mapping) for row in state["layers"]),
+        "settings": not _are_counts([state.get("settings", 0)]),
+    }
+    if damaged := [key for key, is_wrong in wrong.items() if is_wrong]:
+        raise StateError(f"the state is damaged: {', '.join(damaged)} cannot be such")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_table(state: Mapping[str, Any], here: Expected) -> None:

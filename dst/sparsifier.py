@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,7 @@ from dst.types import (
     CallInit,
     LayerView,
     LossInit,
+    Observer,
     Score,
     folded_generator,
     resolve_steps,
@@ -82,6 +83,7 @@ class Update:
 class _Counters:
     updates: int = 0
     skipped: int = 0
+    settings: int = 0  # of the density, by the user
     steps: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STEP_KINDS, 0))
     work: dict[str, list[int]] = field(default_factory=dict)  # kind of step to active weights per layer, over steps
 
@@ -335,6 +337,11 @@ class Sparsifier:
     def is_sparse(self) -> bool:
         """Whether the mask has been made (False in the dense phase of methods that have one)."""
         return self._sparsified
+
+    @property
+    def mask_version(self) -> int:
+        """A number that is new whenever the masks may be: 0 before the first, then one more with every change of them."""
+        return self._counters.updates + self._counters.settings + self._sparsified
 
     @property
     def active(self) -> int:
@@ -889,6 +896,7 @@ class Sparsifier:
             )
         layer_counts(self.method, self.layers, density)
         self._set_density = float(density)
+        self._counters.settings += 1
         step = self.step
         self._splits = {}
         chosen: dict[str, Score] = {"drop": Magnitude(), "grow": Random()}
@@ -924,7 +932,7 @@ class Sparsifier:
 
     def _observe(self, stepper: _Stepper) -> bool:
         """Show this step's weights and dense gradients to the scores that watch; whether any of them reads gradients."""
-        observers = {role: s for role, s in self.method.scores().items() if s.observes}
+        observers = {role: cast(Observer, s) for role, s in self.method.scores().items() if s.observes}
         if not observers or stepper.step >= self.method.clock.stop_step(stepper.total):
             return False
         reads = any(score.needs_gradient for score in observers.values())
@@ -973,6 +981,7 @@ class Sparsifier:
             "sparsified": self._sparsified,
             "updates": self._counters.updates,
             "skipped": self._counters.skipped,
+            "settings": self._counters.settings,
             "step_counts": dict(self._counters.steps),
             "last_update": None
             if self.last_update is None
@@ -1037,6 +1046,7 @@ class Sparsifier:
         self._counters = _Counters(
             int(state["updates"]),
             int(state["skipped"]),
+            int(state.get("settings", 0)),
             dict(state["step_counts"]),
             {kind: list(active) for kind, active in state["work"].items()},
         )

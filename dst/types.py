@@ -92,10 +92,15 @@ class Score(Protocol):
 
     @property
     def observes(self) -> bool:
-        """Whether ``observe`` must be called at every step; with the dense gradient where ``needs_gradient``."""
+        """Whether it is an ``Observer``, shown every step; with the dense gradient where ``needs_gradient``."""
 
     def __call__(self, view: LayerView) -> Tensor:
         """Score every position of the layer; float, of the layer's shape."""
+
+
+@runtime_checkable
+class Observer(Score, Protocol):
+    """A score that watches every step, and keeps a buffer of the layer's shape; ``observes`` is True."""
 
     def observe(self, buffer: Tensor | None, view: LayerView) -> Tensor:
         """Return the buffer after seeing this step's weights and dense gradient; may update ``buffer`` in place.

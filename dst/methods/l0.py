@@ -22,7 +22,6 @@ def l0(
     zeta: float = 1.1,
     allocation: Allocation | None = None,
     pattern: Pattern | None = None,
-    backend: str = "latent",
 ) -> Method:
     """L0 regularisation (Louizos et al. 2018, https://arxiv.org/abs/1712.01312): a stochastic gate per weight.
 
@@ -45,7 +44,6 @@ def l0(
         zeta: Upper end, > 1.
         allocation: How the budget is split when the mask is fixed; by default one threshold for the network.
         pattern: Which weights live and die together; every weight for itself by default.
-        backend: Latent weights beside ordinary parameters, whatever is given but ``"csr"``, which is refused.
     """
     return Method(
         name="l0",
@@ -55,5 +53,4 @@ def l0(
         sparsify_at=stop,
         relaxation=HardConcrete(learning_rate, penalty, beta, gamma, zeta, initial),
         pattern=pattern if pattern is not None else Unstructured(),
-        backend=backend,
     )

@@ -24,7 +24,6 @@ def movement(
     penalty: float = 1.0,
     allocation: Allocation | None = None,
     pattern: Pattern | None = None,
-    backend: str = "latent",
 ) -> Method:
     """Movement pruning (Sanh et al. 2020, https://arxiv.org/abs/2005.07683): keep the weights that move away from zero.
 
@@ -46,7 +45,6 @@ def movement(
         penalty: The soft variant's λ, times the mean of sigmoid(S) of each layer, >= 0.
         allocation: How the budget is split; by default uniformly for the hard variant, one threshold for the soft one.
         pattern: Which weights live and die together; every weight for itself by default.
-        backend: Latent weights beside ordinary parameters, whatever is given but ``"csr"``, which is refused.
     """
     if soft:
         return Method(
@@ -57,7 +55,6 @@ def movement(
             sparsify_at=stop,
             relaxation=Movement(learning_rate, threshold, penalty),
             pattern=pattern if pattern is not None else Unstructured(),
-            backend=backend,
         )
     return Method(
         name="movement",
@@ -72,5 +69,4 @@ def movement(
         replace_step=False,
         relaxation=Movement(learning_rate),
         pattern=pattern if pattern is not None else Unstructured(),
-        backend=backend,
     )

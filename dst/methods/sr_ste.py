@@ -22,7 +22,6 @@ def sr_ste(
     allocation: Allocation | None = None,
     init: Init | None = None,
     pattern: Pattern | None = None,
-    backend: str = "latent",
 ) -> Method:
     """SR-STE (Zhou et al. 2021, https://arxiv.org/abs/2102.04010, equation 9).
 
@@ -42,7 +41,6 @@ def sr_ste(
         allocation: How the budget is split; uniform by default.
         init: First mask; the largest weights by default.
         pattern: Which weights live and die together; N:M windows by default, with the numbers that the density says.
-        backend: Latent weights beside ordinary parameters, whatever is given but ``"csr"``, which is refused.
     """
     return Method(
         name="sr_ste",
@@ -56,5 +54,4 @@ def sr_ste(
         replace_step=False,
         relaxation=StraightThrough(inactive_decay=decay),
         pattern=pattern if pattern is not None else NM(),
-        backend=backend,
     )

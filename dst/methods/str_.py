@@ -18,7 +18,6 @@ def str_(
     decay: float = 1e-4,
     allocation: Allocation | None = None,
     pattern: Pattern | None = None,
-    backend: str = "latent",
 ) -> Method:
     """Soft threshold reparameterization (Kusupati et al. 2020, https://arxiv.org/abs/2002.03231).
 
@@ -36,7 +35,6 @@ def str_(
         decay: Weight decay of s, >= 0.
         allocation: How the budget is split when the mask is fixed; by default one threshold for the network.
         pattern: Which weights live and die together; every weight for itself by default.
-        backend: Latent weights beside ordinary parameters, whatever is given but ``"csr"``, which is refused.
     """
     return Method(
         name="str",
@@ -46,5 +44,4 @@ def str_(
         sparsify_at=stop,
         relaxation=LearnedThreshold(initial, decay),
         pattern=pattern if pattern is not None else Unstructured(),
-        backend=backend,
     )

@@ -23,7 +23,6 @@ def top_kast(
     allocation: Allocation | None = None,
     init: Init | None = None,
     pattern: Pattern | None = None,
-    backend: str = "latent",
 ) -> Method:
     """Top-KAST (Jayakumar et al. 2021, https://arxiv.org/abs/2106.03517).
 
@@ -44,7 +43,6 @@ def top_kast(
         allocation: How the budget is split; uniform by default.
         init: First mask; the largest weights by default.
         pattern: Which weights live and die together; every weight for itself by default.
-        backend: Latent weights beside ordinary parameters, whatever is given but ``"csr"``, which is refused.
     """
     return Method(
         name="top_kast",
@@ -62,5 +60,4 @@ def top_kast(
             inactive_decay=decay / density if density > 0 else decay,
         ),
         pattern=pattern if pattern is not None else Unstructured(),
-        backend=backend,
     )
