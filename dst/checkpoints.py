@@ -65,12 +65,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def reason_of(error: Exception) -> str:
     """What is wrong with a file that torch.load refused; without torch's advice to let it execute the file."""
-    if isinstance(error, (pickle.UnpicklingError, EOFError)) and "GLOBAL" not in str(error):
-        return "it is no checkpoint (torch.save did not write it), or it is cut off or damaged"
-    first = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if isinstance(error, pickle.UnpicklingError):
+    if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
         return "it holds more than plain values and tensors, which would have to be executed"
-    return f"it is cut off, damaged, or holds more than plain values and tensors ({first})"
+    reason = "it is no checkpoint (torch.save did not write it), or it is cut off or damaged"
+    return f"{reason} ({str(error).splitlines()[0]})" if isinstance(error, (OSError, RuntimeError)) else reason
 
 
 def latest_readable(folder: str | os.PathLike[str], pattern: str = "*.ckpt") -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -104,9 +105,20 @@ def train(argv: Sequence[str]) -> int:
     # Hydra's parser takes no overrides on both sides of a flag.
     sys.argv = [sys.argv[0], *sorted(argv, key=lambda argument: argument not in ("-m", "--multirun"))]
     register_schema()
+    begun = False
+
+    def begin(cfg: DictConfig) -> float:
+        nonlocal begun
+        begun = True
+        return job(cfg)
+
     try:
-        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(job)()
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(begin)()
     except Exception as error:
+        if not begun and isinstance(error, OSError) and error.filename:  # Hydra makes the run's folder before the job
+            error = ConfigurationError(
+                f"the run's folder cannot be written ({error.strerror}: {error.filename}); choose another hydra.run.dir"
+            )
         if not _is_about_settings(error):
             raise
         return _refuse(error)
@@ -151,13 +163,31 @@ def job(cfg: DictConfig) -> float:
         if not _is_about_settings(error):
             raise
         sys.exit(_refuse(error))  # raised any further, Hydra would add lines of its own
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit) as interrupt:
         if (folder / "checkpoints" / "last.ckpt").exists():
             print(f"interrupted; go on with: resume=last hydra.run.dir={folder}", file=sys.stderr)
-        raise
+        sys.exit(_status(interrupt))
     if os.environ.get("LOCAL_RANK", "0") == "0":
         show(summary.renderable(folder))
+    if summary.test.loss is None:
+        print(f"error: {_DIVERGED}", file=sys.stderr)
+        sys.exit(1)
     return _accuracy(summary.test.accuracy)
+
+
+_DIVERGED = (
+    "training has diverged: the test loss is not finite; lower optimizer.lr, or clip by trainer.gradient_clip_val"
+)
+
+
+def _status(interrupt: BaseException) -> int:
+    """The exit status of a process that was interrupted: 128 and the signal's number, never that of success."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    if isinstance(interrupt, SIGTERMException):
+        return 128 + signal.SIGTERM
+    code = interrupt.code if isinstance(interrupt, SystemExit) else None
+    return code if isinstance(code, int) and code not in (0, 1) else 128 + signal.SIGINT
 
 
 def _sweep_job(cfg: DictConfig, folder: Path) -> float:
@@ -178,6 +208,13 @@ def _sweep_job(cfg: DictConfig, folder: Path) -> float:
             OmegaConf.update(cfg, "resume", "last")
         summary = run(cfg, folder, sweep=True)
         mark_finished(folder, cfg)
+    except (KeyboardInterrupt, SystemExit) as interrupt:
+        print(
+            f"interrupted; go on with the same command and hydra.sweep.dir={_sweep_folder(folder)}: runs that are finished are "
+            "kept, and this one is resumed",
+            file=sys.stderr,
+        )
+        sys.exit(_status(interrupt))
     except Exception as error:
         expected = _is_about_settings(error)
         message = explain(error) if expected else f"{type(error).__name__}: {error}"
@@ -188,8 +225,16 @@ def _sweep_job(cfg: DictConfig, folder: Path) -> float:
         print(f"error: run {folder.name}: {message}", file=sys.stderr)
         return float("nan")
     (folder / ERROR_FILE).unlink(missing_ok=True)
+    if summary.test.loss is None:
+        print(f"warning: run {folder.name}: {_DIVERGED}", file=sys.stderr)
     print(f"run {folder.name}: test accuracy {percent(summary.test.accuracy)} in {summary.seconds:.1f} s")
     return _accuracy(summary.test.accuracy)
+
+
+def _sweep_folder(folder: Path) -> Path:
+    from hydra.core.hydra_config import HydraConfig
+
+    return Path(HydraConfig.get().sweep.dir) if HydraConfig.initialized() else folder.parent
 
 
 def explain(error: BaseException) -> str:
@@ -236,14 +281,21 @@ def _accuracy(value: float | None) -> float:
 
 def methods(argv: Sequence[str]) -> int:
     """Print the methods with what they are made of."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        "dst methods", description="List the methods: storage, growth, pattern, cost, paper."
+    )
+    try:
+        parser.parse_args(argv)
+    except SystemExit as done:
+        return int(done.code or 0)
+
     from rich.table import Table
 
     from dst.catalogue import COLUMNS, catalogue
     from dst.summary import show
 
-    if argv:
-        print(f"error: dst methods takes no arguments, got {' '.join(argv)}", file=sys.stderr)
-        return 2
     table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
     for header in COLUMNS:
         table.add_column(header, no_wrap=header in ("sparsity=", "paper"))
@@ -255,14 +307,20 @@ def methods(argv: Sequence[str]) -> int:
 
 def inspect(argv: Sequence[str]) -> int:
     """Print a checkpoint's layers, densities and health, without executing anything that it brings."""
+    import argparse
+
+    parser = argparse.ArgumentParser("dst inspect", description="Show a checkpoint's layers, densities and health.")
+    parser.add_argument("path", help="a checkpoint, a mask file, or a run's folder")
+    try:
+        arguments = parser.parse_args(argv)
+    except SystemExit as done:
+        return int(done.code or 0)
+
     from dst.inspection import inspect_checkpoint
     from dst.summary import show
 
-    if len(argv) != 1 or argv[0].startswith("-"):
-        print("error: dst inspect takes one argument: a checkpoint, a mask file, or a run's folder", file=sys.stderr)
-        return 2
     try:
-        inspection = inspect_checkpoint(argv[0])
+        inspection = inspect_checkpoint(arguments.path)
     except StateError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

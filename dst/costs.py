@@ -33,6 +33,7 @@ class Spent(Callback):
     Attributes:
         memory: The fit's peak; None before its end.
         energy: Of all fits so far; None before the first one's end.
+        seconds_before: Wall time of training up to the checkpoint that it goes on from.
     """
 
     def __init__(self) -> None:
@@ -41,6 +42,7 @@ class Spent(Callback):
         self._peak: PeakMemory | None = None
         self._meter: EnergyMeter | None = None
         self._before = (0.0, 0.0)  # joules and seconds of fits that were resumed, or that ended
+        self.seconds_before = 0.0
         self._sources: tuple[str, ...] = ()
         self._estimated = False
 
@@ -93,6 +95,7 @@ class Spent(Callback):
         """Go on from `state_dict`'s result."""
         if state_dict:
             self._before = float(state_dict["joules"]), float(state_dict["seconds"])
+            self.seconds_before = self._before[1]
             self._sources, self._estimated = tuple(state_dict["sources"]), bool(state_dict["estimated"])
 
 

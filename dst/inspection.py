@@ -196,7 +196,9 @@ def _of_state(
         shapes = {name: rows[name] if name in rows else tuple(mask.shape) for name, mask in saved.items()}
         for name, mask in saved.items():
             if not is_mask(mask, shapes[name]) or (name in union and not is_union(union[name], shapes[name])):
-                raise StateError(f"{path} is damaged: the mask of {name} does not fit its shape {shapes[name]}")
+                found = f"has shape {tuple(mask.shape)}, not {shapes[name]}"
+                what = f"the mask of {name} {found}" if mask.dtype == torch.bool else f"it has no mask of {name}"
+                raise StateError(f"{path} is damaged: {what}")
         masks = {name: as_mask(mask, shapes[name]) for name, mask in saved.items()}
         union = {name: union_as_mask(u, shapes[name]) for name, u in union.items() if name in shapes}
         if union:

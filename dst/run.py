@@ -27,7 +27,7 @@ from dst.checkpoints import load_checkpoint
 from dst.classifier import Classifier
 from dst.costs import MIB, Prediction, Spent, sum_energy, time_passes
 from dst.data.module import Task, image_task
-from dst.errors import ConfigurationError, StateError
+from dst.errors import ConfigurationError, DataError, StateError
 from dst.first_mask import layer_counts
 from dst.layers import SparseLayer, find_layers
 from dst.lightning import SparseTraining
@@ -112,6 +112,9 @@ class Outcome:
         energy: Of training; None where it is not known.
         tested_step: Step of the weights that are tested.
         selected: Which weights these are; see ``dst.selection.SELECTIONS``.
+        shortfall: Where training ended before its density was reached, what it did reach; see ``Sparsifier.shortfall``.
+        seconds_before: Seconds of training before this process, of a run that was resumed.
+        trained: Whether this process has trained at all.
     """
 
     trainer: lightning.Trainer
@@ -124,6 +127,9 @@ class Outcome:
     energy: Energy | None
     tested_step: int
     selected: str = "last"
+    shortfall: str | None = None
+    seconds_before: float = 0.0
+    trained: bool = True
 
 
 def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False) -> Summary:
@@ -167,17 +173,19 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
             return _trainer(cfg, folder, callbacks, [metrics, *chosen], title)
 
         outcome = fit(parts, cfg, folder, resume, make_trainer)
+        if not outcome.trained and (found := _finished(folder, outcome.steps)) is not None:
+            return found
         inference = _inference(parts, outcome.layers, outcome.backends, cfg.convention)
         if parts.full_size is not None:
             outcome, inference = _relative_to(parts.full_size, outcome, inference, cfg.convention)
         (tested,) = outcome.trainer.test(parts.module, datamodule=parts.datamodule, verbose=False)
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - began + outcome.seconds_before
         summary = Summary(
             sparsity=parts.method.name,
             seed=cfg.seed,
             steps=outcome.steps,
             seconds=seconds,
-            density=Density(parts.method.target_density, _realised(outcome.layers), outcome.layers),
+            density=Density(parts.method.target_density, _realised(outcome.layers), outcome.layers, outcome.shortfall),
             test=Quality(
                 _finite(tested["test/accuracy"]), _finite(tested["test/loss"]), outcome.selected, outcome.tested_step
             ),
@@ -265,8 +273,13 @@ def build(cfg: DictConfig) -> Parts:
         raise ConfigurationError(f"density={cfg.density} must lie in (0, 1]: the share of weights that are kept")
     if not 0 <= cfg.seed < 2**32:
         raise ConfigurationError(f"seed={cfg.seed} must lie in [0, 2**32)")
+    _check_trains(cfg)
     lightning.seed_everything(cfg.seed, workers=True, verbose=False)
     method = _make(cfg.sparsity)
+    if cfg.backend not in ("masked", "auto") and "backend" not in cfg.sparsity:
+        raise ConfigurationError(
+            f"{method.name} keeps {method.backend} weights, and backend={cfg.backend} has none: leave it out"
+        )
     places = {key: to_absolute_path(cfg.data[key]) for key in ("root", "path") if cfg.data.get(key) is not None}
     datamodule = _make(cfg.data, **places)
     if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes of a machine find what this one fetched
@@ -295,6 +308,18 @@ def build(cfg: DictConfig) -> Parts:
     with _blaming("model"):
         operations = count_operations(module, task.example)
     return Parts(method, datamodule, module, layers, operations, task.example, full_size)
+
+
+def _check_trains(cfg: DictConfig) -> None:
+    """Refuse settings that train nothing, or nothing but NaN."""
+    for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        if (value := cfg.trainer.get(name)) is not None and value == 0:
+            raise ConfigurationError(f"trainer.{name}={value}: nothing would be trained; leave it out, or raise it")
+    for setting, number in cfg.optimizer.items():
+        if isinstance(number, float) and not math.isfinite(number):
+            raise ConfigurationError(
+                f"optimizer.{setting}={number} is not finite: no weight would be after the first step"
+            )
 
 
 def _narrow(
@@ -428,7 +453,10 @@ def _fit(parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_
     trainer = make_trainer(callbacks, MetricsFile(folder, resume=resume), parts.method.name)
     trainer.fit(parts.module, datamodule=parts.datamodule, ckpt_path=resume, weights_only=True)
     sparsifier = sparse.sparsifier
-    assert sparsifier is not None
+    if sparsifier is None:
+        raise ConfigurationError(
+            "the trainer stopped before its first step: nothing was trained (is trainer.max_time too short?)"
+        )
     outcome = Outcome(
         trainer,
         sparsifier.step,
@@ -439,6 +467,9 @@ def _fit(parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_
         spent.memory,
         spent.energy,
         sparsifier.step,
+        shortfall=sparsifier.shortfall,
+        seconds_before=spent.seconds_before,
+        trained=spent.memory is not None,
     )
     if best is None:
         return outcome
@@ -491,7 +522,28 @@ def _fit_lottery(
         # What levels took that were finished before a resume is not known.
         sum_energy(energies) if len(energies) == len(result.levels) else None,
         steps,
+        seconds_before=sum(
+            spent[i].seconds_before if i in spent else _seconds_of(folder / "checkpoints" / f"level_{i:02d}")
+            for i in range(len(result.levels))
+        ),
+        trained=any(level.memory is not None for level in spent.values()),
     )
+
+
+def _seconds_of(level: Path) -> float:
+    """Seconds of training of a level that an earlier process has finished, as its checkpoint tells."""
+    path = level / f"{LAST}.ckpt"
+    state = _load(path).get("callbacks", {}).get(Spent.__qualname__, {}) if path.is_file() else {}
+    return float(state.get("seconds", 0.0))
+
+
+def _finished(folder: Path, steps: int) -> Summary | None:
+    """The summary of a run that was finished before, or ``None``."""
+    try:
+        summary = Summary.read(folder)
+    except DataError:
+        return None
+    return summary if summary.steps == steps else None
 
 
 def _inference(

@@ -115,6 +115,8 @@ def _check_contents(state: Mapping[str, Any], here: Expected) -> None:
         raise StateError("the state is damaged: steps and updates must be counts")
     if state["step_counts"].keys() != set(STEP_KINDS) or not _are_counts(list(state["step_counts"].values())):
         raise StateError("the state is damaged: step_counts must be counts of dense, sparse and dense_gradient steps")
+    if len(state.get("budget_densities", state["steps"])) != len(state["steps"]):
+        raise StateError("the state is damaged: budget_densities and steps do not belong together")
     if len(state["steps"]) != here.optimizers:
         raise StateError(f"the checkpoint has {len(state['steps'])} optimizers, this run {here.optimizers}")
     _check_numbers(state)
@@ -140,14 +142,33 @@ def _check_numbers(state: Mapping[str, Any]) -> None:
         "amount": not _is_number(state["amount"]),
         "last_update": last is not None
         and not (isinstance(last, (list, tuple)) and len(last) == 3 and all(map(_is_number, last))),
-        "total_steps": not _are_counts(totals if isinstance(totals, list) else [totals]),
+        "total_steps": not _are_counts(totals if isinstance(totals, list) else [totals])
+        or (isinstance(totals, list) and len(totals) != len(state["steps"])),
         "updated_at": not isinstance(state["updated_at"], list)
         or not all(isinstance(s, int) for s in state["updated_at"]),
         "layers": not isinstance(state["layers"], list) or not all(isinstance(row, Mapping) for row in state["layers"]),
+        "budget_densities": not _are_densities(state.get("budget_densities", []), optional=True),
+        "splits": not _are_splits(state.get("splits", [])),
         "settings": not _are_counts([state.get("settings", 0)]),
     }
     if damaged := [key for key, is_wrong in wrong.items() if is_wrong]:
         raise StateError(f"the state is damaged: {', '.join(damaged)} cannot be such")
+
+
+def _are_densities(values: Any, *, optional: bool) -> bool:
+    return isinstance(values, list) and all((optional and v is None) or (_is_number(v) and 0 < v <= 1) for v in values)
+
+
+def _are_splits(splits: Any) -> bool:
+    """Lists of a density, the budgets of all layers, and numbers of optimizers."""
+    return isinstance(splits, list) and all(
+        isinstance(split, (list, tuple))
+        and len(split) == 3
+        and _are_densities([split[0]], optional=False)
+        and _are_counts(split[1])
+        and _are_counts(split[2])
+        for split in splits
+    )
 
 
 def _is_number(value: Any) -> bool:

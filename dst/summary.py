@@ -31,11 +31,13 @@ class Density:
         target: What was asked for, in (0, 1].
         realised: Active over all weights of the sparse layers.
         layers: Dicts of ``name``, ``shape``, ``weights``, ``nonzero`` and ``density``.
+        shortfall: Why the target was not reached, where training ended early; None otherwise.
     """
 
     target: float
     realised: float
     layers: list[dict[str, Any]]
+    shortfall: str | None = None
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ class Summary:
         sparsity: The method's name.
         seed: The run's seed.
         steps: Optimizer steps taken.
-        seconds: Wall time of training and test.
+        seconds: Wall time of training and test, of all processes where the run was resumed.
         density: See `Density`.
         test: See `Quality`.
         flops: See `Flops`.
@@ -252,6 +254,7 @@ class Summary:
                 "density",
                 f"{self.density.realised:.6g} (target {self.density.target:.6g}), {nonzero:,} of {weights:,} weights",
             ),
+            *([("not reached", Text(self.density.shortfall, style="yellow"))] if self.density.shortfall else []),
             ("inference FLOPs", _of_dense(self.flops.inference_ratio, self.flops.executed_ratio)),
             ("training FLOPs", _of_dense(self.flops.training_ratio, self.flops.training_executed_ratio)),
             ("topology updates", f"{self.topology.updates}"),

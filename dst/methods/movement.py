@@ -5,6 +5,7 @@ from __future__ import annotations
 from dst import init as inits
 from dst import scores
 from dst.allocation import Global, Uniform
+from dst.errors import ConfigurationError
 from dst.method import Method
 from dst.patterns import Unstructured
 from dst.relaxations import Movement
@@ -16,12 +17,12 @@ def movement(
     density: float = 0.1,
     *,
     soft: bool = False,
-    update_every: Duration = 1,
-    start: Duration = 0.1,
+    update_every: Duration | None = None,
+    start: Duration | None = None,
     stop: Duration = 0.75,
     learning_rate: float = 0.01,
-    threshold: float = 0.1,
-    penalty: float = 1.0,
+    threshold: float | None = None,
+    penalty: float | None = None,
     allocation: Allocation | None = None,
     pattern: Pattern | None = None,
 ) -> Method:
@@ -37,15 +38,26 @@ def movement(
     Args:
         density: Target density, in (0, 1].
         soft: The variant with a threshold.
-        update_every: Steps between selections, for the hard variant.
-        start: Where the hard variant's density begins to fall.
+        update_every: Steps between selections, of the hard variant alone; 1 by default.
+        start: Where the hard variant's density begins to fall; 0.1 by default.
         stop: Where it has reached the target, and the mask is fixed.
         learning_rate: Adam's, of S.
-        threshold: The soft variant's, on sigmoid(S), in (0, 0.5).
-        penalty: The soft variant's λ, times the mean of sigmoid(S) of each layer, >= 0.
+        threshold: The soft variant's, on sigmoid(S), in (0, 0.5); 0.1 by default.
+        penalty: The soft variant's λ, times the mean of sigmoid(S) of each layer, >= 0; 1 by default.
         allocation: How the budget is split; by default uniformly for the hard variant, one threshold for the soft one.
         pattern: Which weights live and die together; every weight for itself by default.
+
+    Raises:
+        ConfigurationError: A setting of the variant that is not chosen.
     """
+    of_the_other = (
+        {"update_every": update_every, "start": start} if soft else {"threshold": threshold, "penalty": penalty}
+    )
+    for name, value in of_the_other.items():
+        if value is not None:
+            raise ConfigurationError(
+                f"movement: {name}={value} belongs to soft={not soft}, and this is soft={soft}: leave it out"
+            )
     if soft:
         return Method(
             name="movement",
@@ -53,9 +65,12 @@ def movement(
             allocation=allocation if allocation is not None else Global(),
             init=inits.Importance(),
             sparsify_at=stop,
-            relaxation=Movement(learning_rate, threshold, penalty),
+            relaxation=Movement(
+                learning_rate, 0.1 if threshold is None else threshold, 1.0 if penalty is None else penalty
+            ),
             pattern=pattern if pattern is not None else Unstructured(),
         )
+    start = 0.1 if start is None else start
     return Method(
         name="movement",
         density=density,
@@ -63,7 +78,7 @@ def movement(
         init=inits.Importance(),
         drop=scores.Importance(),
         grow=scores.Importance(),
-        clock=Every(update_every, start, stop),
+        clock=Every(1 if update_every is None else update_every, start, stop),
         fraction=Constant(1.0),
         schedule=Cubic(1.0, start, stop),
         replace_step=False,

@@ -38,7 +38,7 @@ def check_schema(summary):
         "sparsity", "seed", "steps", "seconds", "density", "test", "flops", "topology",
         "memory", "latency", "energy",
     ]  # fmt: skip
-    assert list(summary["density"]) == ["target", "realised", "layers"]
+    assert list(summary["density"]) == ["target", "realised", "layers", "shortfall"]
     assert list(summary["test"]) == ["accuracy", "loss", "weights", "step"]
     assert (summary["test"]["weights"], summary["test"]["step"]) == ("last", summary["steps"])
     assert list(summary["flops"]) == [

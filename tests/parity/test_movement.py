@@ -44,7 +44,8 @@ def test_movement(soft):
     scores = nn.Parameter(torch.zeros(6, 10))
     plain = [torch.optim.SGD([weight], 0.1, momentum=0.9), torch.optim.Adam([scores], 0.1)]
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
-    method = methods.movement(0.3, soft=soft, start=4, stop=20, learning_rate=0.1, penalty=0.7, threshold=0.4)
+    its_own = {"penalty": 0.7, "threshold": 0.4} if soft else {"start": 4}
+    method = methods.movement(0.3, soft=soft, stop=20, learning_rate=0.1, **its_own)
     sparsifier = dst.Sparsifier(model, optimizer, method, total_steps=30)
     seen = set()
     for step in range(20):

@@ -154,10 +154,11 @@ def test_missing_and_cut_off_files(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:2000])
     assert cli.main(["inspect", str(path)]) == 2
     errors = capsys.readouterr().err.splitlines()
+    errors = [line for line in errors if "error: " in line]
     assert len(errors) == 4
     assert "no checkpoint at" in errors[0]
     assert "last.ckpt" in errors[1]
-    assert "takes one argument" in errors[2]
+    assert "required: path" in errors[2]
     assert "cut off" in errors[3]
 
 
