@@ -27,11 +27,16 @@ def sequences(layers: Sequence[SparseLayer]) -> list[list[SparseLayer]]:
     for layer in layers:
         if len(layer.shape) != 2:
             runs.append([])
-        elif runs and runs[-1] and runs[-1][-1].shape[0] == layer.shape[1]:
+        elif runs and runs[-1] and outputs_of(runs[-1][-1]) == layer.shape[1 - layer.output_dim]:
             runs[-1].append(layer)
         else:
             runs.append([layer])
     return [run for run in runs if len(run) > 1]
+
+
+def outputs_of(layer: SparseLayer) -> int:
+    """Number of outputs."""
+    return layer.shape[layer.output_dim]
 
 
 def incomplete(masks: Sequence[Tensor]) -> list[Tensor]:

@@ -10,12 +10,12 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
-
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from typing import TYPE_CHECKING, Any, Optional
 
 from dst.errors import ConfigurationError, StateError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # Hydra, Lightning and rich are imported where they are used: `dst --help` and a mistyped setting answer at once.
 
@@ -36,13 +36,13 @@ class TrainConfig:
     select: str = "last"
     convention: str = "flops"
     effective_density: bool = False
-    sparsity: Any = MISSING
-    model: Any = MISSING
-    data: Any = MISSING
-    optimizer: Any = MISSING
-    scheduler: Any = MISSING
-    trainer: Any = MISSING
-    logger: Any = MISSING
+    sparsity: Any = "???"  # OmegaConf's mark for what has to be given
+    model: Any = "???"
+    data: Any = "???"
+    optimizer: Any = "???"
+    scheduler: Any = "???"
+    trainer: Any = "???"
+    logger: Any = "???"
 
 
 def config_dir() -> Path:
@@ -138,6 +138,7 @@ def _refuse(error: Exception) -> int:
 
 def _is_about_settings(error: Exception) -> bool:
     from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
 
     return isinstance(error, (ConfigurationError, StateError, HydraException, OmegaConfBaseException))
 
@@ -205,7 +206,7 @@ def _sweep_job(cfg: DictConfig, folder: Path) -> float:
             return _accuracy(done.test.accuracy)
         checkpoints = folder / "checkpoints"
         if cfg.resume is None and checkpoints.is_dir() and any(checkpoints.iterdir()):
-            OmegaConf.update(cfg, "resume", "last")
+            cfg.resume = "last"
         summary = run(cfg, folder, sweep=True)
         mark_finished(folder, cfg)
     except (KeyboardInterrupt, SystemExit) as interrupt:

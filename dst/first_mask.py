@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dst.allocation import planned_counts
 from dst.errors import ConfigurationError
-from dst.layers import SparseLayer
+from dst.layers import SparseLayer, check_orientation
 from dst.method import Method
 from dst.topology import count_active, top_indices
 from dst.types import Allocation, LayerView, as_sampler, folded_generator
@@ -39,6 +39,8 @@ def layer_counts(
     """
     if density == 1:
         return [layer.weights for layer in layers]
+    if setting := method.needs_orientation:
+        check_orientation(layers, setting)
     pattern, allocation = method.pattern.for_density(density), allocation or method.allocation
     free = [layer for layer in layers if pattern.obstacle(layer) is None]
     if not free:

@@ -32,6 +32,7 @@ _WEIGHT_MODULES = (
 )
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class SparseLayer:
         kind: The owning module's class name.
         shape: Shape of the part.
         rows: Half-open range of dimension 0 that the part covers, or ``None`` for the whole parameter.
-        output_dim: The dimension that counts output channels (0, or 1 for transposed convolutions).
+        output_dim: The dimension that counts outputs: 0, or 1 for transposed convolutions and the ``Conv1D`` of transformers.
+        is_oriented: Whether that is known, and not merely assumed for a module of the user's own.
     """
 
     label: str
@@ -53,6 +55,7 @@ class SparseLayer:
     shape: tuple[int, ...]
     rows: tuple[int, int] | None = None
     output_dim: int = 0
+    is_oriented: bool = True
 
     @property
     def weights(self) -> int:
@@ -115,6 +118,8 @@ def find_layers(
     for name, parameter in model.named_parameters():
         if is_lazy(parameter):
             raise ConfigurationError(f"{name} has no shape yet: run one batch through the lazy module first")
+        for full, _, module in owners[id(parameter)]:
+            _check_not_pruned(full, module)
         stored = _stored(name, owners[id(parameter)])
         if parameter.ndim < 2 and stored is None:
             continue
@@ -179,6 +184,23 @@ def _owners(model: nn.Module) -> dict[int, list[tuple[str, str, nn.Module]]]:
     return owners
 
 
+def _is_gain(name: str, module: nn.Module) -> bool:
+    """Whether a parameter is the gain of old-style ``torch.nn.utils.weight_norm``."""
+    attribute = name.rpartition(".")[2]
+    return attribute.endswith("_g") and hasattr(module, attribute.removesuffix("_g") + "_v")
+
+
+def _check_not_pruned(name: str, module: nn.Module) -> None:
+    """Refuse weights that ``torch.nn.utils.prune`` sets anew at every call."""
+    attribute = name.rpartition(".")[2]
+    if attribute.endswith("_orig") and attribute.removesuffix("_orig") + "_mask" in module._buffers:
+        weight = attribute.removesuffix("_orig")
+        raise ConfigurationError(
+            f"{name} is pruned by torch.nn.utils.prune, which sets {weight} anew at every call: make it permanent by "
+            f"torch.nn.utils.prune.remove(module, {weight!r}); init=dst.init.Magnitude() then keeps what is not zero"
+        )
+
+
 def _parts(name: str, parameter: Tensor, owners: Sequence[tuple[str, str, nn.Module]]) -> list[SparseLayer]:
     module = owners[0][2]
     kind, shape = type(module).__name__, tuple(parameter.shape)
@@ -188,7 +210,31 @@ def _parts(name: str, parameter: Tensor, owners: Sequence[tuple[str, str, nn.Mod
             SparseLayer(f"{name}[{part}]", name, kind, (size, *shape[1:]), (i * size, (i + 1) * size))
             for i, part in enumerate("qkv")
         ]
-    return [SparseLayer(name, name, kind, shape, output_dim=1 if isinstance(module, _TRANSPOSED) else 0)]
+    known = isinstance(module, (*_WEIGHT_MODULES, *_RECURRENT, *_EMBEDDINGS)) or is_conv1d(module)
+    output_dim = 1 if isinstance(module, _TRANSPOSED) or is_conv1d(module) else 0
+    return [SparseLayer(name, name, kind, shape, output_dim=output_dim, is_oriented=known)]
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is the ``Conv1D`` of transformers: a linear layer whose weight is ``[inputs, outputs]``."""
+    return any(
+        kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(module).__mro__
+    )
+
+
+def check_orientation(layers: Iterable[SparseLayer], setting: str) -> None:
+    """Raise ``ConfigurationError`` for a layer of which it is not known which dimension counts outputs.
+
+    Args:
+        layers: The layers that have to have outputs.
+        setting: What needs to know.
+    """
+    for layer in layers:
+        if not layer.is_oriented:
+            raise ConfigurationError(
+                f"{setting} works on outputs and inputs, and which dimensions of {layer.label} these are is not known: "
+                f"{layer.kind} is not a known layer; leave it out by exclude=, or choose unstructured connections"
+            )
 
 
 def _selected(
@@ -236,7 +282,8 @@ def _reason_to_stay_dense(
         return "bias"
     if any(isinstance(m, _EMBEDDINGS) for m in modules):
         return "embedding" if len(modules) == 1 else "tied to an embedding"
-    recurrent = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
-    if any(isinstance(m, (*_WEIGHT_MODULES, *recurrent, SparseLinear)) for m in modules):
+    if any(_is_gain(full, module) for full, _, module in owners):
+        return "gain of weight_norm"
+    if any(isinstance(m, (*_WEIGHT_MODULES, *_RECURRENT, SparseLinear)) or is_conv1d(m) for m in modules):
         return None
     return f"{type(modules[0]).__name__} is not a known layer (use include= to make it sparse)"

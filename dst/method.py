@@ -251,6 +251,15 @@ class Method:
                 )
 
     @property
+    def needs_orientation(self) -> str | None:
+        """The setting for which layers must have known inputs and outputs, or ``None``."""
+        if self.pattern.for_density(self.density).is_grouped:
+            return f"{self.name}: pattern={type(self.pattern).__name__}"
+        if self.rescale_init or self.chain_removal:
+            return f"{self.name}: {'rescale_init' if self.rescale_init else 'chain_removal'}"
+        return None
+
+    @property
     def target_density(self) -> float:
         """Share of a full-size dense network that is asked for, by sparsity or by a narrower network."""
         return self.density if self.narrow is None else self.narrow.density

@@ -302,8 +302,8 @@ def drops_off_every_path(
             ties = folded_generator(moment.seed, "ties", moment.step, layer.label)
             scores = survival(method, fact).reshape(-1)[positions]
             kept[positions[top_indices(scores, positions.numel() - drops.get(layer.label, 0), ties)]] = True
-            masks.append(kept.view(layer.shape))
+            masks.append(kept.view(layer.shape).movedim(layer.output_dim, 0))
         for layer, broken in zip(run, incomplete(masks), strict=True):
             if layer.label in drops:
-                found[layer.label] = broken.reshape(-1).nonzero().squeeze(1)
+                found[layer.label] = broken.movedim(0, layer.output_dim).reshape(-1).nonzero().squeeze(1)
     return found

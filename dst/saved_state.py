@@ -115,12 +115,14 @@ def _check_contents(state: Mapping[str, Any], here: Expected) -> None:
         raise StateError("the state is damaged: steps and updates must be counts")
     if state["step_counts"].keys() != set(STEP_KINDS) or not _are_counts(list(state["step_counts"].values())):
         raise StateError("the state is damaged: step_counts must be counts of dense, sparse and dense_gradient steps")
-    if len(state.get("budget_densities", state["steps"])) != len(state["steps"]):
-        raise StateError("the state is damaged: budget_densities and steps do not belong together")
     if len(state["steps"]) != here.optimizers:
         raise StateError(f"the checkpoint has {len(state['steps'])} optimizers, this run {here.optimizers}")
+    if len(state.get("budget_densities", state["steps"])) != len(state["steps"]):
+        raise StateError("the state is damaged: budget_densities and steps do not belong together")
     _check_numbers(state)
     check_masks(state["masks"], "the checkpoint", here.home)
+    if unknown := sorted(set(state["collected"]) - set(here.home)):
+        raise StateError(f"the checkpoint has collected gradients of {', '.join(unknown)}, which the model has not")
     _check_table(state, here)
     _check_buffers(state, here)
     _check_latent(state, here)
@@ -151,6 +153,9 @@ def _check_numbers(state: Mapping[str, Any]) -> None:
         "splits": not _are_splits(state.get("splits", [])),
         "settings": not _are_counts([state.get("settings", 0)]),
     }
+    pairs = [pair for held in state["collected"].values() for pair in held]
+    if not all(isinstance(pair, (list, tuple)) and all(isinstance(t, Tensor) for t in pair) for pair in pairs):
+        wrong["collected"] = True
     if damaged := [key for key, is_wrong in wrong.items() if is_wrong]:
         raise StateError(f"the state is damaged: {', '.join(damaged)} cannot be such")
 

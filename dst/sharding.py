@@ -8,6 +8,7 @@ and applied on the local parts. For ordinary tensors all of this is the identity
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -16,16 +17,12 @@ from torch import Tensor
 
 from dst.errors import StateError
 
-try:
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-except ImportError:  # a build of torch without distributed support
-    DTensor = None  # type: ignore[assignment,misc]
-
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether the tensor is a DTensor, of which this process may hold a part only."""
-    return DTensor is not None and isinstance(tensor, DTensor)
+    # Importing DTensor takes half as long as torch itself, and there are none where nobody has imported it.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -50,6 +47,8 @@ def spread(part: Tensor, like: Tensor) -> Tensor:
     """The inverse of ``part_of``, without communication: a DTensor with the layout of ``like``, or the part itself."""
     if not is_sharded(like):
         return part
+    from torch.distributed.tensor import DTensor
+
     return DTensor.from_local(
         part,
         like.device_mesh,  # type: ignore[attr-defined]
@@ -76,6 +75,8 @@ def local_positions(positions: Tensor, like: Tensor) -> Tensor:
 
 def _box(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape and offset of the part that this process holds."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     shape, offset = compute_local_shape_and_global_offset(
         tensor.shape,
         tensor.device_mesh,  # type: ignore[attr-defined]

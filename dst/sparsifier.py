@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from dst import coverage
 from dst import init as inits
 from dst.backends import Draft, Storage, open_storages
 from dst.backends.csr import obstacles
@@ -147,12 +148,19 @@ class Sparsifier:
         self.seed = seed
         self.layers, self.dense_weights = find_layers(model, include, exclude)
         self._storages = open_storages(model, self.layers, method, seed=seed, group=process_group)
+        self._before_first_step: list[str] = []  # what is said once it is clear that no saved state is loaded
+        self._frozen = [
+            (d.name, model.get_parameter(d.name)) for d in self.dense_weights if d.reason == coverage.FROZEN
+        ]
+        if (share := coverage.left_dense(self.layers, self.dense_weights)) is not None and method.density < 1:
+            logger.warning(share)
         self._obstacles = obstacles(model, self.layers) if method.backend == "csr" else {}
         # By the name of the dense parameter: who stores it, and what the optimizer holds of it.
         self._home: dict[str, Storage] = {name: s for s in self._storages for name in s.parameters}
         self._parameters = {x.parameter: self._home[x.parameter].parameters[x.parameter] for x in self.layers}
         self._names = {parameter: name for name, parameter in self._parameters.items()}
         self._steppers = self._assign(optimizers, totals)
+        _check_free(optimizers)
         self._group = process_group
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._counters = _Counters()
@@ -190,6 +198,12 @@ class Sparsifier:
         self._warn_of_what_will_not_happen()
         makes_mask = not self._sparsified and self._sparsify_step(self._steppers[0]) == 0
         if makes_mask and not waits_for_batch(method.init):
+            if not any(storage.is_placed for storage in self._storages):
+                nothing = torch.Generator()
+                found = coverage.sparse_before(
+                    method, self.layers, lambda x: self._home[x.parameter].view(x, nothing).weight
+                )
+                self._before_first_step += [found] if found is not None else []
             originals = [(t, t.clone()) for t in self._cut_by_first_mask()]
             self._sparsify(0)
             self._originals = [(t, copy, t._version) for t, copy in originals]
@@ -483,6 +497,7 @@ class Sparsifier:
         optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
         chosen = [s for s in self._steppers if optimizer is None or s.optimizer is optimizer]
         self._check_answered(chosen)
+        self._say_what_has_changed()
         for stepper in chosen:
             stepper.replaced = False
             stepper.active = [self._active(self.layers[i]) for i in stepper.layers]
@@ -492,6 +507,18 @@ class Sparsifier:
             self._perturb(stepper)
             # What was kept for this step is used; should it not be taken, the next attempt begins anew.
             self._expect_gradients([stepper])
+
+    def _say_what_has_changed(self) -> None:
+        """Warn of what was done to the model, now that training begins or goes on."""
+        for message in self._before_first_step:
+            self._warn_once(message)
+        self._before_first_step = []
+        if self._frozen and (names := coverage.thawed(self._frozen)):
+            self._warn_once(
+                f"{', '.join(names)} began to train after the sparsifier was built, and stay dense: unfreeze them before, or "
+                "finalize() it and build another"
+            )
+            self._frozen = [(name, p) for name, p in self._frozen if name not in names]
 
     def _check_answered(self, chosen: Sequence[_Stepper]) -> None:
         """Refuse to prepare step after step of which none is ever taken."""
@@ -1019,7 +1046,7 @@ class Sparsifier:
             # Loaded before construction, weights and momentum were cut by a first mask that is now replaced: undo that.
             if tensor._version == version:
                 tensor.copy_(original)
-        self._originals = []
+        self._originals, self._before_first_step = [], []
         self._sparsified = bool(state["sparsified"])
         self._watch_first_batch()
         for storage in self._storages:
@@ -1089,3 +1116,15 @@ class Sparsifier:
             f"Sparsifier({self.method.name}, density={self.density:.4g} of {len(self.layers)} layers, "
             f"step={self.step}, updates={self.updates})"
         )
+
+
+def _check_free(optimizers: Iterable[Optimizer]) -> None:
+    """Refuse an optimizer whose steps another sparsifier follows."""
+    for optimizer in optimizers:
+        for hook in optimizer._optimizer_step_post_hooks.values():
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, Sparsifier):
+                raise ConfigurationError(
+                    f"{type(optimizer).__name__} trains for another sparsifier already, {other!r}: finalize() that one "
+                    "first, or build a new optimizer"
+                )

@@ -82,7 +82,7 @@ def test_the_rate_is_the_union_of_all_masks():
 
 
 def test_fixed_masks_explore_what_they_hold():
-    model = nn.Linear(30, 20)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    assert dst.Sparsifier(model, optimizer, methods.sparse_from_scratch(0.2), total_steps=2).exploration_rate == 0.2
-    assert dst.Sparsifier(model, optimizer, methods.dense(), total_steps=2).exploration_rate == 1
+    for method, expected in ((methods.sparse_from_scratch(0.2), 0.2), (methods.dense(), 1)):
+        model = nn.Linear(30, 20)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        assert dst.Sparsifier(model, optimizer, method, total_steps=2).exploration_rate == expected

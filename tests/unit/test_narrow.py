@@ -247,7 +247,8 @@ def test_a_sparsifier_says_that_it_trains_the_model_as_it_is(caplog):
     assert "small_dense makes nothing sparse" in record.getMessage()
     assert "dst.models.narrow" in record.getMessage()
     assert sparsifier.active == 200
+    sparsifier.finalize()
     caplog.clear()
     for quiet in (methods.dense(), Method("small_dense", 1.0, narrow=Narrow(0.1, width_factor=0.3))):
-        dst.Sparsifier(model, optimizer, quiet, total_steps=2)
+        dst.Sparsifier(model, optimizer, quiet, total_steps=2).finalize()
     assert not caplog.records

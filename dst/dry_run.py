@@ -9,6 +9,7 @@ from torch import nn
 
 from dst.backends.auto import Chooser, is_decided
 from dst.backends.csr import obstacles
+from dst.coverage import left_dense
 from dst.first_mask import layer_counts
 from dst.layers import Selector, SparseLayer, find_layers
 from dst.method import Method
@@ -45,6 +46,7 @@ class Plan:
     """The dry-run table; ``print`` it."""
 
     rows: tuple[PlanRow, ...]
+    note: str = ""
 
     def __str__(self) -> str:
         header = ("weight", "module", "shape", "weights", "active", "density", "storage", "")
@@ -62,7 +64,7 @@ class Plan:
             )
             for line in table
         ]
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join([*(line.rstrip() for line in lines), *([f"\n{self.note}"] if self.note else [])])
 
 
 def plan(
@@ -101,7 +103,7 @@ def plan(
             note += f": {why}"
         rows.append(PlanRow(layer.label, layer.kind, layer.shape, layer.weights, count, storage, note))
     rows += [_dense_row(d.name, d.kind, d.shape, d.reason) for d in dense]
-    return Plan(tuple(rows))
+    return Plan(tuple(rows), left_dense(layers, dense) or "")
 
 
 class _Where:
