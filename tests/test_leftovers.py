@@ -25,7 +25,7 @@ def test_a_child_that_stays_is_found_and_one_that_ended_is_not():
     assert child.pid not in leftovers.left_over()
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "1"]])
+@pytest.mark.parametrize("workers", [pytest.param([], marks=pytest.mark.exhaustive), ["-n", "1"]])
 def test_a_session_that_leaves_a_process_behind_fails(pytester, monkeypatch, workers):
     pytester.makeconftest("from tests.conftest import pytest_sessionfinish, pytest_testnodedown")
     pytester.makepyfile(

@@ -19,7 +19,8 @@ from dst.methods import __all__ as method_names
 from dst.models import LeNet300100
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+RUNNING = (Path(__file__).parent.parent / "docs" / "running.md").read_text()
+PYTHON = re.findall(r"```python\n(.*?)```", README + RUNNING, re.DOTALL)
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
 
 

@@ -42,7 +42,6 @@ Form: TypeAlias = Callable[[float], str]
 
 _ROWS = 60
 _SHOWN_DEGREES = 6
-_STEPS = Axis("optimizer steps", compact, low=0.0)
 
 
 def render(run: RunData) -> str:
@@ -145,17 +144,28 @@ def _curves(run: RunData) -> str:
         if lines:
             low = 0.0 if high is None else None
             axis = Axis(quality, _share if high else form, low=low)
-            chart = line_chart(f"{quality}-chart", quality.capitalize(), lines, _STEPS, axis, run.levels)
+            chart = line_chart(f"{quality}-chart", quality.capitalize(), lines, _steps(run), axis, run.levels)
             figures.append(_figure(chart, quality.capitalize(), lines, form if high else number))
     return _figures(figures, "No accuracy or loss was logged.")
 
 
+def _steps(run: RunData) -> Axis:
+    """The axis of optimizer steps, the same for every chart: from 0 to the last step that anything was recorded at."""
+    curves = [*run.metrics.values(), *run.topology.values(), *run.layers.density, *run.layers.dead_outputs]
+    return Axis(
+        "optimizer steps", compact, low=0.0, high=max((points[-1][0] for points in curves if points), default=None)
+    )
+
+
 def _density(run: RunData) -> str:
-    figures = [_by_layer(run, "density-chart", "Density", run.layers.density, _share, low=0.0)]
+    densities = [points for points in run.layers.density if points]
+    is_constant = densities and all(len({value for _, value in points}) == 1 for points in densities)
+    note = "<p>Every layer kept its density throughout; the table of layers has them.</p>" if is_constant else ""
+    figures = [] if is_constant else [_by_layer(run, "density-chart", "Density", run.layers.density, _share, low=0.0)]
     if any(run.layers.effective):
         title = "Effective density: connections on a path from input to output"
         figures.append(_by_layer(run, "effective-chart", title, run.layers.effective, _share, low=0.0))
-    return _figures(figures, "No topology was recorded.")
+    return note + (_figures(figures, "No topology was recorded.") if figures else "")
 
 
 def _topology(run: RunData) -> str:
@@ -171,7 +181,7 @@ def _topology(run: RunData) -> str:
             lines.append(Line("drop fraction", run.topology["drop_fraction"]))
         if points:
             low = None if key == "loss_spike" else 0.0
-            chart = line_chart(f"{key}-chart", title, lines, _STEPS, Axis(key, _share, low=low), run.levels)
+            chart = line_chart(f"{key}-chart", title, lines, _steps(run), Axis(key, _share, low=low), run.levels)
             figures.append(_figure(chart, title, lines, percent))
     return _figures(figures, "The topology was not updated.")
 
@@ -279,11 +289,11 @@ def _by_layer(run: RunData, key: str, title: str, series: list[Points], form: Fo
         return ""
     axis = Axis(title, form, low=low)
     if len(lines) <= MOST_LINES:
-        return _figure(line_chart(key, title, lines, _STEPS, axis, run.levels), title, lines, form)
+        return _figure(line_chart(key, title, lines, _steps(run), axis, run.levels), title, lines, form)
     names = [line.name for line in lines]
     last = [[line.name, form(line.points[0][1]), form(line.points[-1][1])] for line in lines]
     details = _details(["layer", "first", "last"], last, title)
-    return _framed(heat_map(key, f"{title} of {len(names)} layers", lines, _STEPS, axis), title, "", details)
+    return _framed(heat_map(key, f"{title} of {len(names)} layers", lines, _steps(run), axis), title, "", details)
 
 
 def _figure(chart: str, caption: str, lines: Sequence[Line], form: Form) -> str:
@@ -364,8 +374,9 @@ _STYLE = """
   --box: #1f1f1f; --s0: #6cb6f5; --s1: #f59a62; --s2: #4fd3a1; --s3: #dd94d6; --s4: #e3bd50; --s5: #5fd0df;
   --s6: #f28b8b; --s7: #b8b8b8 } }
 * { box-sizing: border-box }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 76rem;
-  margin: 0 auto; padding: 1rem; overflow-wrap: anywhere }
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 150rem;
+  margin: 0 auto; padding: 1rem clamp(1rem, 3vw, 4rem); overflow-wrap: anywhere }
+header, nav, dl, pre, .scroll, p { max-width: 110rem }
 h1 { font-size: 1.5rem; margin: .5rem 0 0 } h2 { font-size: 1.15rem; margin: 2.5rem 0 .75rem }
 header p, .none, details p { color: var(--soft) } header p { margin: 0; font-size: .85rem }
 a { color: var(--s0) } nav ul, .legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .25rem 1rem }
@@ -373,9 +384,9 @@ nav { font-size: .9rem } nav a { display: inline-block; padding: .25rem 0 }
 dl { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(45%, 15rem), 1fr)); gap: .6rem; margin: 0 }
 dl div { background: var(--box); border-radius: .4rem; padding: .6rem .8rem } dt { color: var(--soft); font-size: .85rem }
 dd { margin: 0; font-size: 1.05rem; font-variant-numeric: tabular-nums }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr)); gap: 1.5rem }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1.5rem }
 figure { margin: 0; min-width: 0 } figcaption { font-size: .95rem; margin-bottom: .4rem }
-figure > svg { display: block; width: 100%; height: auto } image { image-rendering: pixelated }
+figure > svg { display: block; width: 100%; height: auto; max-height: 24rem } image { image-rendering: pixelated }
 svg text { font: 11px system-ui, sans-serif; fill: var(--ink) } svg .soft { fill: var(--soft) }
 .warning { border-left: 3px solid var(--s1); padding-left: .6rem; margin: 0 0 .6rem }
 .grid { stroke: var(--line); fill: none } .mark { stroke: var(--soft); stroke-dasharray: 1 3; fill: none }

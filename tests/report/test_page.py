@@ -55,6 +55,34 @@ def page_of(folder):
     return Page(render(gather(folder)))
 
 
+def test_only_a_density_that_moves_takes_a_chart(tmp_path):
+    names = ["first.weight", "second.weight"]
+    page = page_of(make_run(tmp_path / "constant", names))
+    assert "Every layer kept its density throughout" in page.text["density"]
+    assert "density-chart" not in {svg.get("id") for svg in page.all("svg")}
+    folder = make_run(tmp_path / "moving", names)
+    rows = [json.loads(line) for line in (folder / "topology.jsonl").read_text().splitlines()]
+    rows[1]["active"] = [64, 32]
+    (folder / "topology.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = page_of(folder)
+    assert "throughout" not in page.text["density"]
+    assert "density-chart" in {svg.get("id") for svg in page.all("svg")}
+
+
+def test_all_charts_over_steps_share_one_axis(tmp_path):
+    """Updates end before the training does: the curves do, and the axes do not."""
+    folder = make_run(tmp_path, ["first.weight"], updates=3)
+    run = gather(folder)
+    assert max(step for step, _ in run.topology["churn"]) == 300
+    charts = re.findall(r'<svg id="([a-z_-]+)-chart".*?</svg>', text := render(run), flags=re.S)
+    ends = {}
+    for name in ("accuracy", "churn", "exploration_rate", "dead-outputs"):
+        chart = re.search(rf'<svg id="{name}-chart".*?</svg>', text, flags=re.S)
+        assert chart, charts
+        ends[name] = [t for t in re.findall(r">([^<>]+)</text>", chart[0]) if re.fullmatch(r"\d+", t)][:6]
+    assert all("500" in labels for labels in ends.values()), ends
+
+
 @pytest.mark.parametrize("layers", [1, 3, 8, 9, 30])
 def test_every_section_is_there_and_every_picture_says_what_it_shows(tmp_path, layers):
     names = [f"blocks.{i}.weight" for i in range(layers)]
@@ -63,7 +91,7 @@ def test_every_section_is_there_and_every_picture_says_what_it_shows(tmp_path, l
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     pictures = [svg for svg in page.all("svg") if svg.get("aria-hidden") != "true"]
-    assert len(pictures) == 2 + 1 + 3 + 2 + layers + 1 + 1
+    assert len(pictures) == 2 + 3 + 2 + layers + 1 + 1  # the density is constant, which takes no picture
     for svg in page.all("svg"):
         assert re.fullmatch(r"0 0 \d+ \d+", svg["viewbox"])
     for svg in pictures:

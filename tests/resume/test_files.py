@@ -18,6 +18,7 @@ from dst.lightning import AtomicCheckpointIO, SparseTraining
 from tests.distributed.processes import exit_code_of
 from tests.methods_list import METHODS
 from tests.resume.fits import Fit
+from tests.resume.killed import save_twice_and_die
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 
@@ -59,16 +60,6 @@ def test_a_failure_after_the_writing_leaves_the_old_file(
     monkeypatch.undo()
     assert calls == [function]
     assert load_checkpoint(path)["weights"].eq(1).all()
-
-
-def save_twice_and_die(path: Path, function: str) -> None:
-    AtomicCheckpointIO().save_checkpoint({"attempt": 1, "payload": torch.zeros(1000)}, path)
-
-    def die(*args: Any) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    setattr(os, function, die)
-    AtomicCheckpointIO().save_checkpoint({"attempt": 2, "payload": torch.zeros(1000)}, path)
 
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])

@@ -37,7 +37,14 @@ def points(name: str) -> list[int]:
     return sorted(chosen)
 
 
-@pytest.mark.parametrize(("name", "point"), rotated(METHODS, range(4)))
+# Three in ten run every time: that each method resumes in a plain loop is tested for all of them.
+@pytest.mark.parametrize(
+    ("name", "point"),
+    [
+        pytest.param(*p.values, marks=[*p.marks, *([pytest.mark.exhaustive] if i % 3 and i < len(METHODS) else [])])
+        for i, p in enumerate(rotated(METHODS, range(4)))
+    ],
+)
 def test_every_method_resumes_from_any_step(name: str, point: int, tmp_path: Path) -> None:
     step = points(name)[point % len(points(name))]
     whole = Fit(SparseTraining(METHODS[name]()), tmp_path, saver={"every_n_train_steps": step})
@@ -141,7 +148,9 @@ def fit_until_killed(name: str, accumulate: int, stop: int, folder: Path) -> Non
     Fit(sparse, folder, callbacks=[sparse, kill], accumulate=accumulate, optimizer="adamw")
 
 
-@pytest.mark.parametrize(("name", "accumulate", "stop"), [("rigl", 1, 9), ("set", 3, 37)])
+@pytest.mark.parametrize(
+    ("name", "accumulate", "stop"), [("rigl", 1, 9), pytest.param("set", 3, 37, marks=pytest.mark.exhaustive)]
+)
 def test_a_killed_process_goes_on_from_its_last_checkpoint(
     name: str, accumulate: int, stop: int, tmp_path: Path
 ) -> None:

@@ -35,6 +35,8 @@ from dst.data.download import download
 from dst.data.idx import read_idx
 from dst.data.loader import epoch_order, stratified_split
 from dst.errors import ConfigurationError, DataError, StateError
+from tests.distributed.processes import run
+from tests.sampling import rotated
 
 # --- IDX ---------------------------------------------------------------------------------------------------------
 
@@ -747,9 +749,12 @@ def test_resumed_training_sees_the_same_batches(tmp_path: Path, options: dict[st
     assert fit(tmp_path / "rest", tmp_path / "whole" / f"{where}.ckpt", **options) == whole[batches_in(where) :]
 
 
-@pytest.mark.parametrize("first", ["batch3", "batch5", "epoch5"])
-@pytest.mark.parametrize("second", ["batch8", "batch10", "epoch10", "batch12"])
-@pytest.mark.parametrize("options", [{}, {"max_steps": 13}], ids=str)
+@pytest.mark.parametrize(
+    ("second", "first", "options"),
+    rotated(
+        ["batch8", "batch10", "epoch10", "batch12"], ["batch3", "batch5", "epoch5"], [{}, {"max_steps": 13}], each=2
+    ),
+)
 def test_training_resumed_twice_sees_the_same_batches(
     tmp_path: Path, options: dict[str, Any], first: str, second: str
 ) -> None:
@@ -817,12 +822,13 @@ class ShardRecorder(Recorder):
         torch.save(self.shares, self.folder / f"{self.trainer.world_size}-{self.global_rank}.pt")
 
 
-def test_two_processes_see_what_one_sees(tmp_path: Path) -> None:
-    for processes in (1, 2):
+def see_shares(rank: int, world: int, folder: Path) -> None:
+    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world))
+    try:
         trainer = Trainer(
             accelerator="cpu",
-            devices=processes,
-            strategy="ddp_spawn" if processes > 1 else "auto",
+            devices=world,
+            strategy="ddp" if world > 1 else "auto",
             max_epochs=2,
             limit_train_batches=3,
             logger=False,
@@ -830,7 +836,15 @@ def test_two_processes_see_what_one_sees(tmp_path: Path) -> None:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(ShardRecorder(tmp_path), datamodule=Digits(batch_size=128 // processes))
+        trainer.fit(ShardRecorder(folder), datamodule=Digits(batch_size=128 // world))
+    finally:
+        for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+            os.environ.pop(name, None)
+
+
+def test_two_processes_see_what_one_sees(tmp_path: Path) -> None:
+    see_shares(0, 1, tmp_path)
+    assert run(see_shares, 2, tmp_path) == [None, None]
     whole, *shares = (torch.load(io.BytesIO((tmp_path / f"{n}.pt").read_bytes())) for n in ("1-0", "2-0", "2-1"))
     assert len(whole) == 6
     for together, *parts in zip(whole, *shares, strict=True):
