@@ -28,7 +28,7 @@ class Browser:
         ours, theirs_in, theirs_out, answers = *reversed(os.pipe()), *reversed(os.pipe())
         # ours -> theirs_in (their descriptor 3), theirs_out (their 4) -> answers
         command = [
-            executable, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+            executable, "--headless", "--hide-scrollbars", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
             "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe",
             f"--user-data-dir={profile}", "about:blank",
         ]  # fmt: skip
