@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -12,6 +13,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import sampling
+
 settings.register_profile("repo", derandomize=True, deadline=None, max_examples=60)
 settings.load_profile("repo")
 torch.set_num_threads(1)
@@ -20,14 +23,25 @@ torch.set_num_threads(1)
 _LEFT = pytest.StashKey[dict[int, str]]()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect whole products where ``-m`` speaks of them, or a single test is named."""
+    sampling.everything = "exhaustive" in config.getoption("-m") or any("[" in argument for argument in config.args)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked ``exhaustive`` unless ``-m`` speaks of it, or it is named."""
-    if "exhaustive" in config.getoption("-m") or any("[" in argument for argument in config.args):
+    """Leave out what is marked ``exhaustive``."""
+    if sampling.everything:
         return
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Let the garbage collector pass over what was imported and collected: torch's modules are walked in vain otherwise."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:

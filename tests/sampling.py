@@ -9,9 +9,13 @@ from typing import Any
 
 import pytest
 
+everything = False
+"""Whether the whole products are wanted; ``conftest.py`` sets it before tests are collected."""
+
 
 def rotated(first: Iterable[Any], *others: Iterable[Any], each: int = 1) -> list[Any]:
-    """Parameters of the whole product, of which a sample runs by default; the rest is marked ``exhaustive``.
+    """Parameters of the whole product, of which a sample runs by default; the rest, marked ``exhaustive``, is there
+    where everything is wanted.
 
     Every value of ``first`` runs with ``each`` combinations of the other axes. These rotate, so that every combination of
     the others runs too, as long as ``first`` has values enough.
@@ -31,7 +35,7 @@ def rotated(first: Iterable[Any], *others: Iterable[Any], each: int = 1) -> list
         for i, combination in enumerate(combinations):
             if i in picked:
                 chosen.append(pytest.param(value, *combination))
-            else:
+            elif everything:
                 rest.append(pytest.param(value, *combination, marks=pytest.mark.exhaustive))
     return [*chosen, *rest]
 

@@ -352,7 +352,25 @@ def exchange(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) -> nn.Mod
         beside = {m: FeatureMajorLinear.from_linear(m) for m in modules if type(m) is nn.Linear}
     else:
         beside = {m: m.to_linear() for m in modules if type(m) is FeatureMajorLinear}
+    _guard_save_pretrained(model, any(isinstance(module, SparseLinear) for module in modules))
     return replace(model, beside)
+
+
+def _guard_save_pretrained(model: nn.Module, stores_non_zeros: bool) -> None:
+    """Let a Hugging Face model refuse to write a file that ``from_pretrained`` would fill up with random weights."""
+    if not hasattr(type(model), "save_pretrained"):
+        return
+    if stores_non_zeros:
+        model.__dict__["save_pretrained"] = _refuse_to_save
+    else:
+        model.__dict__.pop("save_pretrained", None)
+
+
+def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
+    raise ConfigurationError(
+        "this model stores only its non-zeros, under names that from_pretrained does not know: turn it back by "
+        "dst.to_dense(model) first, or save a copy that was"
+    )
 
 
 def replace(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) -> nn.Module:

@@ -102,3 +102,18 @@ def test_a_model_without_sparse_layers_is_as_it_was():
     assert dst.to_dense(model) is model
     assert sparse_layers(model) == []
     assert list(dst.dense_state_dict(model)) == list(model.state_dict())
+
+
+class Pretrained(nn.Sequential):
+    """As a Hugging Face model: it can save itself."""
+
+    def save_pretrained(self, folder: str) -> str:
+        return folder
+
+
+def test_a_model_of_non_zeros_points_to_its_dense_form_when_it_is_saved():
+    model = Pretrained(nn.Linear(30, 40), nn.Linear(40, 10))
+    model = dst.prepare(model, methods.rigl(0.2, backend="csr"))
+    with pytest.raises(ConfigurationError, match=r"dst\.to_dense\(model\)"):
+        model.save_pretrained("here")
+    assert dst.to_dense(model).save_pretrained("here") == "here"
