@@ -130,6 +130,7 @@ class SparseTraining(Callback):
         self._pending_gradients: dict[str, Tensor] = {}
         self._following: RemovableHandle | None = None
         self._counted: tuple[float, list[int]] = (0.0, [0])  # how far training was, and the steps of each optimizer
+        self._dense_steps = 0  # the trainer's steps before sparse training began
         self._shares_known = True  # False while the optimizers' shares of the trainer's steps are still to be measured
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
@@ -198,9 +199,12 @@ class SparseTraining(Callback):
     def _build(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> Sparsifier:
         """A sparsifier for this fit: from a checkpoint, from the fit before of the same module, or new."""
         state, previous = self._pending_state, self.sparsifier
-        dense_steps = trainer.global_step if state is None else 0  # of a checkpoint that sparse training had no part in
+        # Steps of a checkpoint that sparse training had no part in; a resume of what began so does not count them either.
+        self._dense_steps = trainer.global_step if state is None else int(state.get("dense_steps", 0))
+        if trainer.global_step == 0:
+            self._dense_steps = 0
         if previous is not None:
-            previous.finalize()
+            previous.finalize(ended=False)
             if state is None and self._fitted is pl_module:
                 state = previous.state_dict()
         if state is not None and trainer.global_step == 0:
@@ -211,7 +215,7 @@ class SparseTraining(Callback):
             pl_module,
             trainer.optimizers,
             self.method,
-            total_steps=self._total_steps(trainer, dense_steps),
+            total_steps=self._total_steps(trainer),
             include=self.include,
             exclude=self.exclude,
             seed=self.seed,
@@ -271,13 +275,8 @@ class SparseTraining(Callback):
             self._measure_shares(trainer)
         self._log_if_new(trainer)
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Warn where training ended before its budget was reached."""
-        if self.sparsifier is not None and (shortfall := self.sparsifier.shortfall) is not None:
-            rank_zero_warn(shortfall)
-
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Detach from the optimizers; masks stay readable."""
+        """Detach from the optimizers; masks stay readable. Warns where training ended before its density was reached."""
         if self._pending_state is not None and trainer.optimizers:
             self._build(trainer, pl_module)  # a finished run was resumed: nothing was trained, and nothing is lost
         if self.sparsifier is not None:
@@ -289,7 +288,8 @@ class SparseTraining(Callback):
             return self._pending_state
         if self.sparsifier is None:
             return {}
-        return {**self.sparsifier.state_dict(), "logged_updates": self._logged_updates}
+        ours = {"logged_updates": self._logged_updates, "dense_steps": self._dense_steps}
+        return {**self.sparsifier.state_dict(), **ours}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until ``on_train_start``, when the optimizers exist."""
@@ -320,9 +320,13 @@ class SparseTraining(Callback):
         """Once a tenth of training is over, let every optimizer's length follow from the steps that it has taken."""
         sparsifier = self.sparsifier
         assert sparsifier is not None
-        counted = trainer.max_epochs in (None, -1) or trainer.max_steps != -1
-        taken = trainer.global_step if counted else trainer.fit_loop.total_batch_idx + 1
-        progress = taken / (trainer.max_steps if counted else trainer.estimated_stepping_batches)
+        # Training ends at the first of two limits, one on the steps of all optimizers and one on batches.
+        progress = 0.0
+        if trainer.max_steps != -1:
+            progress = (trainer.global_step - self._dense_steps) / max(1, trainer.max_steps - self._dense_steps)
+        if trainer.max_epochs not in (None, -1):
+            batches = float(trainer.num_training_batches) * (trainer.max_epochs or 0)
+            progress = max(progress, (trainer.fit_loop.total_batch_idx + 1) / batches)
         # Counted where the rarest has just stepped, a whole number of rounds is over.
         if min(sparsifier.steps) > min(self._counted[1], default=0):
             self._counted = (progress, sparsifier.steps)
@@ -331,7 +335,7 @@ class SparseTraining(Callback):
             sparsifier.set_total_steps([max(step + 1, int(step / at + 1e-6)) for step in steps])
             self._shares_known = True
 
-    def _total_steps(self, trainer: lightning.Trainer, dense_steps: int) -> int | Sequence[int]:
+    def _total_steps(self, trainer: lightning.Trainer) -> int | Sequence[int]:
         if self.total_steps is not None:
             return self.total_steps
         estimate = trainer.estimated_stepping_batches
@@ -340,7 +344,7 @@ class SparseTraining(Callback):
                 f"the trainer cannot tell how many optimizer steps training takes (its estimate is {estimate}): "
                 "pass SparseTraining(total_steps=...), or set max_steps"
             )
-        left = int(estimate) - dense_steps
+        left = int(estimate) - self._dense_steps
         if left < 1:
             return int(estimate)  # nothing is trained any more
         # Under manual optimization max_steps counts the steps of every optimizer.

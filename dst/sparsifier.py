@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -626,12 +627,15 @@ class Sparsifier:
         stepper.step += 1
         self._expect_gradients([stepper])
 
-    def finalize(self) -> None:
+    def finalize(self, *, ended: bool = True) -> None:
         """End sparse training: inactive weights are zero, and the optimizers' hooks are removed.
 
         A warning tells where training ended before its budget was reached (``shortfall``).
+
+        Args:
+            ended: Whether this is the end of training; no warning is due where it goes on, or has failed.
         """
-        if self._hooks and (shortfall := self.shortfall) is not None:
+        if ended and sys.exc_info()[0] is None and self._hooks and (shortfall := self.shortfall) is not None:
             self._warn_once(shortfall)
         parameters = list(self._parameters.values())
         for storage in self._storages:

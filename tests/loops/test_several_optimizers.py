@@ -175,11 +175,51 @@ class Stop(lightning.pytorch.callbacks.Callback):
         trainer.should_stop = trainer.global_step >= 10
 
 
-def test_training_that_ends_before_its_mask_says_so() -> None:
+def test_training_that_ends_before_its_mask_says_so(caplog: pytest.LogCaptureFixture) -> None:
     sparse = SparseTraining(dst.methods.static(0.1, sparsify_at=0.5))
-    with pytest.warns(UserWarning, match=r"ended at density 1, target 0\.1: 10 of 100 planned optimizer steps") as seen:
+    with caplog.at_level(logging.WARNING):
         plain_fit(Plain(), [sparse, Stop()], max_epochs=10)
-    assert sum("ended at density" in str(w.message) for w in seen) == 1
+    assert caplog.text.count("ended at density 1, target 0.1: 10 of 100 planned optimizer steps") == 1
+
+
+def test_an_exception_is_no_end(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Linear(20, 20)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    sparsifier = dst.Sparsifier(net, optimizer, dst.methods.gmp(0.1, update_every=2), total_steps=40)
+    net(torch.randn(4, 20)).sum().backward()
+    sparsifier.before_step()
+    optimizer.step()
+    caplog.set_level(logging.WARNING)
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        sparsifier.finalize()
+    assert "ended at density" not in caplog.text
+
+
+def test_a_resume_of_what_began_dense_ends_as_if_it_had_not_stopped(tmp_path: Any) -> None:
+    plain_fit(Plain(), [], tmp_path, max_epochs=2)
+    method = dst.methods.gmp(0.1, update_every=3)
+    half, whole, again = (SparseTraining(method) for _ in range(3))
+    plain_fit(Plain(), [whole], resume=tmp_path / "dense.ckpt", max_epochs=6)
+
+    class Save(lightning.pytorch.callbacks.Callback):
+        def on_train_epoch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+            if trainer.current_epoch == 3:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+
+    plain_fit(Plain(), [half, Save()], resume=tmp_path / "dense.ckpt", max_epochs=6)
+    plain_fit(Plain(), [again], resume=tmp_path / "half.ckpt", max_epochs=6)
+    assert again.sparsifier is not None
+    assert whole.sparsifier is not None
+    assert (again.sparsifier.step, again.sparsifier.total_steps) == (40, 40)
+    assert [row["nonzero"] for row in again.sparsifier.layer_table()] == [40]
+    assert again.sparsifier.step_counts == whole.sparsifier.step_counts
+
+
+def test_the_first_of_two_limits_counts() -> None:
+    check(*fit(METHODS["gmp"](), max_epochs=2, max_steps=1000), [100, 100])
+    check(*fit(METHODS["gmp"](), max_epochs=20, max_steps=200), [100, 100])
 
 
 def test_a_loop_that_ends_before_its_budget_settles_says_so(caplog: pytest.LogCaptureFixture) -> None:
