@@ -19,12 +19,26 @@ from dst.errors import ConfigurationError, StateError
 from dst.layers import SparseLayer
 from dst.sharding import is_sharded, mean_over_processes, of_first_process
 from dst.types import CallInit, LossInit
+from dst.wrapping import drop_hooks
 
 Select = Callable[[Mapping[str, Tensor], float], Mapping[str, Tensor]]
 """From scores by layer label, and progress in [0, 1], to masks by layer label."""
 
 
-_WATCH = "FirstBatch.watch."
+class _Hook:
+    """A hook of a watcher: a copy of the model alone has this watcher too, and no second one; a pickled one has none."""
+
+    def __init__(self, hook: Callable[..., Any] | None = None) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        return None if self._hook is None else self._hook(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return self
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,6 @@ class FirstBatch:
         within: list[nn.Module] = []  # the outermost module, while it runs in plain kernels
         plain = ExitStack()
 
-        # Functions, not methods: a copy of the model then has this watcher too, and no second one.
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if within or not torch.is_grad_enabled() or not self._due():
                 return
@@ -103,29 +116,25 @@ class FirstBatch:
             return tree_map(lambda x: x * scale if isinstance(x, Tensor) and x.is_floating_point() else x, output)
 
         for module in self._modules:
-            self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
-            self._hooks.append(module.register_forward_hook(after, always_call=True))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has no hooks until ``rehook``, and remembers whether it is to have some."""
-        return {**self.__dict__, "_hooks": [None] if self._hooks else []}
-
-    def rehook(self) -> None:
-        """Watch the modules of a copied model."""
-        if not self._hooks:
-            return
-        for module in self._modules:  # copies of modules keep functions, which report to the original's watcher
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for key in [key for key, hook in hooks.items() if getattr(hook, "__qualname__", "").startswith(_WATCH)]:
-                    del hooks[key]
-        self._hooks, self._call = [], None
-        self.watch()
+            self._hooks.append(module.register_forward_pre_hook(_Hook(before), with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(_Hook(after), always_call=True))
 
     def close(self) -> None:
         """End watching, and forget what was seen."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._call = [], None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_hooks": bool(self._hooks)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Watch the modules of the copy, whose hooks are still the original's."""
+        self.__dict__.update(state, _hooks=[])
+        for module in self._modules:
+            drop_hooks(module, lambda hook: isinstance(hook, _Hook))
+        if state["_hooks"]:
+            self.watch()
 
     def scores_of_loss(self, loss: Tensor) -> dict[str, Tensor]:
         """Layer label to scores, by a ``LossInit``; the loss keeps its graph.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,13 @@ from dst.wrapping import as_optimizers, check_method, holders, totals_of, unwrap
 
 logger = logging.getLogger(__name__)
 
-_MOST_UNANSWERED = 20  # steps prepared one after another and not taken, after which they are not thought to be left out
+_Place: TypeAlias = tuple[int, int, str | None]
+"""Numbers of an optimizer and of its parameter, and the name of a tensor in the optimizer's state of it."""
+_REBUILT = (
+    "this sparsifier belongs to another optimizer: build the Sparsifier after its optimizer, a new one where the optimizer "
+    "was built anew (new.load_state_dict(old.state_dict()) goes on with its masks), and copy model, optimizer and "
+    "sparsifier together"
+)
 
 
 @dataclass
@@ -63,6 +70,8 @@ class _Stepper:
     replaced: bool = False  # whether that step is to have no gradients
     active: list[int] = field(default_factory=list)  # what that step's forward and backward passes had, per layer
     begun: bool = False  # whether optimizer.step() was entered and has not been counted
+    seen: list[str] | None = None  # the weights at the last before_step(), where no step followed the one before
+    moves: int = 0  # how often they have changed since, with no step of this optimizer
     updated_at: int = -1  # the step of the last update: one that was prepared and not taken may be prepared once more
 
 
@@ -168,12 +177,11 @@ class Sparsifier:
         self._sparsified = method.density == 1
         self._warned: set[str] = set()
         self.last_update: Update | None = None
-        self._originals: list[tuple[Tensor, Tensor, int]] = []  # what the first mask cut, as it was
+        self._originals: list[tuple[_Place, Tensor, Tensor, int]] = []  # what the first mask cut, as it was
         self._set_density: float | None = None  # what a user set, instead of the method's schedule
         self._budgets = {layer.label: layer.weights for layer in self.layers}  # what updates keep to
         # The network's density to all layers' budgets at it, and which optimizers' layers have them.
         self._splits: dict[float, tuple[tuple[int, ...], set[int]]] = {}
-        self._unanswered = 0  # calls of before_step since an optimizer stepped
         self._amount_state = method.amount.initial_state if method.amount is not None else 0.0
         if method.grown_warmup or method.perturb is not None:
             check_whole(self._parameters, "grown_warmup" if method.grown_warmup else "perturb")
@@ -205,9 +213,9 @@ class Sparsifier:
                     method, self.layers, lambda x: self._home[x.parameter].view(x, nothing).weight
                 )
                 self._before_first_step += [found] if found is not None else []
-            originals = [(t, t.clone()) for t in self._cut_by_first_mask()]
+            originals = [(place, t, t.clone()) for place, t in self._cut_by_first_mask()]
             self._sparsify(0)
-            self._originals = [(t, copy, t._version) for t, copy in originals]
+            self._originals = [(place, t, as_it_was, t._version) for place, t, as_it_was in originals]
         self._expect_gradients()
         self._hooks: list[RemovableHandle] = []
         self._hook()
@@ -216,21 +224,6 @@ class Sparsifier:
         """Be called at the optimizers' steps."""
         self._hooks = [s.optimizer.register_step_post_hook(self._after_step) for s in self._steppers]
         self._hooks += [s.optimizer.register_step_pre_hook(self._on_step) for s in self._steppers]
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the hooks, which optimizers and modules leave out of their copies too."""
-        return {**self.__dict__, "_hooks": bool(self._hooks)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Go on as a copy: the hooks of the copied optimizers and modules call this one."""
-        self.__dict__.update(state)
-        hooked, self._hooks = bool(self._hooks), []
-        if hooked:
-            self._hook()
-            for storage in self._storages:
-                storage.rehook()
-            if self._first_batch is not None:
-                self._first_batch.rehook()
 
     def _sparsify_step(self, stepper: _Stepper) -> int:
         """The step at which the first mask is made."""
@@ -497,9 +490,11 @@ class Sparsifier:
         """
         optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
         chosen = [s for s in self._steppers if optimizer is None or s.optimizer is optimizer]
-        self._check_answered(chosen)
+        if optimizer is not None and not chosen:
+            self._refuse_stranger(optimizer)
         self._say_what_has_changed()
         for stepper in chosen:
+            waits = self._waits_in_vain(stepper)
             stepper.replaced = False
             stepper.active = [self._active(self.layers[i]) for i in stepper.layers]
             stepper.announced = self._prepare(stepper)
@@ -508,6 +503,7 @@ class Sparsifier:
             self._perturb(stepper)
             # What was kept for this step is used; should it not be taken, the next attempt begins anew.
             self._expect_gradients([stepper])
+            stepper.seen = _fingerprint(stepper.parameters) if waits else None
 
     def _say_what_has_changed(self) -> None:
         """Warn of what was done to the model, now that training begins or goes on."""
@@ -521,18 +517,30 @@ class Sparsifier:
             )
             self._frozen = [(name, p) for name, p in self._frozen if name not in names]
 
-    def _check_answered(self, chosen: Sequence[_Stepper]) -> None:
-        """Refuse to prepare step after step of which none is ever taken."""
-        if not chosen:
-            return
-        # A gradient scaler leaves steps out whose gradients are not finite; these do not count.
-        self._unanswered += self._unanswered == 0 or all(self._are_finite(stepper) for stepper in chosen)
-        if self._unanswered > _MOST_UNANSWERED:
+    def _refuse_stranger(self, optimizer: Optimizer) -> None:
+        """Raise where an optimizer that this sparsifier was not given holds what it keeps sparse."""
+        held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+        if name := next((name for name, p in self._parameters.items() if id(p) in held), None):
+            raise StateError(f"before_step() was given a {type(optimizer).__name__} that holds {name}, and {_REBUILT}")
+
+    def _waits_in_vain(self, stepper: _Stepper) -> bool:
+        """Whether the step that the last call prepared was not taken; raises where something else takes the steps.
+
+        A step that is left out (by a gradient scaler, or while gradients accumulate) moves no weight. Twice in a row that
+        weights move without one is another optimizer.
+        """
+        if stepper.announced is None or not self._hooks:
+            stepper.moves = 0
+            return False
+        if stepper.seen is not None:
+            stepper.moves = stepper.moves + 1 if _fingerprint(stepper.parameters) != stepper.seen else 0
+        if stepper.moves == 2:
+            name = self._names[stepper.parameters[0]]
             raise StateError(
-                f"sparsifier.before_step() was called {self._unanswered} times, and none of the optimizers that it was "
-                "built with has stepped: build the sparsifier with the optimizer that steps (anew, where that was rebuilt), "
-                "and call before_step() once for each of its steps"
+                f"before_step() is called again and again, {name} and others move, and the "
+                f"{type(stepper.optimizer).__name__} of this sparsifier never steps: {_REBUILT}"
             )
+        return True
 
     def _prepare(self, stepper: _Stepper) -> str:
         """Do what is due before a step and say what kind of step it is."""
@@ -611,7 +619,6 @@ class Sparsifier:
         if not stepper.begun:
             return  # the step of a class within that of its subclass has told already
         stepper.begun = False
-        self._unanswered = 0
         if stepper.announced is None:
             raise StateError(
                 "optimizer.step() ran without sparsifier.before_step(): call it between backward() and step(), "
@@ -655,15 +662,14 @@ class Sparsifier:
             for storage in self._storages:
                 storage.mask_optimizer_state(stepper.optimizer)
 
-    def _cut_by_first_mask(self) -> list[Tensor]:
-        """The weights and per-weight optimizer states that making the first mask changes."""
-        tensors = []
-        for stepper in self._steppers:
-            for parameter in stepper.parameters:
+    def _cut_by_first_mask(self) -> Iterator[tuple[_Place, Tensor]]:
+        """The weights and per-weight optimizer states that making the first mask changes, and where they are."""
+        for i, stepper in enumerate(self._steppers):
+            for k, parameter in enumerate(stepper.parameters):
                 if self.method.rescale_init or not self._home[self._names[parameter]].is_placed:
-                    tensors.append(local(parameter.detach()))
-                    tensors += [local(value) for _, value in per_weight_state(stepper.optimizer, parameter)]
-        return tensors
+                    yield (i, k, None), local(parameter.detach())
+                    for key, value in per_weight_state(stepper.optimizer, parameter):
+                        yield (i, k, key), local(value)
 
     # -- the first mask -------------------------------------------------------------------------------------------
 
@@ -1046,7 +1052,7 @@ class Sparsifier:
             StateError: The state is of another method, density, model or format; nothing is changed then.
         """
         check_state(state, self._expected())
-        for tensor, original, version in self._originals:
+        for _, tensor, original, version in self._originals:
             # Loaded before construction, weights and momentum were cut by a first mask that is now replaced: undo that.
             if tensor._version == version:
                 tensor.copy_(original)
@@ -1086,6 +1092,42 @@ class Sparsifier:
         self._expect_gradients()
         for storage in self._storages:
             storage.load_collected(state["collected"])
+
+    # -- copies ---------------------------------------------------------------------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sparsifier:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        if self._group is not None:
+            memo[id(self._group)] = self._group  # processes are not copied
+        new.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what ties it to the objects of this process: hooks, and what counts tensors' versions."""
+        current = dict(self._cut_by_first_mask()) if self._originals else {}
+        return {
+            **self.__dict__,
+            "_hooks": bool(self._hooks),
+            "_originals": [
+                (place, as_it_was)
+                for place, t, as_it_was, version in self._originals
+                if t._version == version and place in current and current[place].data_ptr() == t.data_ptr()
+            ],
+            "collected": {n: c for storage in self._storages for n, c in storage.collected_state().items()},
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take part in the steps of the copied optimizers, which keep no hooks when they are copied."""
+        collected = state.pop("collected")
+        self.__dict__.update(state, _hooks=[])
+        current = dict(self._cut_by_first_mask())
+        self._originals = [(p, current[p], as_it_was, current[p]._version) for p, as_it_was in state["_originals"]]
+        if state["_hooks"]:
+            self._hook()
+            self._expect_gradients()
+            for storage in self._storages:
+                storage.load_collected(collected)
 
     def _expected(self) -> Expected:
         return Expected(
@@ -1132,3 +1174,8 @@ def _check_free(optimizers: Iterable[Optimizer]) -> None:
                     f"{type(optimizer).__name__} trains for another sparsifier already, {other!r}: finalize() that one "
                     "first, or build a new optimizer"
                 )
+
+
+def _fingerprint(parameters: Iterable[Tensor]) -> list[str]:
+    """What tells weights that have moved from weights that have not; as text, in which NaN equals itself."""
+    return [repr(float(local(p.detach()).sum(dtype=torch.float64))) for p in parameters]

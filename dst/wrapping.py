@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -41,6 +41,19 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def drop_hooks(module: nn.Module, mine: Callable[[Any], bool]) -> None:
+    """Remove forward hooks and pre-hooks from a module whose handles are gone, as they are from a copied one.
+
+    Args:
+        module: The module.
+        mine: Which hooks.
+    """
+    kept = [hooks for name, hooks in vars(module).items() if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]
+    for number in [n for hooks in kept for n, hook in hooks.items() if mine(hook)]:
+        for hooks in kept:
+            hooks.pop(number, None)
 
 
 def holders(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:

@@ -25,6 +25,7 @@ from dst.relaxations import LatentLayer, Relaxation, pressure
 from dst.sharding import is_sharded
 from dst.topology import Rewiring, fill_at_
 from dst.types import LayerView, folded_generator
+from dst.wrapping import drop_hooks
 
 
 class Latent(Masked):
@@ -79,19 +80,22 @@ class Latent(Masked):
         if self._relaxation.samples and not self._hooks:
             self._watch_modes()
 
-    def rehook(self) -> None:
-        """See ``Storage``."""
-        if self._hooks:
-            self._hooks = []
-            self._watch_modes()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has no hooks until ``rehook``, and remembers whether it is to have some."""
-        return {**self.__dict__, "_hooks": [None] if self._hooks else []}
-
     def _watch_modes(self) -> None:
         hook, above = _ModeHook(self), _modules_above(self._model, self.parameters)
         self._hooks = [module.register_forward_pre_hook(hook) for module in above]
+
+    def __getstate__(self) -> dict[str, Any]:
+        untouched = [name for name, p in self.parameters.items() if self._versions.get(name) == p._version]
+        return {**self.__dict__, "_hooks": bool(self._hooks), "_versions": untouched}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Serve the parameters and modules of the copy, which count their versions anew and have idle hooks."""
+        self.__dict__.update(state, _hooks=[])
+        self._versions = {name: self.parameters[name]._version for name in state["_versions"]}
+        for module in _modules_above(self._model, self.parameters):
+            drop_hooks(module, lambda hook: isinstance(hook, _ModeHook))
+        if state["_hooks"]:
+            self._watch_modes()
 
     def _end(self) -> None:
         self._ended = True

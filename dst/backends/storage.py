@@ -129,9 +129,6 @@ class Storage(ABC):
         """
         self.mask_weights(parameters)
 
-    def rehook(self) -> None:  # noqa: B027
-        """Hook into the modules again, after a copy, which has no hooks."""
-
     def release(self) -> None:  # noqa: B027
         """Leave the model as it is to be used without this storage."""
 

@@ -1,9 +1,9 @@
-"""Copies of a training, optimizers rebuilt or wrapped, and things that are neither a method nor an optimizer."""
+"""Copies of model, optimizer and sparsifier train on as the originals do; an optimizer that is left behind is told of."""
 
 from __future__ import annotations
 
 import copy
-import logging
+import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -11,152 +11,233 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 import dst
+from dst import Sparsifier
 from tests.methods_list import METHODS, TOTAL_STEPS
 from tests.resume.fits import differences
-from tests.small import Small, train
+from tests.small import OPTIMIZERS, Small, backward, batch, train
 
-COPIES: dict[str, Callable[[Any], Any]] = {
+Trio = tuple[nn.Module, Optimizer, Sparsifier]
+
+
+def by_torch(held: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(held, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+HOW: dict[str, Callable[[Any], Any]] = {
     "deepcopy": copy.deepcopy,
-    "pickle": lambda value: pickle.loads(pickle.dumps(value)),
+    "pickle": lambda held: pickle.loads(pickle.dumps(held)),
+    "torch.save": by_torch,
 }
 
 
-def build(name: str) -> tuple[nn.Module, torch.optim.Optimizer, dst.Sparsifier]:
+def build(name: str, optimizer: str = "sgd", csr: bool = False) -> Trio:
     torch.manual_seed(0)
+    method = METHODS[name]() if not csr else dst.methods.rigl(0.3, update_every=4, backend="csr")
+    model = dst.prepare(Small(), method)
+    made = OPTIMIZERS[optimizer](model.parameters())
+    return model, made, Sparsifier(model, made, method, total_steps=TOTAL_STEPS)
+
+
+def copied(trio: Trio, how: str, order: tuple[int, ...]) -> Trio:
+    held = HOW[how](tuple(trio[i] for i in order))
+    model, optimizer, sparsifier = (held[order.index(i)] for i in range(3))
+    return model, optimizer, sparsifier
+
+
+def outcome(trio: Trio) -> list[Any]:
+    model, optimizer, sparsifier = trio
+    return [dict(model.state_dict()), optimizer.state_dict(), sparsifier.state_dict()]
+
+
+def hooks_of(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+# Each method once; how, order, moment and optimizer vary with them.
+CASES = [
+    ("rigl", "deepcopy", (0, 1, 2), 0, "sgd"),
+    ("set", "pickle", (2, 1, 0), 5, "adamw"),
+    ("momentum_growth", "torch.save", (1, 2, 0), 6, "odd"),
+    ("static_at_step", "deepcopy", (2, 0, 1), 3, "sgd"),
+    ("grown_warmup", "pickle", (0, 2, 1), 9, "adamw"),
+    ("granet", "deepcopy", (1, 0, 2), 7, "sgd"),
+    ("snip", "pickle", (0, 1, 2), 0, "sgd"),
+    ("grasp", "deepcopy", (0, 1, 2), 0, "sgd"),
+    ("grasp", "pickle", (2, 1, 0), 0, "sgd"),
+    ("synflow", "deepcopy", (2, 1, 0), 0, "adamw"),
+    ("synflow", "torch.save", (0, 1, 2), 0, "sgd"),
+    ("l0", "deepcopy", (0, 1, 2), 4, "adamw"),
+    ("l0", "pickle", (2, 0, 1), 4, "sgd"),
+    ("top_kast", "deepcopy", (2, 1, 0), 5, "sgd"),
+    ("movement", "torch.save", (0, 1, 2), 2, "adamw"),
+]
+
+
+@pytest.mark.parametrize(("name", "how", "order", "after", "optimizer"), CASES)
+def test_a_copy_trains_on_as_the_original(
+    name: str, how: str, order: tuple[int, ...], after: int, optimizer: str
+) -> None:
+    whole = build(name, optimizer)
+    train(*whole, after)
+    other = copied(whole, how, order)
+    before = copy.deepcopy(outcome(whole))
+    assert hooks_of(other[0]) == hooks_of(whole[0])
+    train(*other, 8)
+    assert other[2].step == after + 8
+    assert not list(differences(before, outcome(whole)))  # the original stands still
+    train(*whole, 8)
+    assert not list(differences(outcome(whole), outcome(other)))
+    assert other[2].is_sparse == whole[2].is_sparse
+    for mask_name, mask in other[2].masks.items() if name != "l0" else ():
+        assert other[0].get_parameter(mask_name)[~mask].eq(0).all()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("after", [0, 3, 4])
+def test_copies_of_sparse_storage(after: int, how: str, order: tuple[int, ...]) -> None:
+    """Growth by gradient goes on where the copy is taken one step before an update."""
+    whole = build("rigl", csr=True)
+    assert "csr" in whole[2].backends.values()
+    train(*whole, after)
+    other = copied(whole, how, order)
+    train(*other, 6)
+    train(*whole, 6)
+    assert other[2].updates == whole[2].updates > 1
+    assert not list(differences(outcome(whole), outcome(other)))
+
+
+def test_a_copy_in_the_middle_of_an_accumulated_step_keeps_what_is_collected() -> None:
+    whole = build("rigl", csr=True)
+    train(*whole, 4)
+    backward(whole[0], whole[1], 4)
+    other = copied(whole, "deepcopy", (0, 1, 2))
+    for p, q in zip(whole[0].parameters(), other[0].parameters(), strict=True):
+        q.grad = p.grad.clone()  # type: ignore[union-attr]  # copies of parameters have no gradient
+    for model, optimizer, sparsifier in (whole, other):
+        torch.nn.functional.cross_entropy(model(batch(5)[0]), batch(5)[1]).backward()
+        sparsifier.before_step()
+        optimizer.step()
+    assert not list(differences(outcome(whole), outcome(other)))
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_copy_taken_before_training_loads_a_state_as_the_original_does(how: str) -> None:
+    """Weights that were loaded before construction, and cut by its first mask, come back in the copy too."""
+    whole = build("rigl", "adamw")
+    train(*whole, 9)
+    saved = copy.deepcopy(outcome(whole))
+    torch.manual_seed(1)
     model = Small()
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    return model, optimizer, dst.Sparsifier(model, optimizer, METHODS[name](), total_steps=TOTAL_STEPS)
+    model.load_state_dict(saved[0])
+    optimizer = OPTIMIZERS["adamw"](model.parameters())
+    optimizer.load_state_dict(copy.deepcopy(saved[1]))
+    other = copied((model, optimizer, Sparsifier(model, optimizer, METHODS["rigl"](), total_steps=24)), how, (0, 1, 2))
+    other[2].load_state_dict(saved[2])
+    assert not list(differences(saved, outcome(other)))
 
 
-def outcome(model: nn.Module, optimizer: torch.optim.Optimizer, sparsifier: dst.Sparsifier) -> Any:
-    return [model.state_dict(), optimizer.state_dict(), sparsifier.state_dict()]
+def test_a_copy_of_what_is_finalized_takes_part_in_nothing() -> None:
+    whole = build("synflow")
+    whole[2].finalize()
+    model, optimizer, _ = copied(whole, "deepcopy", (0, 1, 2))
+    backward(model, optimizer, 0)
+    optimizer.step()
+    assert hooks_of(model) == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "how"),
-    [("rigl", "deepcopy"), ("rigl", "pickle"), ("l0", "deepcopy"), ("top_kast", "pickle"), ("gmp", "deepcopy"),
-     ("synflow", "deepcopy"), ("grasp", "deepcopy"), ("grown_warmup", "pickle")],
-)  # fmt: skip
-@pytest.mark.parametrize("last_first", [False, True])
-def test_a_copy_trains_as_the_original_does(name: str, how: str, last_first: bool) -> None:
-    parts = build(name)
-    if name not in ("synflow", "grasp"):  # these are copied while they still watch for the first batch
-        train(*parts, 3)
-    if last_first:
-        sparsifier, optimizer, model = COPIES[how](parts[::-1])
-    else:
-        model, optimizer, sparsifier = COPIES[how](parts)
-    before = copy.deepcopy(outcome(*parts))
-    train(model, optimizer, sparsifier, 12)
-    assert sparsifier.step == parts[2].step + 12
-    assert not list(differences(before, outcome(*parts)))  # the original has not moved
-    train(*parts, 12)
-    found = list(differences(outcome(*parts), outcome(model, optimizer, sparsifier)))
-    assert not found, found
+def test_several_optimizers_are_copied_with_their_sparsifier() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(20, 20), "b": nn.Linear(20, 20)})
+    optimizers = [torch.optim.SGD(model[name].parameters(), 0.1) for name in "ab"]
+    sparsifier = Sparsifier(model, optimizers, dst.methods.set_(0.2, update_every=2), total_steps=20)
+    model, optimizers, sparsifier = copy.deepcopy((model, optimizers, sparsifier))
+    for step in range(6):
+        for name, optimizer in zip("ab", optimizers, strict=True):
+            optimizer.zero_grad()
+            model[name](torch.ones(2, 20)).sum().backward()
+            sparsifier.before_step(optimizer)
+            optimizer.step()
+            assert sparsifier.active == 160, step
+    assert sparsifier.state_dict()["steps"] == [6, 6]
+    assert sparsifier.updates > 2
 
 
-def test_an_optimizer_rebuilt_after_the_sparsifier_is_noticed() -> None:
+# -- optimizers that nobody told of --------------------------------------------------------------------------------
+
+
+def test_an_optimizer_built_anew_is_told_of() -> None:
+    model, _, sparsifier = build("rigl")
+    anew = OPTIMIZERS["sgd"](model.parameters())
+
+    def steps() -> None:
+        for step in range(6):
+            backward(model, anew, step)
+            sparsifier.before_step()
+            anew.step()
+
+    with pytest.raises(dst.StateError, match="never steps: this sparsifier belongs to another optimizer: build"):
+        steps()
+
+
+def test_so_is_one_that_is_built_anew_in_the_middle() -> None:
+    model, optimizer, sparsifier = trio = build("set")
+    train(*trio, 5)
+    backward(model, optimizer, 5)
+    anew = OPTIMIZERS["adamw"](model.parameters())
+    with pytest.raises(dst.StateError, match=r"given a AdamW that holds \w+"):
+        sparsifier.before_step(anew)
+    # The remedy that the message names works.
+    state = sparsifier.state_dict()
+    sparsifier.finalize(ended=False)
+    new = Sparsifier(model, anew, METHODS["set"](), total_steps=TOTAL_STEPS)
+    new.load_state_dict(state)
+    train(model, anew, new, 5)
+    assert new.step == 10
+
+
+@pytest.mark.parametrize("poison", [None, float("inf")])
+def test_steps_that_are_left_out_are_no_other_optimizers(poison: float | None) -> None:
+    """By a gradient scaler, a limit on the norm, or while gradients accumulate: the weights stand still."""
     model, optimizer, sparsifier = build("rigl")
-    other = torch.optim.AdamW(model.parameters(), 0.01)
-    with pytest.raises(dst.StateError, match="none of the optimizers that it was built with has stepped"):
-        train(model, other, sparsifier, 30, first=0)
-    del optimizer
-
-
-def test_steps_left_out_for_overflows_are_no_mistake() -> None:
-    model, optimizer, sparsifier = build("rigl")
-    train(model, optimizer, sparsifier, 3)
-    for _ in range(60):
-        for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, float("inf"))
+    for step in range(30):
+        backward(model, optimizer, step)
+        if poison is not None:
+            next(model.parameters()).grad.fill_(poison)  # type: ignore[union-attr]
         sparsifier.before_step()
     train(model, optimizer, sparsifier, 3)
-    assert sparsifier.step == 6
+    assert sparsifier.step == 3
 
 
-class AcceleratedOptimizer(torch.optim.Optimizer):
-    """As Accelerate's: an optimizer by class, without an optimizer's hook tables."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-        self.optimizer = optimizer
-
-    @property
-    def param_groups(self) -> Any:  # type: ignore[override]
-        return self.optimizer.param_groups
-
-    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
-        return self.optimizer.step(closure)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self.optimizer.zero_grad(set_to_none)
+def test_an_optimizer_that_takes_two_gradients_a_step_is_served() -> None:
+    """Sharpness-aware minimization moves the weights between two calls, and the optimizer steps after the second."""
+    model, optimizer, sparsifier = build("set")
+    for step in range(8):
+        backward(model, optimizer, step)
+        sparsifier.before_step()
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(p.grad, alpha=0.01)  # type: ignore[arg-type]
+        backward(model, optimizer, step)
+        sparsifier.before_step()
+        optimizer.step()
+    assert sparsifier.step == 8
 
 
-def test_a_wrapped_optimizer_is_looked_through() -> None:
-    model, optimizer, _ = build("rigl")
-    plain = build("rigl")
-    torch.manual_seed(0)
-    model = Small()
-    wrapped = AcceleratedOptimizer(torch.optim.AdamW(model.parameters(), 0.01))
-    sparsifier = dst.Sparsifier(model, wrapped, METHODS["rigl"](), total_steps=TOTAL_STEPS)
+def test_what_goes_on_after_finalize_is_nobodys_business() -> None:
+    model, optimizer, sparsifier = build("rigl")
+    sparsifier.finalize()
     for step in range(6):
-        train(model, wrapped, sparsifier, 1, first=step)
-        sparsifier.before_step(wrapped) if step == 5 else None
-    train(*plain, 6)
-    assert sparsifier.step == 6
-    assert all(torch.equal(m, sparsifier.masks[n]) for n, m in plain[2].masks.items())
-    del optimizer
+        backward(model, optimizer, step)
+        sparsifier.before_step()
+        optimizer.step()
 
 
-WRONG: dict[str, tuple[Any, Any, str]] = {
-    "a name for a method": (None, "rigl", r"'rigl' \(str\) is not a method: pass one such as dst\.methods\.rigl"),
-    "no method": (None, None, "None is not a method"),
-    "a method that was not called": (None, dst.methods.rigl, r"call it, rigl\(density=0\.1\)"),
-    "a name for an optimizer": ("adam", dst.methods.rigl(0.1), r"'adam' \(str\) is not an optimizer"),
-    "no optimizer": (..., dst.methods.rigl(0.1), "None is not an optimizer"),
-    "a list of none": ([], dst.methods.rigl(0.1), "no optimizer was given"),
-}
-
-
-@pytest.mark.parametrize("what", WRONG)
-def test_what_is_no_method_or_optimizer_is_named(what: str) -> None:
-    optimizer, method, message = WRONG[what]
-    net = nn.Linear(8, 8)
-    made = torch.optim.SGD(net.parameters(), 0.1) if optimizer is None else optimizer
-    with pytest.raises(dst.ConfigurationError, match=message):
-        dst.Sparsifier(net, None if made is ... else made, method, total_steps=5)
-    if optimizer is None:
-        with pytest.raises(dst.ConfigurationError, match=message):
-            dst.prepare(net, method)
-        with pytest.raises(dst.ConfigurationError, match=message):
-            dst.plan(net, method)
-        with pytest.raises(dst.ConfigurationError, match=message):
-            dst.lightning.SparseTraining(method)
-
-
-def test_a_scheduler_is_no_optimizer() -> None:
-    net = nn.Linear(8, 8)
-    scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(net.parameters(), 0.1), 3)
-    with pytest.raises(dst.ConfigurationError, match="pass the optimizer that the scheduler has"):
-        dst.Sparsifier(net, scheduler, dst.methods.rigl(0.1), total_steps=5)
-
-
-def test_a_topology_that_is_never_updated_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    net = nn.Linear(8, 8)
-    for settings in ({"update_every": 100}, {"start": 0.9, "stop": 0.5}):
-        caplog.clear()
-        method = dst.methods.rigl(0.2, **settings)
-        with caplog.at_level(logging.WARNING):
-            dst.Sparsifier(net, torch.optim.SGD(net.parameters(), 0.1), method, total_steps=50).finalize()
-        assert "rigl never updates the topology: no update falls within 50 steps" in caplog.text
-
-
-def test_csr_that_serves_no_layer_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
-    net = nn.Sequential(nn.Conv1d(4, 8, 3))
-    method = dst.methods.rigl(0.2, update_every=2, backend="csr")
-    with caplog.at_level(logging.WARNING):
-        model = dst.prepare(net, method)
-        dst.Sparsifier(model, torch.optim.SGD(model.parameters(), 0.1), method, total_steps=50)
-    assert 'backend="csr" stores no layer of this model as non-zeros alone' in caplog.text
-    assert "Conv1d has no csr kernel" in caplog.text
+def test_an_optimizer_of_other_parameters_is_passed_over() -> None:
+    _, _, sparsifier = build("rigl")
+    sparsifier.before_step(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1))
