@@ -50,6 +50,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
     if processes := sys.modules.get("tests.distributed.processes"):
         processes.close()
+    if wandb := sys.modules.get("wandb"):
+        wandb.teardown()  # its service lives until then
     if session.config.getoption("numprocesses", None):  # the workers have looked
         found = session.config.stash.get(_LEFT, {})
     else:
