@@ -39,18 +39,22 @@ LATENT = {
 
 
 class Net(nn.Module):
-    """A linear layer whose rows do not divide by the processes, attention (a weight in three parts) and a head."""
+    """A linear layer whose rows do not divide by the processes, attention (a weight in three parts) and a head.
+
+    Attention reads several tokens and a key of zeros. Over one token, or for inputs that all tokens share, gradients of
+    queries and keys would be nothing but rounding, and connections would be ranked by what differs between processes.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(12, 23)
         self.second = nn.Linear(23, 16)
-        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True, add_zero_attn=True)
         self.head = nn.Linear(16, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        h = self.second(torch.relu(self.first(x))).unsqueeze(1)
-        return self.head((h + self.attention(h, h, h, need_weights=False)[0]).squeeze(1))
+        h = self.second(torch.relu(self.first(x)))
+        return self.head((h + self.attention(h, h, h, need_weights=False)[0]).mean(1))
 
 
 def model() -> Net:
@@ -61,7 +65,7 @@ def model() -> Net:
 def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(step)
     return (
-        torch.randn(BATCH, 12, generator=generator, dtype=torch.float64),
+        torch.randn(BATCH, 3, 12, generator=generator, dtype=torch.float64),
         torch.randint(0, 5, (BATCH,), generator=generator),
     )
 
