@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from dst.cli import train
+from dst.cli.main import train
 
 if __name__ == "__main__":
     sys.exit(train(sys.argv[1:]))

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from dst import moved as _moved
+
 if TYPE_CHECKING:
     from dst import (
         allocation,
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
         models,
         nn,
         patterns,
+        perturbations,
         redistribute,
         relaxations,
         schedules,
@@ -27,27 +30,29 @@ if TYPE_CHECKING:
         types,
     )
     from dst.backends import dense_optimizer_state, dense_state_dict, prepare, sparse_optimizer_state, to_dense
-    from dst.dry_run import Plan, plan
+    from dst.engine.dry_run import Plan, plan
+    from dst.engine.sparsifier import Sparsifier
     from dst.errors import ConfigurationError, DataError, StateError
-    from dst.mask_file import load_masks, save_masks
     from dst.method import Method
-    from dst.sparsifier import Sparsifier
+    from dst.topology.mask_file import load_masks, save_masks
 
 __version__ = "0.1.0"
+
+_moved.install()
 
 _NAMES = {
     "ConfigurationError": "dst.errors",
     "DataError": "dst.errors",
     "Method": "dst.method",
-    "Plan": "dst.dry_run",
-    "Sparsifier": "dst.sparsifier",
+    "Plan": "dst.engine.dry_run",
+    "Sparsifier": "dst.engine.sparsifier",
     "StateError": "dst.errors",
     "dense_optimizer_state": "dst.backends",
     "dense_state_dict": "dst.backends",
-    "load_masks": "dst.mask_file",
-    "plan": "dst.dry_run",
+    "load_masks": "dst.topology.mask_file",
+    "plan": "dst.engine.dry_run",
     "prepare": "dst.backends",
-    "save_masks": "dst.mask_file",
+    "save_masks": "dst.topology.mask_file",
     "sparse_optimizer_state": "dst.backends",
     "to_dense": "dst.backends",
 }
@@ -72,6 +77,7 @@ __all__ = [
     "models",
     "nn",
     "patterns",
+    "perturbations",
     "plan",
     "prepare",
     "redistribute",

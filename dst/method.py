@@ -9,17 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from dst import allocation as allocations
-from dst import init as inits
-from dst import patterns, schedules, scores
 from dst.errors import ConfigurationError, StateError
-from dst.relaxations import Relaxation, StraightThrough
-from dst.types import (
+from dst.pieces import allocation as allocations
+from dst.pieces import init as inits
+from dst.pieces import patterns, schedules, scores
+from dst.pieces.durations import Duration, check_duration
+from dst.pieces.protocols import (
     Allocation,
     Amount,
     Clock,
     DensitySchedule,
-    Duration,
     Fraction,
     Init,
     Pattern,
@@ -27,9 +26,9 @@ from dst.types import (
     Redistribution,
     Score,
     as_sampler,
-    check_duration,
     waits_for_batch,
 )
+from dst.pieces.relaxations import Relaxation, StraightThrough
 
 BACKENDS = ("masked", "csr", "auto", "latent")
 
@@ -358,7 +357,7 @@ class Method:
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.compare}
-        return {"_target_": f"{type(value).__module__}.{type(value).__qualname__}", **fields}
+        return {"_target_": _public_path(type(value)), **fields}
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -366,6 +365,13 @@ def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()  # numbers from numpy would not load with weights_only=True
     return value
+
+
+def _public_path(kind: type) -> str:
+    """Where users find a class: pieces go by their public module, wherever they are defined below ``dst.pieces``."""
+    package, _, rest = kind.__module__.partition(".pieces.")
+    module = f"dst.{rest.partition('.')[0]}" if package == "dst" and rest else kind.__module__
+    return f"{module}.{kind.__qualname__}"
 
 
 def check_same(saved: Mapping[str, Any], method: Method) -> None:

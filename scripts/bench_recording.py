@@ -24,8 +24,8 @@ from torch import nn
 import dst
 from dst.data.loader import TensorLoader
 from dst.lightning import SparseTraining
+from dst.lightning.recorder import Recorder
 from dst.models import MLP
-from dst.recording import Recorder
 
 
 class Timed(Recorder):

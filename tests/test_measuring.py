@@ -12,7 +12,7 @@ from hydra import compose, initialize_config_dir
 
 import dst
 from dst import metrics
-from dst.cli import COMMANDS, config_dir, register_schema
+from dst.cli.main import COMMANDS, config_dir, register_schema
 from dst.metrics import CONVENTIONS
 from tests.report.runs import make_run
 

@@ -12,11 +12,11 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 
-from dst.classifier import Classifier
-from dst.cli import config_dir, register_schema
+from dst.cli.main import config_dir, register_schema
 from dst.data import Digits
 from dst.methods import __all__ as method_names
 from dst.models import LeNet300100
+from dst.models.classifier import Classifier
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 RUNNING = (Path(__file__).parent.parent / "docs" / "running.md").read_text()

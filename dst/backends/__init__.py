@@ -14,11 +14,11 @@ from dst.backends.csr import Csr
 from dst.backends.latent import Latent
 from dst.backends.masked import Masked
 from dst.backends.storage import Draft, Storage
+from dst.engine.wrapping import check_method
 from dst.errors import ConfigurationError
-from dst.layers import Selector, SparseLayer, sparse_modules
 from dst.method import Method
-from dst.types import as_sampler
-from dst.wrapping import check_method
+from dst.pieces.protocols import as_sampler
+from dst.topology.layers import Selector, SparseLayer, sparse_modules
 
 __all__ = [
     "Csr",

@@ -17,10 +17,10 @@ from torch.distributed import ProcessGroup
 
 from dst.backends import csr
 from dst.errors import StateError
-from dst.layers import Selector, SparseLayer
 from dst.method import Method
 from dst.nn import SparseConv2d, SparseLinear
-from dst.sharding import from_first, rank
+from dst.topology.layers import Selector, SparseLayer
+from dst.topology.sharding import from_first, rank
 
 logger = logging.getLogger(__name__)
 

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from dst.backends import csr
 from dst.errors import StateError
-from dst.layers import sparse_modules
 from dst.nn import SparseLinear
+from dst.topology.layers import sparse_modules
 
 
 def to_dense(model: nn.Module) -> nn.Module:

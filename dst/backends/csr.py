@@ -14,17 +14,19 @@ from torch.optim import Optimizer
 from dst.backends.explored import Explored
 from dst.backends.saved import as_positions, narrow, union_as_bits
 from dst.backends.storage import Draft, Storage, is_finite
+from dst.engine.first_mask import first_positions
 from dst.errors import ConfigurationError, StateError
-from dst.first_mask import first_positions
-from dst.init import FromFile
-from dst.layers import SparseLayer, find_layers, sparse_modules
-from dst.mask_file import load_masks
 from dst.method import Method
 from dst.nn import FeatureMajorLinear, SparseConv2d, SparseLinear, remap
-from dst.optimizer_state import per_weight_state
-from dst.sharding import all_agree, average_
-from dst.topology import Rewiring, rewire, tie_key
-from dst.types import LayerView, as_sampler, folded_generator
+from dst.pieces.init import FromFile
+from dst.pieces.protocols import LayerView, as_sampler
+from dst.topology.layers import SparseLayer, find_layers, sparse_modules
+from dst.topology.mask_file import load_masks
+from dst.topology.optimizer_state import per_weight_state
+from dst.topology.rewiring import Rewiring, rewire
+from dst.topology.seeding import folded_generator
+from dst.topology.selection import tie_key
+from dst.topology.sharding import all_agree, average_
 
 Dense: TypeAlias = nn.Linear | nn.Conv2d
 """Modules that may become sparse ones."""

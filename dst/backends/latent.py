@@ -19,13 +19,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from dst.backends.masked import Masked
+from dst.engine.wrapping import drop_hooks
 from dst.errors import ConfigurationError
-from dst.layers import SparseLayer
-from dst.relaxations import LatentLayer, Relaxation, pressure
-from dst.sharding import is_sharded
-from dst.topology import Rewiring, fill_at_
-from dst.types import LayerView, folded_generator
-from dst.wrapping import drop_hooks
+from dst.pieces.protocols import LayerView
+from dst.pieces.relaxations import LatentLayer, Relaxation, pressure
+from dst.topology.layers import SparseLayer
+from dst.topology.rewiring import Rewiring, fill_at_
+from dst.topology.seeding import folded_generator
+from dst.topology.sharding import is_sharded
 
 
 class Latent(Masked):

@@ -18,11 +18,12 @@ from torch.optim import Optimizer
 from dst.backends.saved import as_mask, union_as_mask
 from dst.backends.storage import Draft, Storage
 from dst.errors import ConfigurationError
-from dst.layers import SparseLayer
-from dst.optimizer_state import clear_state, mask_state
-from dst.sharding import is_sharded, local, local_positions, part_of, spread, whole
-from dst.topology import Rewiring, best_free, fill_at_, rewire
-from dst.types import LayerView, as_sampler
+from dst.pieces.protocols import LayerView, as_sampler
+from dst.topology.layers import SparseLayer
+from dst.topology.optimizer_state import clear_state, mask_state
+from dst.topology.rewiring import Rewiring, fill_at_, rewire
+from dst.topology.selection import best_free
+from dst.topology.sharding import is_sharded, local, local_positions, part_of, spread, whole
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

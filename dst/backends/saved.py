@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dst.backends.explored import Explored
-from dst.topology import fill_at_
+from dst.topology.rewiring import fill_at_
 
 
 def is_mask(saved: Tensor, shape: tuple[int, ...]) -> bool:

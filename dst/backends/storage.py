@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dst.layers import SparseLayer
-from dst.topology import Rewiring
-from dst.types import LayerView, Pattern, Score
+from dst.pieces.protocols import LayerView, Pattern, Score
+from dst.topology.layers import SparseLayer
+from dst.topology.rewiring import Rewiring
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Draft:
         scores: ``drop``, and ``grow`` where connections ever grow.
         buffers: Role to what the score's ``observe`` returned last; only of scores that observe.
         generator: Role, or ``"ties"``, to a fresh CPU generator folded from seed, step, layer and it.
-        regrow_dropped: As in ``dst.topology.rewire``.
+        regrow_dropped: As in ``dst.topology.rewiring.rewire``.
         pattern: Which weights live and die together.
         forced_drops: Sorted positions of active connections that are dropped before any other, int64, or ``None``.
     """

@@ -12,10 +12,10 @@ import torch
 from lightning import LightningDataModule, Trainer
 from torch import Tensor
 
-from dst.classifier import Classifier
 from dst.data.augment import crop_and_flip
 from dst.data.loader import Batch, Loader, TensorLoader, stratified_split
 from dst.errors import ConfigurationError, DataError
+from dst.models.classifier import Classifier
 
 Split = Literal["train", "test"]
 

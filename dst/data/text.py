@@ -12,10 +12,10 @@ import torch
 from lightning import LightningDataModule
 from torch import Tensor
 
-from dst.classifier import LanguageModel
 from dst.data.loader import _OFFSET, Batch, Loader, generator
 from dst.data.module import LightningLoader, Task
 from dst.errors import ConfigurationError, DataError
+from dst.models.classifier import LanguageModel
 
 Part = Literal["train", "val", "test"]
 

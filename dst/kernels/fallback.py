@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dst.kernels.pattern import Pattern, split_flat
-from dst.topology import tie_order
+from dst.topology.selection import tie_order
 
 
 def _csr(pointers: Tensor, indices: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dst import scores
-from dst.allocation import Global
 from dst.method import Method
-from dst.patterns import Unstructured
-from dst.schedules import Alternating, Constant, Every
-from dst.types import Allocation, Duration, Pattern, Score
+from dst.pieces import scores
+from dst.pieces.allocation import Global
+from dst.pieces.durations import Duration
+from dst.pieces.patterns import Unstructured
+from dst.pieces.protocols import Allocation, Pattern, Score
+from dst.pieces.schedules import Alternating, Constant, Every
 
 
 def ac_dc(

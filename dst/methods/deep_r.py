@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dst import init as inits
-from dst import scores
-from dst.allocation import ERK
-from dst.amounts import BelowZero
 from dst.method import Method
-from dst.patterns import Unstructured
-from dst.perturbations import Langevin
-from dst.schedules import Constant, Every
-from dst.types import Allocation, Duration, Init, Pattern
+from dst.pieces import init as inits
+from dst.pieces import scores
+from dst.pieces.allocation import ERK
+from dst.pieces.amounts import BelowZero
+from dst.pieces.durations import Duration
+from dst.pieces.patterns import Unstructured
+from dst.pieces.perturbations import Langevin
+from dst.pieces.protocols import Allocation, Init, Pattern
+from dst.pieces.schedules import Constant, Every
 
 
 def deep_r(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dst import init as inits
-from dst import scores
-from dst.allocation import Uniform
-from dst.amounts import BelowThreshold
 from dst.method import Method
-from dst.patterns import Unstructured
-from dst.redistribute import Survivors
-from dst.schedules import Constant, Every
-from dst.types import Allocation, Amount, Duration, Init, Pattern, Redistribution, Score
+from dst.pieces import init as inits
+from dst.pieces import scores
+from dst.pieces.allocation import Uniform
+from dst.pieces.amounts import BelowThreshold
+from dst.pieces.durations import Duration
+from dst.pieces.patterns import Unstructured
+from dst.pieces.protocols import Allocation, Amount, Init, Pattern, Redistribution, Score
+from dst.pieces.redistribute import Survivors
+from dst.pieces.schedules import Constant, Every
 
 
 def dsr(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dst.allocation import Uniform
 from dst.method import Method
-from dst.patterns import Unstructured
-from dst.schedules import Constant, Cubic, Every
-from dst.scores import Magnitude
-from dst.types import Allocation, DensitySchedule, Duration, Pattern, Score
+from dst.pieces.allocation import Uniform
+from dst.pieces.durations import Duration
+from dst.pieces.patterns import Unstructured
+from dst.pieces.protocols import Allocation, DensitySchedule, Pattern, Score
+from dst.pieces.schedules import Constant, Cubic, Every
+from dst.pieces.scores import Magnitude
 
 
 def gmp(

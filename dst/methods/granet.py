@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dst import init as inits
-from dst import scores
-from dst.allocation import ERK, Global
 from dst.method import Method
-from dst.patterns import Unstructured
-from dst.schedules import Cosine, Cubic, Every
-from dst.types import Allocation, DensitySchedule, Duration, Fraction, Init, Pattern, Score
+from dst.pieces import init as inits
+from dst.pieces import scores
+from dst.pieces.allocation import ERK, Global
+from dst.pieces.durations import Duration
+from dst.pieces.patterns import Unstructured
+from dst.pieces.protocols import Allocation, DensitySchedule, Fraction, Init, Pattern, Score
+from dst.pieces.schedules import Cosine, Cubic, Every
 
 
 def granet(

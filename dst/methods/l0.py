@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dst import init as inits
-from dst.allocation import Global
 from dst.method import Method
-from dst.patterns import Unstructured
-from dst.relaxations import HardConcrete
-from dst.types import Allocation, Duration, Pattern
+from dst.pieces import init as inits
+from dst.pieces.allocation import Global
+from dst.pieces.durations import Duration
+from dst.pieces.patterns import Unstructured
+from dst.pieces.protocols import Allocation, Pattern
+from dst.pieces.relaxations import HardConcrete
 
 
 def l0(

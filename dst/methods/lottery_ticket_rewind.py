@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dst import init as inits
-from dst.allocation import Global
 from dst.method import LotterySchedule, Method
-from dst.patterns import Unstructured
-from dst.types import Allocation, Duration, Pattern
+from dst.pieces import init as inits
+from dst.pieces.allocation import Global
+from dst.pieces.durations import Duration
+from dst.pieces.patterns import Unstructured
+from dst.pieces.protocols import Allocation, Pattern
 
 
 def lottery_ticket_rewind(
@@ -25,7 +26,7 @@ def lottery_ticket_rewind(
     (https://arxiv.org/abs/1912.05671), or of the learning rate alone, or none as in Renda et al. 2020
     (https://arxiv.org/abs/2003.02389). Level 0 is dense; after every level 20% of the remaining weights go, by global
     magnitude, and training starts again from the snapshot of step k. The last level has exactly the density asked for.
-    Each level is a fresh fit: use ``python train.py sparsity=lottery_ticket_rewind``, ``dst.lottery_run.run_lottery`` with
+    Each level is a fresh fit: use ``python train.py sparsity=lottery_ticket_rewind``, ``dst.lightning.lottery_levels.run_lottery`` with
     a Lightning module, or the functions of ``dst.lottery`` in a loop of your own.
 
     Args:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dst import init as inits
-from dst import scores
-from dst.allocation import Global, Uniform
 from dst.errors import ConfigurationError
 from dst.method import Method
-from dst.patterns import Unstructured
-from dst.relaxations import Movement
-from dst.schedules import Constant, Cubic, Every
-from dst.types import Allocation, Duration, Pattern
+from dst.pieces import init as inits
+from dst.pieces import scores
+from dst.pieces.allocation import Global, Uniform
+from dst.pieces.durations import Duration
+from dst.pieces.patterns import Unstructured
+from dst.pieces.protocols import Allocation, Pattern
+from dst.pieces.relaxations import Movement
+from dst.pieces.schedules import Constant, Cubic, Every
 
 
 def movement(

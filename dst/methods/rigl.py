@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dst import init as inits
-from dst import scores
-from dst.allocation import ERK
 from dst.method import Method
-from dst.patterns import Unstructured
-from dst.schedules import Cosine, Every
-from dst.types import Allocation, Duration, Fraction, Init, Pattern, Score
+from dst.pieces import init as inits
+from dst.pieces import scores
+from dst.pieces.allocation import ERK
+from dst.pieces.durations import Duration
+from dst.pieces.patterns import Unstructured
+from dst.pieces.protocols import Allocation, Fraction, Init, Pattern, Score
+from dst.pieces.schedules import Cosine, Every
 
 
 def rigl(

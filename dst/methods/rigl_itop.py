@@ -6,9 +6,10 @@ from dataclasses import replace
 
 from dst.method import Method
 from dst.methods.rigl import rigl
-from dst.patterns import Unstructured
-from dst.schedules import Cosine
-from dst.types import Allocation, Duration, Fraction, Init, Pattern, Score
+from dst.pieces.durations import Duration
+from dst.pieces.patterns import Unstructured
+from dst.pieces.protocols import Allocation, Fraction, Init, Pattern, Score
+from dst.pieces.schedules import Cosine
 
 
 def rigl_itop(

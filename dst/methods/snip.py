@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dst import init as inits
-from dst.allocation import Global
 from dst.method import Method
-from dst.patterns import Unstructured
-from dst.types import Allocation, Pattern
+from dst.pieces import init as inits
+from dst.pieces.allocation import Global
+from dst.pieces.patterns import Unstructured
+from dst.pieces.protocols import Allocation, Pattern
 
 
 def snip(

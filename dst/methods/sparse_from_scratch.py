@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dst.allocation import ERK
 from dst.method import Method
-from dst.patterns import Unstructured
-from dst.types import Allocation, Pattern
+from dst.pieces.allocation import ERK
+from dst.pieces.patterns import Unstructured
+from dst.pieces.protocols import Allocation, Pattern
 
 
 def sparse_from_scratch(

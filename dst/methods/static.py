@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dst import init as inits
-from dst.allocation import Global
 from dst.method import Method
-from dst.patterns import Unstructured
-from dst.types import Allocation, Duration, Init, Pattern
+from dst.pieces import init as inits
+from dst.pieces.allocation import Global
+from dst.pieces.durations import Duration
+from dst.pieces.patterns import Unstructured
+from dst.pieces.protocols import Allocation, Init, Pattern
 
 
 def static(

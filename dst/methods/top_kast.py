@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dst import init as inits
-from dst import scores
-from dst.allocation import Uniform
 from dst.method import Method
-from dst.patterns import Unstructured
-from dst.relaxations import StraightThrough
-from dst.schedules import Constant, Every
-from dst.types import Allocation, Duration, Init, Pattern
+from dst.pieces import init as inits
+from dst.pieces import scores
+from dst.pieces.allocation import Uniform
+from dst.pieces.durations import Duration
+from dst.pieces.patterns import Unstructured
+from dst.pieces.protocols import Allocation, Init, Pattern
+from dst.pieces.relaxations import StraightThrough
+from dst.pieces.schedules import Constant, Every
 
 
 def top_kast(

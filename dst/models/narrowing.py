@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from dst.errors import ConfigurationError
-from dst.layers import Selector, find_layers
 from dst.method import Narrow
 from dst.metrics.counting import Example, layer_macs
+from dst.topology.layers import Selector, find_layers
 
 _HALVINGS = 16
 
@@ -55,7 +55,7 @@ def narrow(
     Args:
         make: Builds the model from the keyword argument ``width_factor``; 1 is full size.
         density: What the narrow model is to have of the full-size one, in (0, 1].
-        match: ``"parameters"`` counts the weights that would be sparse (see `dst.layers.find_layers`), ``"flops"`` what
+        match: ``"parameters"`` counts the weights that would be sparse (see `dst.topology.layers.find_layers`), ``"flops"`` what
             they cost in inference, as MACs of one sample.
         example: An input of the model, as `dst.metrics.layer_macs` takes it; only ``"flops"`` needs it.
         include: Restrict the weights that count.

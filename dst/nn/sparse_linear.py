@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from dst.errors import ConfigurationError
 from dst.kernels import Engine, Kernels, Pattern, engine
 from dst.kernels.native import ChainLayer, Plan
-from dst.topology import random_indices, without
+from dst.topology.rewiring import without
+from dst.topology.selection import random_indices
 
 _COMPUTED = (torch.float32, torch.float64)
 
@@ -490,7 +491,7 @@ class SparseLinear(nn.Module):
         """Return the k positions with the largest absolute gradient, without ever holding the dense gradient.
 
         The gradient is summed over the micro-batches before its absolute value is taken. Ties, those at zero too, are
-        broken by `dst.topology.tie_order`.
+        broken by `dst.topology.selection.tie_order`.
 
         Args:
             k: how many positions.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dst.report.data import RunData, gather
 from dst.report.page import render
-from dst.summary import write_atomically
+from dst.report.summary import write_atomically
 
 REPORT_FILE = "report.html"
 

@@ -13,8 +13,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from dst.errors import DataError
-from dst.recording import TOPOLOGY_FILE, read_rows
-from dst.summary import SUMMARY_FILE, Summary
+from dst.report.summary import SUMMARY_FILE, Summary
+from dst.report.topology_file import TOPOLOGY_FILE, read_rows
 
 METRICS_FILE = "metrics.csv"
 
@@ -55,8 +55,8 @@ class RunData:
         metrics: Column of ``metrics.csv`` to its points.
         topology: ``churn``, ``exploration_rate``, ``drop_fraction`` and ``loss_spike`` to their points.
         layers: See `Layers`; empty lists where nothing was recorded.
-        in_degrees: Histogram of each layer at the end; empty before. See `dst.recording.degree_histogram`.
-        picture: What the first layer looks at; None where there is none. See `dst.recording.input_picture`.
+        in_degrees: Histogram of each layer at the end; empty before. See `dst.lightning.recorder.degree_histogram`.
+        picture: What the first layer looks at; None where there is none. See `dst.lightning.recorder.input_picture`.
         config: The run's settings as YAML; empty where the folder has none.
         backend: Where weights lived; "masked" where the settings do not say.
         levels: Steps at which fits after the first begin, where the run has several.

@@ -21,7 +21,7 @@ from dst.report.charts import (
     thin,
 )
 from dst.report.data import Points, RunData
-from dst.summary import CONVENTION, NOT_COUNTED, Summary, number, percent
+from dst.report.summary import CONVENTION, NOT_COUNTED, Summary, number, percent
 
 SECTIONS = {
     "summary": "Summary",

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 import dst
-from dst.classifier import cosine
 from dst.data import Text
 from dst.metrics import loss_spikes
 from dst.models import GPT
+from dst.models.classifier import cosine
 from dst.schedules import Cosine
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 import dst
-from dst import cli
-from dst.catalogue import cost
+from dst.cli import main as cli
+from dst.cli.catalogue import cost
 from dst.init import Snip
 from dst.scores import Momentum
 
-ROOT = Path(cli.__file__).resolve().parents[1]
+ROOT = Path(cli.__file__).resolve().parents[2]
 QUICK = ("trainer.max_epochs=2", "trainer.enable_progress_bar=false")
 
 

@@ -16,13 +16,13 @@ import torch
 from hydra import compose, initialize_config_dir
 
 import dst
-from dst import cli
 from dst.checkpoints import load_checkpoint
-from dst.classifier import Classifier
-from dst.run import build, run
-from dst.summary import Summary
+from dst.cli import main as cli
+from dst.cli.train import build, run
+from dst.models.classifier import Classifier
+from dst.report.summary import Summary
 
-ROOT = Path(cli.__file__).resolve().parents[1]
+ROOT = Path(cli.__file__).resolve().parents[2]
 QUICK = ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "trainer.max_epochs=2", "report=false"]
 
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from dst import cli
-from dst.classifier import Classifier
+from dst.cli import main as cli
+from dst.cli.train import build, run
 from dst.data import Digits
 from dst.errors import ConfigurationError
-from dst.run import build, run
+from dst.models.classifier import Classifier
 
 TEXT = ["data=text", "data.max_chars=6000", "data.context=16", "data.batch_size=16", "optimizer=adamw"]
 GPT = ["model=gpt", "model.width=16", "model.depth=2", "model.heads=2", *TEXT]
@@ -106,7 +106,7 @@ def metrics_of_digits(config, tmp_path):
 def test_a_text_of_ones_own_by_a_relative_path(config, tmp_path, monkeypatch):
     (tmp_path / "rhyme.txt").write_text("the cat sat on the mat, and that was that. " * 200)
     # Hydra may change the directory for a run; paths are from where the command was started.
-    monkeypatch.setattr("dst.run.to_absolute_path", lambda path: str(tmp_path / path))
+    monkeypatch.setattr("dst.cli.train.to_absolute_path", lambda path: str(tmp_path / path))
     summary = run(config(*GPT, "data.path=rhyme.txt", "data.max_chars=null", "optimizer.lr=1e-2"), tmp_path / "run")
     assert summary.test.accuracy > 0.5
 

@@ -1,4 +1,4 @@
-"""``dst.run.run`` in this process: resuming, refusing, and what the folders around it keep."""
+"""``dst.cli.train.run`` in this process: resuming, refusing, and what the folders around it keep."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch.utils.data import DataLoader, TensorDataset
 
-from dst import cli, sweep
 from dst.backends import auto
-from dst.classifier import Classifier, cosine, step
+from dst.cli import main as cli
+from dst.cli import sweep
+from dst.cli.train import run
 from dst.data import Digits
 from dst.errors import ConfigurationError, DataError, StateError
-from dst.recording import read_rows
-from dst.run import run
-from dst.summary import Density, Flops, Quality, Summary, Topology
+from dst.lightning.recorder import read_rows
+from dst.models.classifier import Classifier, cosine, step
+from dst.report.summary import Density, Flops, Quality, Summary, Topology
 
 
 @pytest.fixture(autouse=True)
@@ -226,7 +227,7 @@ def test_a_run_does_not_fail_for_its_report(config, tmp_path, monkeypatch, caplo
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("dst.run.write_report", fail)
+    monkeypatch.setattr("dst.cli.train.write_report", fail)
     summary = run(config("trainer.max_epochs=1"), tmp_path)
     assert Summary.read(tmp_path) == summary
     assert "there is no report.html: OSError: no space left" in caplog.text

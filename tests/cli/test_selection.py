@@ -8,10 +8,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from dst import cli, selection
-from dst.classifier import Classifier
-from dst.run import build, run
-from dst.summary import Summary
+from dst.cli import main as cli
+from dst.cli.train import build, run
+from dst.lightning import best_checkpoint as selection
+from dst.models.classifier import Classifier
+from dst.report.summary import Summary
 
 
 @pytest.fixture(autouse=True)

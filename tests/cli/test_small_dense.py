@@ -7,12 +7,12 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from dst import cli
-from dst.classifier import Classifier
+from dst.cli import main as cli
+from dst.cli.train import build, run
 from dst.errors import ConfigurationError, StateError
-from dst.inspection import inspect_checkpoint
-from dst.run import build, run
-from dst.summary import Summary
+from dst.models.classifier import Classifier
+from dst.report.inspection import inspect_checkpoint
+from dst.report.summary import Summary
 
 
 @pytest.fixture(autouse=True)

@@ -15,11 +15,11 @@ from hydra.utils import get_class
 from omegaconf import OmegaConf
 
 from dst.checkpoints import load_checkpoint
-from dst.compare import compare, read_runs
-from dst.inspection import inspect_checkpoint
+from dst.cli.train import run
 from dst.lightning import SparseTraining
 from dst.report import write_report
-from dst.run import run
+from dst.report.compare import compare, read_runs
+from dst.report.inspection import inspect_checkpoint
 from tests.methods_list import METHODS
 from tests.resume.fits import Fit
 

@@ -15,9 +15,9 @@ from omegaconf import OmegaConf
 
 import dst
 import dst.models
-from dst.cli import config_dir, register_schema
+from dst.cli.main import config_dir, register_schema
+from dst.cli.train import _make
 from dst.data import ImageDataModule, Text
-from dst.run import _make
 
 CONF = config_dir()
 METHODS = sorted(path.stem for path in (CONF / "sparsity").glob("*.yaml"))

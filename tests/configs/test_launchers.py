@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 
-from dst import cli
+from dst.cli import main as cli
 
 
 def launcher(*overrides):

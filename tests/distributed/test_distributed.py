@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import dst
-from dst.distributed import SparseAllReduce
+from dst.engine.gradient_compression import SparseAllReduce
 from dst.scores import Momentum
 from tests.distributed.processes import run
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from dst.cli import config_dir, register_schema
-from dst.run import run
+from dst.cli.main import config_dir, register_schema
+from dst.cli.train import run
 
 REPOSITORY = Path(__file__).parents[2]
 ROOTS = [os.environ.get("DST_DATA_ROOT"), REPOSITORY / "data", REPOSITORY.parent / "shared" / "data"]

@@ -10,8 +10,8 @@ import dst
 from dst import methods
 from dst.allocation import Uniform
 from dst.errors import ConfigurationError
-from dst.optimizer_state import per_weight_state
 from dst.schedules import Alternating
+from dst.topology.optimizer_state import per_weight_state
 from tests.small import random_gradients
 
 

@@ -10,7 +10,7 @@ from torch import nn
 import dst
 from dst import methods
 from dst.relaxations import pressure
-from dst.types import folded_generator
+from dst.topology.seeding import folded_generator
 
 
 def test_l0():

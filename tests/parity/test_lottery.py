@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from dst.allocation import Global
-from dst.layers import find_layers
-from dst.lottery import level_densities, prune
+from dst.engine.lottery import level_densities, prune
+from dst.topology.layers import find_layers
 
 
 def test_level_n_keeps_four_fifths_to_the_n():

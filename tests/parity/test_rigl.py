@@ -20,7 +20,7 @@ import dst
 from dst import methods
 from dst.allocation import ERK, Uniform
 from dst.schedules import Constant, Cosine, Every
-from dst.topology import count_active
+from dst.topology.counts import count_active
 
 
 @pytest.mark.parametrize(("shape", "sparsity", "ones"), [((30, 4), 0.5, 60), ((1, 2, 1, 4), 0.8, 2), ((30,), 0.1, 27)])

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dst.summary import Density, Flops, Quality, Summary, Topology
+from dst.report.summary import Density, Flops, Quality, Summary, Topology
 
 HOSTILE = '<script>alert("x")</script> & "quoted" \'name\''
 

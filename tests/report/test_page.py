@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from dst import cli
+from dst.cli import main as cli
 from dst.errors import DataError
 from dst.report import REPORT_FILE, gather, render, write_report
 from dst.report.page import SECTIONS

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 
 import dst
 from dst.checkpoints import load_checkpoint
-from dst.lottery_run import LotteryResult, run_lottery
+from dst.lightning.lottery_levels import LotteryResult, run_lottery
 from tests.resume.fits import BATCHES, Data, Interrupted, Module, Rows, StopAt, differences
 
 LEVELS = 3  # densities 1, 0.5, 0.3
@@ -109,7 +109,7 @@ def test_a_level_that_is_interrupted_as_it_ends_goes_on(tmp_path: Path, monkeypa
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr("dst.lottery_run._write_atomically", halt)
+        patch.setattr("dst.lightning.lottery_levels._write_atomically", halt)
         with pytest.raises(Interrupted):
             run(tmp_path / "halted")
     resumed = run(tmp_path / "halted")

@@ -16,7 +16,8 @@ from torch import nn
 import dst
 from dst.checkpoints import latest_readable, load_checkpoint
 from dst.init import FromFile
-from dst.lightning import AtomicCheckpointIO, SparseTraining
+from dst.lightning import SparseTraining
+from dst.lightning.callback import AtomicCheckpointIO
 from tests.methods_list import METHODS
 from tests.resume.fits import Fit
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dst.allocation import ER, ERK, Global, PerLayer, Uniform
 from dst.errors import ConfigurationError
-from dst.topology import count_active
+from dst.topology.counts import count_active
 
 shape = st.one_of(
     st.tuples(st.integers(1, 40), st.integers(1, 40)),

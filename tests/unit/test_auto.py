@@ -158,7 +158,7 @@ def test_the_first_process_decides(monkeypatch):
     monkeypatch.setattr(auto, "rank", lambda group: 1)
     monkeypatch.setattr(auto, "from_first", lambda values, group: [5.0, 1.0])
     chooser = Chooser(measure=lambda case: pytest.fail("measured on the second process"))
-    layer = dst.layers.find_layers(nn.Linear(3, 4))[0][0]
+    layer = dst.topology.layers.find_layers(nn.Linear(3, 4))[0][0]
     assert chooser(layer, nn.Linear(3, 4), 2)
     assert chooser.reasons == {"weight": "5 × dense speed, measured at batch 128"}
 

@@ -11,9 +11,9 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from dst import cli
-from dst.compare import compare, interval, pareto_front, read_runs, student_t95
+from dst.cli import main as cli
 from dst.errors import ConfigurationError, DataError
+from dst.report.compare import compare, interval, pareto_front, read_runs, student_t95
 
 
 def make_run(folder, method="rigl", seed=0, accuracy=0.9, cost=0.2, density=0.1, config=None, **extra):

@@ -11,13 +11,13 @@ import torch
 from hydra import compose, initialize_config_dir
 from torch import nn
 
-from dst import cli
-from dst.compare import compare, read_runs
-from dst.costs import Prediction, Spent, batch_of, time_passes
-from dst.layers import find_layers
+from dst.cli import main as cli
+from dst.cli.train import build, run
+from dst.lightning.costs import Prediction, Spent, batch_of, time_passes
 from dst.report import write_report
-from dst.run import build, run
-from dst.summary import EnergyUse, Latency, MemoryUse, Summary, show
+from dst.report.compare import compare, read_runs
+from dst.report.summary import EnergyUse, Latency, MemoryUse, Summary, show
+from dst.topology.layers import find_layers
 from tests.report.runs import make_run
 
 MEMORY = MemoryUse(

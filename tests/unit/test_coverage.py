@@ -13,10 +13,10 @@ from torch.nn.utils import parametrizations, prune
 import dst
 from dst import methods
 from dst.allocation import Uniform
-from dst.chains import sequences
 from dst.init import Magnitude
-from dst.layers import find_layers
 from dst.patterns import NM, FanIn, Neuron
+from dst.topology.chains import sequences
+from dst.topology.layers import find_layers
 
 
 class Conv1D(nn.Module):

@@ -18,8 +18,8 @@ from dst.allocation import ER, Global, Uniform
 from dst.errors import ConfigurationError, StateError
 from dst.init import FromFile, Magnitude, Snip
 from dst.nn import SparseLinear
-from dst.optimizer_state import per_weight_state
 from dst.schedules import Constant, Every
+from dst.topology.optimizer_state import per_weight_state
 
 DENSITY = 0.2
 STEPS = 44

@@ -14,9 +14,9 @@ from torch.nn import functional
 import dst
 from dst import ConfigurationError, StateError, methods
 from dst.allocation import PerLayer, Uniform
-from dst.first_mask import masks_on_the_way
+from dst.engine.first_mask import masks_on_the_way
 from dst.init import Grasp, Synflow
-from dst.layers import find_layers
+from dst.topology.layers import find_layers
 from tests.small import OPTIMIZERS, Small, backward, batch
 
 
@@ -416,7 +416,7 @@ def test_what_was_pruned_on_the_way_stays_pruned(monkeypatch: pytest.MonkeyPatch
         seen.append(masks_on_the_way(*args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr("dst.sparsifier.masks_on_the_way", noted)
+    monkeypatch.setattr("dst.engine.sparsifier.masks_on_the_way", noted)
     model, optimizer, sparsifier = build(methods.synflow(0.2, iterations=6, allocation=Uniform()))
     step(model, optimizer, sparsifier, batch(0)[0])
     seen.append({x.label: x.part(sparsifier.masks[x.parameter]) for x in sparsifier.layers})

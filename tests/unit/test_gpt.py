@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from dst.errors import ConfigurationError
-from dst.layers import find_layers
 from dst.metrics.counting import layer_macs, uncounted
 from dst.models import GPT
+from dst.topology.layers import find_layers
 
 SMALL = {"width": 16, "depth": 2, "heads": 2}
 

@@ -12,21 +12,20 @@ CORE = [
     "dst",
     "dst.allocation",
     "dst.backends",
+    "dst.engine.dry_run",
+    "dst.engine.lottery",
+    "dst.engine.sparsifier",
     "dst.init",
-    "dst.layers",
-    "dst.lottery",
-    "dst.mask_file",
     "dst.method",
     "dst.methods",
     "dst.metrics",
     "dst.models",
     "dst.nn",
-    "dst.optimizer_state",
-    "dst.dry_run",
     "dst.schedules",
     "dst.scores",
-    "dst.sparsifier",
-    "dst.topology",
+    "dst.topology.layers",
+    "dst.topology.mask_file",
+    "dst.topology.optimizer_state",
     "dst.types",
 ]
 
@@ -47,14 +46,14 @@ def test_what_is_imported_when():
     """`dst --help` needs no torch, the core nothing that is slow beside it; names are the same in any order."""
     code = """
 import sys, dst
-from dst.cli import main
+from dst.cli.main import main
 assert main(["--help"]) == main(["--version"]) == main(["methods", "--help"]) == 0
 slow = {"torch", "numpy", "rich", "hydra", "omegaconf", "lightning"}
 print(sorted(slow & set(sys.modules)), file=sys.stderr)
 dst.Sparsifier, dst.prepare, dst.methods.rigl(0.1)
 slow = {"lightning", "hydra", "rich", "sklearn", "scipy", "torchmetrics", "wandb", "torch.distributed.tensor", "sympy"}
 print(sorted(slow & set(sys.modules)), file=sys.stderr)
-import dst.dry_run
+import dst.engine.dry_run
 print(callable(dst.plan), dst.lightning.SparseTraining.__name__, file=sys.stderr)
 print(sorted(dir(dst)) == sorted([*dst.__all__, "__version__"]), file=sys.stderr)
 print([name for name in dst.__all__ if getattr(dst, name, None) is None], file=sys.stderr)

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import dst
-from dst import cli
+from dst.cli import main as cli
 from dst.errors import StateError
-from dst.inspection import inspect_checkpoint
+from dst.report.inspection import inspect_checkpoint
 from tests import small
 
 

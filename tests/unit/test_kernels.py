@@ -15,7 +15,7 @@ from dst import kernels
 from dst.errors import ConfigurationError
 from dst.kernels import Kernels, TorchKernels, build
 from dst.kernels.native import ISA
-from dst.topology import tie_order
+from dst.topology.selection import tie_order
 
 COMPILED = kernels.load()
 ENGINES = [TorchKernels()] if COMPILED is None else [TorchKernels(), COMPILED]

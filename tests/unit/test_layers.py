@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dst.errors import ConfigurationError
-from dst.layers import find_layers
+from dst.topology.layers import find_layers
 
 
 def labels(model, **selectors):

@@ -18,12 +18,12 @@ from torch import nn
 
 from dst import ConfigurationError, StateError, load_masks, methods
 from dst.allocation import ERK, Global, Uniform
-from dst.classifier import Classifier, cosine
 from dst.data import Digits
-from dst.layers import find_layers
-from dst.lottery import level_densities, prune, rewind, rewind_rates
-from dst.lottery_run import run_lottery
-from dst.topology import count_active
+from dst.engine.lottery import level_densities, prune, rewind, rewind_rates
+from dst.lightning.lottery_levels import run_lottery
+from dst.models.classifier import Classifier, cosine
+from dst.topology.counts import count_active
+from dst.topology.layers import find_layers
 from tests.small import Small
 
 # --- levels ---------------------------------------------------------------------------------------------------------

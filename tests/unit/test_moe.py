@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import dst
-from dst.classifier import LanguageModel
 from dst.errors import ConfigurationError
 from dst.metrics.counting import layer_macs
 from dst.models import GPT
+from dst.models.classifier import LanguageModel
 from dst.nn import SwitchFeedForward, auxiliary_losses, load_balancing_loss
 
 

@@ -12,7 +12,6 @@ from torch import nn
 import dst
 from dst import methods
 from dst.errors import ConfigurationError
-from dst.layers import find_layers
 from dst.method import LotterySchedule, Method, Narrow
 from dst.metrics import layer_macs
 from dst.models import (
@@ -32,6 +31,7 @@ from dst.models.common import scaled
 from dst.relaxations import StraightThrough
 from dst.schedules import Every
 from dst.scores import Magnitude
+from dst.topology.layers import find_layers
 
 IMAGES = ((3, 16, 16), 10)
 TEXT = (40, 8)

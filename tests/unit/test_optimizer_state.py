@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dst.optimizer_state import clear_state, mask_state, per_weight_state
+from dst.topology.optimizer_state import clear_state, mask_state, per_weight_state
 from tests.small import OPTIMIZERS, Odd
 
 

@@ -16,12 +16,12 @@ from dst import methods
 from dst.allocation import Global, Uniform
 from dst.errors import ConfigurationError
 from dst.init import Magnitude
-from dst.layers import SparseLayer, find_layers
 from dst.patterns import NM, Block, Diagonal, FanIn, Head, Neuron, TransposableNM, Unstructured, best_per_scope
 from dst.redistribute import MeanMomentum
 from dst.schedules import Constant, Cubic
 from dst.scores import Momentum
-from dst.types import folded_generator
+from dst.topology.layers import SparseLayer, find_layers
+from dst.topology.seeding import folded_generator
 from tests.small import Small, backward, check_budget
 
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from dst import progress
-from dst.progress import Progress
+from dst.lightning import progress
+from dst.lightning.progress import Progress
 
 
 class Clock:

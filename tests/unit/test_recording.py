@@ -16,10 +16,8 @@ from torch import nn
 from dst import ConfigurationError, methods
 from dst.allocation import Uniform
 from dst.data.loader import TensorLoader
-from dst.layers import SparseLayer
 from dst.lightning import SparseTraining
-from dst.metrics.training import loss_spikes
-from dst.recording import (
+from dst.lightning.recorder import (
     LOOK_EVERY,
     TOPOLOGY_FILE,
     Recorder,
@@ -28,6 +26,8 @@ from dst.recording import (
     is_disconnecting,
     read_rows,
 )
+from dst.metrics.training import loss_spikes
+from dst.topology.layers import SparseLayer
 
 
 class Images(lightning.LightningModule):
@@ -239,7 +239,7 @@ def test_a_layer_about_to_disconnect_is_named_once(tmp_path, caplog):
     module = Images()
     module.network[2] = nn.Linear(16, 60)
     module.network[4] = nn.Linear(60, 4)
-    with caplog.at_level(logging.WARNING, "dst.recording"):
+    with caplog.at_level(logging.WARNING, "dst.lightning.recorder"):
         fit(tmp_path, module=module, method=methods.set_(0.003, allocation=Uniform(), update_every=1))
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
@@ -249,7 +249,7 @@ def test_a_layer_about_to_disconnect_is_named_once(tmp_path, caplog):
 
 
 def test_a_healthy_network_gets_no_warning(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, "dst.recording"):
+    with caplog.at_level(logging.WARNING, "dst.lightning.recorder"):
         fit(tmp_path, method=methods.static(0.5))
     assert not caplog.records
 

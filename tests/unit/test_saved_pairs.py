@@ -15,9 +15,9 @@ from torch import nn
 
 import dst
 from dst import methods
-from dst.inspection import inspect_checkpoint
 from dst.lightning import SparseTraining
-from dst.recording import Recorder, read_rows
+from dst.lightning.recorder import Recorder, read_rows
+from dst.report.inspection import inspect_checkpoint
 from dst.types import Observer, Score
 from tests.methods_list import METHODS
 from tests.resume.fits import BATCHES, Fit

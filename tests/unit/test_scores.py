@@ -9,7 +9,8 @@ import torch
 
 from dst import init, scores
 from dst.errors import ConfigurationError
-from dst.types import LayerView, Score, folded_generator
+from dst.topology.seeding import folded_generator
+from dst.types import LayerView, Score
 
 
 def view(weight=None, mask=None, gradient=None, buffer=None, seed=0):

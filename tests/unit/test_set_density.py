@@ -13,10 +13,10 @@ from torch import nn
 import dst
 from dst import ConfigurationError, StateError, methods
 from dst.allocation import ERK, Global, Uniform
-from dst.optimizer_state import per_weight_state
 from dst.patterns import NM, Block
 from dst.schedules import Constant
 from dst.scores import Magnitude, Momentum
+from dst.topology.optimizer_state import per_weight_state
 from tests.small import OPTIMIZERS, Small, backward, train
 
 METHODS = {

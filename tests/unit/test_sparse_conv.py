@@ -132,5 +132,5 @@ def test_the_plan_and_selectors_know_convolutions():
     model = dst.prepare(Bottleneck(), method, include=[nn.Conv2d])
     assert isinstance(model.expand, SparseConv2d)
     assert not any(isinstance(m, dst.nn.SparseLinear) for m in [model.head, model.conv])
-    layers, _ = dst.layers.find_layers(model, include=[nn.Conv2d])
+    layers, _ = dst.topology.layers.find_layers(model, include=[nn.Conv2d])
     assert {layer.label for layer in layers} == {n for n in rows if not n.startswith(("head", "norm"))}

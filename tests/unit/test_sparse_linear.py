@@ -15,7 +15,7 @@ from dst.errors import ConfigurationError
 from dst.kernels import TorchKernels
 from dst.nn import sparse_linear
 from dst.nn.sparse_linear import FeatureMajorLinear, SparseLinear, remap
-from dst.topology import random_indices, tie_order
+from dst.topology.selection import random_indices, tie_order
 
 
 @pytest.fixture(params=["compiled", "torch"], autouse=True)

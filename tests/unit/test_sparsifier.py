@@ -15,11 +15,11 @@ import dst
 from dst import ConfigurationError, Sparsifier, StateError, methods
 from dst.allocation import ER, ERK, Global, PerLayer, Uniform
 from dst.init import FromFile, Magnitude, Snip
-from dst.optimizer_state import per_weight_state
 from dst.schedules import Constant
 from dst.scores import Momentum
 from dst.scores import Random as RandomScore
-from dst.topology import count_active, drop_count
+from dst.topology.counts import count_active, drop_count
+from dst.topology.optimizer_state import per_weight_state
 from dst.types import waits_for_batch
 from tests.methods_list import DENSITY, DYNAMIC, LATENT, METHODS, TOTAL_STEPS
 from tests.sampling import rotated

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dst.summary import Density, Flops, Quality, Summary, Topology, show
+from dst.report.summary import Density, Flops, Quality, Summary, Topology, show
 
 
 def test_labels_with_brackets_are_shown_whole(capsys):

@@ -11,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dst.topology import count_active, drop_and_grow, drop_count, fill_at_, select_top, top_indices
+from dst.topology.counts import count_active, drop_count
+from dst.topology.rewiring import drop_and_grow, fill_at_
+from dst.topology.selection import select_top, top_indices
 
 nan, inf = math.nan, math.inf
 

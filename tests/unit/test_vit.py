@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from dst.errors import ConfigurationError
-from dst.layers import find_layers
 from dst.metrics.counting import layer_macs, uncounted
 from dst.models import ViTTiny
 from dst.models.transformer import Attention, init_transformer
+from dst.topology.layers import find_layers
 
 SMALL = {"width": 12, "depth": 2, "heads": 3}
 

@@ -1,0 +1,98 @@
+"""Small first steps for weights that have just grown."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dst.errors import ConfigurationError, StateError
+from dst.topology.layers import SparseLayer
+from dst.topology.rewiring import Rewiring, without
+from dst.topology.sharding import is_sharded
+
+
+class WarmUp:
+    """Scales what the optimizer does to grown weights: from 1/n of it at the first step to all of it at the n-th.
+
+    A grown weight has no moments yet. Adam's bias correction is long over by then, so its first steps are several times
+    the learning rate (with β = (0.9, 0.999) a factor of 0.1 / √0.001 ≈ 3.2), all in the same few steps: the loss spikes.
+    Warming them up keeps these steps small until the moments are estimated (SMET, https://arxiv.org/abs/2606.00888).
+    Moments are updated as ever; only the weights' change is scaled, for any optimizer.
+
+    Args:
+        steps: n, >= 1.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._young: dict[str, tuple[SparseLayer, Tensor, Tensor]] = {}  # label to layer, sorted positions, birth steps
+        self._before: dict[str, Tensor] = {}
+
+    def follow(self, layer: SparseLayer, rewiring: Rewiring, step: int) -> None:
+        """Take up what has grown, ``step`` being the first to move it, and forget what was dropped."""
+        born = torch.full(rewiring.grown.shape, step, dtype=torch.int64, device=rewiring.grown.device)
+        positions = rewiring.grown
+        if layer.label in self._young:
+            _, old, ages = self._young[layer.label]
+            left = without(old, rewiring.dropped.sort().values)
+            ages = ages[torch.searchsorted(old, left)]
+            positions, order = torch.cat([left, positions]).sort()
+            born = torch.cat([ages, born])[order]
+        self._young[layer.label] = (layer, positions, born)
+
+    def begin(self, parameters: Collection[nn.Parameter], names: Mapping[nn.Parameter, str]) -> None:
+        """Remember the young weights of these parameters as they are before the step."""
+        named = {names[p]: p for p in parameters}
+        self._before = {
+            label: named[layer.parameter].detach().take(positions + layer.offset)
+            for label, (layer, positions, _) in self._young.items()
+            if layer.parameter in named
+        }
+
+    @torch.no_grad()
+    def end(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
+        """Scale the change of the young weights, ``step`` being the step just taken."""
+        for label, before in self._before.items():
+            layer, positions, born = self._young[label]
+            weight = parameters[layer.parameter].detach()
+            where = positions + layer.offset
+            share = ((step - born + 1) / self._steps).clamp(0, 1).to(weight.dtype)
+            weight.put_(where, before + share * (weight.take(where) - before))
+            young = step - born + 1 < self._steps
+            self._young[label] = (layer, positions[young], born[young])
+        self._before = {}
+
+    def state(self) -> dict[str, Any]:
+        """Label to positions and birth steps."""
+        return {label: [positions.clone(), born.clone()] for label, (_, positions, born) in self._young.items()}
+
+    def load(
+        self, state: Mapping[str, Any], layers: Mapping[str, SparseLayer], parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        """Go on from ``state``, which ``check_young`` has passed."""
+        self._young, self._before = {}, {}
+        for label, (positions, born) in state.items():
+            device = parameters[layers[label].parameter].device
+            self._young[label] = (layers[label], positions.to(device).clone(), born.to(device).clone())
+
+
+def check_young(state: Mapping[str, Any], layers: Mapping[str, SparseLayer]) -> None:
+    """Raise ``StateError`` for what ``WarmUp.state`` cannot have returned for these layers."""
+    for label, young in state.items():
+        fits = label in layers and isinstance(young, (list, tuple)) and len(young) == 2
+        fits = fits and all(isinstance(t, Tensor) and t.dtype == torch.int64 and t.ndim == 1 for t in young)
+        if fits and young[0].shape == young[1].shape:
+            positions = young[0]
+            if not positions.numel() or 0 <= int(positions.min()) <= int(positions.max()) < layers[label].weights:
+                continue
+        raise StateError(f"the state is damaged: grown weights of {label} do not fit the model")
+
+
+def check_whole(parameters: Mapping[str, nn.Parameter], setting: str) -> None:
+    """Raise ``ConfigurationError`` for parameters that are spread over processes."""
+    for name, parameter in parameters.items():
+        if is_sharded(parameter):
+            raise ConfigurationError(f"{setting} works on whole weights, and {name} is a DTensor: leave it out")

@@ -1,0 +1,371 @@
+"""The Lightning callback: a thin adapter over a ``Sparsifier``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from dst.backends import auto, prepare
+from dst.checkpoints import load_checkpoint, save_atomically
+from dst.engine.gradient_compression import SparseAllReduce
+from dst.engine.sparsifier import Sparsifier
+from dst.engine.wrapping import check_method
+from dst.errors import ConfigurationError
+from dst.method import Method
+from dst.topology.layers import Selector
+
+_GRADIENTS = "dst_accumulated_gradients"
+_SHARES_AFTER = 0.1  # the part of training over which the steps of several optimizers are counted
+
+_REFUSED_STRATEGIES = {
+    "DeepSpeedStrategy": "steps flat copies of the weights, on which no mask can be kept; use ddp or ModelParallelStrategy",
+    "FSDPStrategy": "flattens weights, whose layers cannot be told apart; use ModelParallelStrategy (FSDP2) or ddp",
+}
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Reads and writes local checkpoints by ``dst.checkpoints``; others as Lightning does.
+
+    Lightning's own writes a temporary file elsewhere and copies it, where that is another file system, onto the old one.
+    ``SparseTraining`` puts this in its place; no other plugin is replaced.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write a checkpoint in one move.
+
+        Args:
+            checkpoint: What to save.
+            path: The file, local or remote.
+            storage_options: Not used, and refused by Lightning.
+        """
+        if storage_options is None and "://" not in str(path):
+            save_atomically(checkpoint, path)
+        else:
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Args:
+            path: The file, local or remote.
+            map_location: As ``torch.load`` has it; the CPU by default.
+            weights_only: ``False`` lets Lightning execute what the file brings: only for files of your own.
+
+        Raises:
+            StateError: A local file that is missing, damaged, or holds more than plain values and tensors.
+        """
+        if weights_only is not False and "://" not in str(path):
+            return load_checkpoint(path)
+        return super().load_checkpoint(path, map_location or torch.device("cpu"), weights_only)  # type: ignore[arg-type]
+
+
+class SparseTraining(Callback):
+    """Trains a ``LightningModule`` sparsely; nothing else in the trainer or the module has to change.
+
+    ```python
+    trainer = lightning.Trainer(callbacks=[dst.lightning.SparseTraining(dst.methods.rigl(density=0.1))])
+    ```
+
+    The callback owns a ``Sparsifier`` from the start of training on (``callback.sparsifier``). Topology updates see the
+    gradient accumulated over micro-batches, reduced over ranks, unscaled and unclipped; clipping sees the masked gradient.
+    Averaged weights (``WeightAveraging``, ``StochasticWeightAveraging``) are kept on the same connections. A second ``fit`` of
+    the same module goes on with its connections. Masks and clock are part of Lightning's checkpoints. ``density``, ``topology/churn``, ``topology/exploration_rate`` and
+    ``topology/drop_fraction`` go to the trainer's loggers at every update, density and updates to its progress bar.
+
+    Args:
+        method: What to do; see ``dst.methods``.
+        total_steps: Optimizer steps of the whole training, where the trainer cannot tell: iterable data with only
+            ``max_epochs``, or no end at all; a number for each optimizer, where several step unequally often. By default
+            the trainer's estimate. Where there are several optimizers their shares are measured over the first tenth of
+            training, and the estimate is split accordingly: ``max_steps`` counts the steps of all optimizers together.
+        include: Restrict what is sparse, by name, pattern or module type.
+        exclude: Keep dense what these select.
+        seed: Seeds every random choice.
+        compress_gradients: Under DDP, send active gradients alone between processes; see
+            ``dst.engine.gradient_compression.SparseAllReduce``.
+
+    Attributes:
+        sparsifier: The ``Sparsifier``, from the start of training on; ``None`` before.
+        communication: The communication hook, where gradients are compressed; it counts the bytes.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        *,
+        total_steps: int | Sequence[int] | None = None,
+        include: Iterable[Selector] | None = None,
+        exclude: Iterable[Selector] | None = None,
+        seed: int = 0,
+        compress_gradients: bool = False,
+    ) -> None:
+        super().__init__()
+        check_method(method)
+        self.method = method
+        self.total_steps = total_steps
+        self.include = None if include is None else list(include)
+        self.exclude = None if exclude is None else list(exclude)
+        self.seed = seed
+        self.compress_gradients = compress_gradients
+        self.sparsifier: Sparsifier | None = None
+        self.communication: SparseAllReduce | None = None
+        self._pending_state: dict[str, Any] | None = None
+        self._fitted: lightning.LightningModule | None = None
+        self._logged_updates = -1
+        self._accumulated = False
+        self._pending_gradients: dict[str, Tensor] = {}
+        self._following: RemovableHandle | None = None
+        self._counted: tuple[float, list[int]] = (0.0, [0])  # how far training was, and the steps of each optimizer
+        self._dense_steps = 0  # the trainer's steps before sparse training began
+        self._shares_known = True  # False while the optimizers' shares of the trainer's steps are still to be measured
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Refuse what cannot work, and swap modules where the backend stores only non-zeros; no optimizers exist yet."""
+        strategy = type(trainer.strategy).__name__
+        if strategy in _REFUSED_STRATEGIES:
+            raise ConfigurationError(f"{strategy} {_REFUSED_STRATEGIES[strategy]}")
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        if self.method.backend in ("csr", "auto"):
+            device = trainer.strategy.root_device
+            if device.type != "cpu" or strategy == "ModelParallelStrategy":
+                found = f"computes on the CPU and with whole layers, and the trainer uses {device} and {strategy}"
+                if self.method.backend == "auto":
+                    auto.say(f"backend=auto: all layers masked (csr {found})")
+                    return
+                raise ConfigurationError(
+                    f'backend="{self.method.backend}" {found}: pass accelerator="cpu" and no model parallelism, or use '
+                    'backend="masked"'
+                )
+            # Lightning would call it, in these contexts, after this hook; layers must exist before they are swapped.
+            plugin = trainer.precision_plugin
+            with trainer.strategy.tensor_init_context(), plugin.module_init_context():
+                pl_module.configure_model()
+        batch_size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+        prepare(
+            pl_module,
+            self.method,
+            seed=self.seed,
+            include=self.include,
+            exclude=self.exclude,
+            batch_size=batch_size if isinstance(batch_size, int) else None,
+        )
+        if self.method.backend == "auto":
+            # A checkpoint's weights come after this hook, and before optimizers.
+            self._following = pl_module.register_load_state_dict_pre_hook(partial(auto.follow, self.seed))
+
+    def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        """Stop following checkpoints: the module is its user's again."""
+        if self._following is not None:
+            self._following.remove()
+            self._following = None
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Build the ``Sparsifier``: a checkpoint's weights and optimizer states are loaded by now.
+
+        Not earlier, because callbacks such as the learning-rate finder train and restore the model in ``on_fit_start``.
+        """
+        resumed = self._pending_state is not None
+        sparsifier = self._build(trainer, pl_module)
+        if not resumed:  # the optimizer's state may come from a dense run
+            sparsifier.mask_optimizer_state()
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            average = getattr(callback, "_average_model", None)
+            if isinstance(callback, (WeightAveraging, StochasticWeightAveraging)) and average is not None:
+                sparsifier.track_average(average)
+        if self.compress_gradients:
+            self.communication = self._compress(trainer, sparsifier)
+        self._accumulated = bool(self._pending_gradients)
+        for name, parameter in pl_module.named_parameters():
+            if name in self._pending_gradients:
+                parameter.grad = self._pending_gradients[name].to(parameter.device)
+        self._pending_gradients = {}
+        self._log_if_new(trainer)
+
+    def _build(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> Sparsifier:
+        """A sparsifier for this fit: from a checkpoint, from the fit before of the same module, or new."""
+        state, previous = self._pending_state, self.sparsifier
+        # Steps of a checkpoint that sparse training had no part in; a resume of what began so does not count them either.
+        self._dense_steps = trainer.global_step if state is None else int(state.get("dense_steps", 0))
+        if trainer.global_step == 0:
+            self._dense_steps = 0
+        if previous is not None:
+            previous.finalize(ended=False)
+            if state is None and self._fitted is pl_module:
+                state = previous.state_dict()
+        if state is not None and trainer.global_step == 0:
+            # Another trainer, or a checkpoint that was only validated: schedules begin again, on the connections there are.
+            count = len(state.get("steps", []))
+            state = {**state, "steps": [0] * count, "updated_at": [-1] * count, "logged_updates": -1}
+        self.sparsifier = Sparsifier(
+            pl_module,
+            trainer.optimizers,
+            self.method,
+            total_steps=self._total_steps(trainer),
+            include=self.include,
+            exclude=self.exclude,
+            seed=self.seed,
+        )
+        self._logged_updates = -1
+        several = len(self.sparsifier.steps) > 1 and self.total_steps is None
+        self._shares_known, self._counted = not several, (0.0, [0])
+        if state is not None:
+            if several and isinstance(saved := state.get("total_steps"), list) and any(state.get("steps", [])):
+                self.sparsifier.set_total_steps(saved)
+                self._shares_known = True
+            self.sparsifier.load_state_dict(state)
+            self._logged_updates = state.get("logged_updates", -1)
+        self._pending_state, self._fitted = None, pl_module
+        return self.sparsifier
+
+    def _compress(self, trainer: lightning.Trainer, sparsifier: Sparsifier) -> SparseAllReduce | None:
+        wrapped = trainer.strategy.model
+        if not isinstance(wrapped, DistributedDataParallel):
+            raise ConfigurationError(
+                f"compress_gradients needs DistributedDataParallel, and the strategy is {type(trainer.strategy).__name__}; "
+                "use strategy=ddp, or leave it off"
+            )
+        hook = SparseAllReduce(sparsifier)
+        wrapped.register_comm_hook(hook, SparseAllReduce.reduce)
+        return hook
+
+    def on_before_backward(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: Tensor
+    ) -> None:
+        """Show the loss to an init that needs its graph."""
+        if self.sparsifier is not None:
+            self.sparsifier.before_backward(loss)
+
+    def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Note that there are gradients that no step has used."""
+        self._accumulated = True
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Rewire where an update is due, and mask the gradients."""
+        assert self.sparsifier is not None
+        self._accumulated = False
+        self.sparsifier.before_step(optimizer)
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        pl_module: lightning.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Log an update that happened at this batch."""
+        if not self._shares_known:
+            self._measure_shares(trainer)
+        self._log_if_new(trainer)
+
+    def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Detach from the optimizers; masks stay readable. Warns where training ended before its density was reached."""
+        if self._pending_state is not None and trainer.optimizers:
+            self._build(trainer, pl_module)  # a finished run was resumed: nothing was trained, and nothing is lost
+        if self.sparsifier is not None:
+            self.sparsifier.finalize()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sparsifier's state, for Lightning's checkpoint."""
+        if self._pending_state is not None:
+            return self._pending_state
+        if self.sparsifier is None:
+            return {}
+        ours = {"logged_updates": self._logged_updates, "dense_steps": self._dense_steps}
+        return {**self.sparsifier.state_dict(), **ours}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until ``on_train_start``, when the optimizers exist."""
+        self._pending_state = state_dict or None
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save gradients that are being accumulated, without which the next step would miss micro-batches."""
+        if not self._accumulated:
+            return
+        if trainer.world_size > 1:
+            rank_zero_warn(
+                "a checkpoint within gradient accumulation lacks the other processes' gradients, so that a resume from "
+                "it is not exact; save after optimizer steps (ModelCheckpoint(every_n_train_steps=...))"
+            )
+            return
+        named = pl_module.named_parameters()
+        checkpoint[_GRADIENTS] = {name: p.grad.clone() for name, p in named if p.grad is not None}
+
+    def on_load_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep accumulated gradients until ``on_train_start``."""
+        self._pending_gradients = checkpoint.get(_GRADIENTS, {})
+
+    def _measure_shares(self, trainer: lightning.Trainer) -> None:
+        """Once a tenth of training is over, let every optimizer's length follow from the steps that it has taken."""
+        sparsifier = self.sparsifier
+        assert sparsifier is not None
+        # Training ends at the first of two limits, one on the steps of all optimizers and one on batches.
+        progress = 0.0
+        if trainer.max_steps != -1:
+            progress = (trainer.global_step - self._dense_steps) / max(1, trainer.max_steps - self._dense_steps)
+        if trainer.max_epochs not in (None, -1):
+            batches = float(trainer.num_training_batches) * (trainer.max_epochs or 0)
+            progress = max(progress, (trainer.fit_loop.total_batch_idx + 1) / batches)
+        # Counted where the rarest has just stepped, a whole number of rounds is over.
+        if min(sparsifier.steps) > min(self._counted[1], default=0):
+            self._counted = (progress, sparsifier.steps)
+        if progress >= _SHARES_AFTER and all(self._counted[1]):
+            at, steps = self._counted
+            sparsifier.set_total_steps([max(step + 1, int(step / at + 1e-6)) for step in steps])
+            self._shares_known = True
+
+    def _total_steps(self, trainer: lightning.Trainer) -> int | Sequence[int]:
+        if self.total_steps is not None:
+            return self.total_steps
+        estimate = trainer.estimated_stepping_batches
+        if estimate == float("inf") or estimate < 1:
+            raise ConfigurationError(
+                f"the trainer cannot tell how many optimizer steps training takes (its estimate is {estimate}): "
+                "pass SparseTraining(total_steps=...), or set max_steps"
+            )
+        left = int(estimate) - self._dense_steps
+        if left < 1:
+            return int(estimate)  # nothing is trained any more
+        # Under manual optimization max_steps counts the steps of every optimizer.
+        shared = len(trainer.optimizers) if trainer.max_steps == estimate else 1
+        return max(1, left // shared)
+
+    def _log_if_new(self, trainer: lightning.Trainer) -> None:
+        """Send the topology's scalars to the loggers, once for every mask, and to the progress bar."""
+        sparsifier = self.sparsifier
+        assert sparsifier is not None
+        shown = {"density": sparsifier.density, "updates": float(sparsifier.updates)}
+        trainer.progress_bar_metrics.update(shown)
+        if sparsifier.mask_version == self._logged_updates:
+            return
+        self._logged_updates = sparsifier.mask_version
+        scalars = {
+            "density": sparsifier.density,
+            "topology/churn": sparsifier.churn,
+            "topology/exploration_rate": sparsifier.exploration_rate,
+            "topology/drop_fraction": sparsifier.drop_fraction,
+            "topology/updates": float(sparsifier.updates),
+        }
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=sparsifier.step)

@@ -1,0 +1,196 @@
+"""Selecting positions by score or at random, on one layer at a time: exact counts, ties broken by a seeded order."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dst.errors import ConfigurationError
+
+
+def tie_key(generator: torch.Generator) -> int:
+    """Draw the key of a choice among equals; see ``tie_order``."""
+    return int(torch.randint(2**62, (), generator=generator))
+
+
+def tie_order(positions: Tensor, key: int) -> Tensor:
+    """Numbers by which positions that tie are ranked, the smallest first: a random order that needs no table.
+
+    It is the finalizer of SplitMix64 (Steele et al. 2014), a bijection of 64-bit integers, of the position and the key.
+    So the winners among ties are the same wherever and in whatever order they are met; the compiled kernels compute it too.
+
+    Args:
+        positions: Int64.
+        key: What makes the order another one.
+
+    Returns:
+        Int64 of the same shape, distinct where positions are.
+    """
+    mixed = positions * -7046029254386353131 + key  # 0x9E3779B97F4A7C15, products modulo 2**64
+    mixed = (mixed ^ (mixed >> 30 & (1 << 34) - 1)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    mixed = (mixed ^ (mixed >> 27 & (1 << 37) - 1)) * -7723592293110705685  # 0x94D049BB133111EB
+    return mixed ^ (mixed >> 31 & (1 << 33) - 1)
+
+
+def top_indices(values: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Positions of the ``count`` largest entries of a vector, in increasing order.
+
+    Ties at the threshold are broken by ``tie_order``, keyed by one draw from ``generator``: taking the first would grow
+    every dead layer in its first rows, and ``torch.topk`` does not define which it takes.
+
+    Args:
+        values: Float vector; NaN counts as lowest.
+        count: How many, in [0, values.numel()].
+        generator: CPU generator that breaks ties.
+
+    Returns:
+        Int64 vector of ``count`` distinct positions, on the device of ``values``.
+
+    Raises:
+        ValueError: ``count`` is out of range.
+    """
+    available = values.numel()
+    if not 0 <= count <= available:
+        raise ValueError(f"cannot select {count} of {available} candidates")
+    key = tie_key(generator)
+    if count == available:
+        return torch.arange(available, device=values.device)
+    if count == 0:
+        return torch.empty(0, dtype=torch.int64, device=values.device)
+    if values.dtype.itemsize < 4:
+        values = values.float()
+    pool = _likely_top(values, count)
+    if pool is None:
+        values = values.masked_fill(values.isnan(), -math.inf)
+    else:
+        values = values[pool]
+    threshold = _kth_largest(values, count)
+    above = values > threshold
+    ties = (values == threshold).nonzero().squeeze(1)
+    missing = count - int(above.count_nonzero())
+    if missing < ties.numel():
+        order = tie_order(ties if pool is None else pool[ties], key)
+        ties = ties[order <= order.kthvalue(missing).values]
+    above[ties] = True
+    chosen = above.nonzero().squeeze(1)
+    return chosen if pool is None else pool[chosen]
+
+
+def _likely_top(values: Tensor, count: int) -> Tensor | None:
+    """Positions that hold the top ``count`` and not many more, or ``None`` where none are found cheaply.
+
+    Growth picks a few percent of a layer. A threshold estimated from a sample leaves a small pool to partition; that the
+    pool is large enough is checked, so the estimate costs time at worst and never a wrong choice.
+    """
+    available, sample_size = values.numel(), 8192
+    if available < 4 * sample_size or count > available // 8:
+        return None
+    sample = values[:: available // sample_size | 1]
+    rank = min(sample.numel(), math.ceil(1.5 * count / available * sample.numel()) + 48)
+    pool = (values >= _kth_largest(sample, rank)).nonzero().squeeze(1)
+    return pool if count <= pool.numel() < available // 2 else None
+
+
+def _kth_largest(values: Tensor, count: int) -> Tensor:
+    """The ``count``-th largest entry of a vector."""
+    if values.device.type == "cpu":
+        # A partition in numpy is linear and several times faster than topk at these sizes.
+        position = values.numel() - count
+        return values.new_tensor(np.partition(values.numpy(), position)[position])
+    return values.kthvalue(values.numel() - count + 1).values
+
+
+def select_top(scores: Tensor, count: int, candidates: Tensor, generator: torch.Generator) -> Tensor:
+    """Select the ``count`` best candidates, ties among candidates broken as in ``top_indices``.
+
+    Args:
+        scores: Float tensor of any shape; NaN counts as lowest.
+        count: How many to select; at most the number of candidates.
+        candidates: Bool tensor of the same shape: the only positions that may be selected.
+        generator: CPU generator that breaks ties.
+
+    Returns:
+        Bool tensor of the same shape with exactly ``count`` True.
+
+    Raises:
+        ValueError: Fewer than ``count`` candidates.
+    """
+    index = candidates.reshape(-1).nonzero().squeeze(1)
+    selected = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    selected[index[top_indices(scores.reshape(-1)[index], count, generator)]] = True
+    return selected.view(scores.shape)
+
+
+def random_indices(size: int, count: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw ``count`` of ``size`` indices, every set equally likely, with memory in proportion to ``count``.
+
+    Args:
+        size: Number of positions.
+        count: Number to draw, 0 to ``size``.
+        generator: CPU generator.
+
+    Returns:
+        Sorted distinct indices, int64 ``[count]``.
+
+    Raises:
+        ConfigurationError: ``count`` is out of range.
+    """
+    if not 0 <= count <= size:
+        raise ConfigurationError(f"cannot choose {count} of {size} positions")
+    if 2 * count > size:
+        left = torch.ones(size, dtype=torch.bool)
+        left[random_indices(size, size - count, generator)] = False
+        return left.nonzero().squeeze(1)
+    found = torch.empty(0, dtype=torch.int64)
+    while found.numel() < count:
+        missing = count - found.numel()
+        # Enough to finish at the first attempt almost always; repeats are what the margin is for.
+        draw = int(missing / (1 - (found.numel() + missing / 2) / size) * 1.02) + 16
+        found = torch.cat([found, torch.randint(size, (draw,), generator=generator)]).unique()
+    surplus = found.numel() - count
+    if surplus:
+        keep = torch.ones(found.numel(), dtype=torch.bool)
+        keep[torch.randperm(found.numel(), generator=generator)[:surplus]] = False
+        found = found[keep]
+    return found
+
+
+def random_free(size: int, barred: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw ``count`` of the positions that are not barred, uniformly, with memory in proportion to what is barred.
+
+    Args:
+        size: Number of positions.
+        barred: Sorted distinct positions that may not be drawn, int64.
+        count: Number to draw.
+        generator: CPU generator.
+
+    Returns:
+        Sorted distinct positions, int64 ``[count]``, on the device of ``barred``.
+
+    Raises:
+        ConfigurationError: Fewer than ``count`` positions are free.
+    """
+    ranks = random_indices(size - barred.numel(), count, generator).to(barred.device)
+    free_before = barred - torch.arange(barred.numel(), device=barred.device)
+    return ranks + torch.searchsorted(free_before, ranks, right=True)
+
+
+def best_free(scores: Tensor, count: int, barred: Tensor, generator: torch.Generator) -> Tensor:
+    """The ``count`` positions with the highest scores that are not barred, ties broken as in ``top_indices``.
+
+    Args:
+        scores: Float, any shape; NaN counts as lowest.
+        count: How many; at most as many as are free.
+        barred: Positions that may not be chosen, int64.
+        generator: CPU generator that breaks ties.
+
+    Returns:
+        Sorted row-major positions, int64.
+    """
+    lowest = torch.finfo(scores.dtype).min
+    candidates = scores.reshape(-1).nan_to_num(nan=lowest, neginf=lowest)
+    candidates[barred] = -math.inf
+    return top_indices(candidates, count, generator)
