@@ -393,3 +393,18 @@ def spec_differences(saved: Mapping[str, Any], here: Mapping[str, Any], prefix: 
             )
             lines.append(f"{prefix}{key}: {a} in the checkpoint, {b} here")
     return lines
+
+
+def check_method(method: Any) -> None:
+    """Raise ``ConfigurationError`` for what is no method."""
+    if isinstance(method, Method):
+        return
+    name = getattr(method, "__name__", None)
+    if callable(method) and str(getattr(method, "__module__", "")).startswith("dst.methods"):
+        raise ConfigurationError(f"dst.methods.{name} is a function that makes a method: call it, {name}(density=0.1)")
+    raise ConfigurationError(f"{shown(method)} is not a method: pass one such as dst.methods.rigl(density=0.1)")
+
+
+def shown(thing: Any) -> str:
+    """A thing in an error message: its value, cut short, and its type."""
+    return "None" if thing is None else f"{thing!r:.60} ({type(thing).__name__})"

@@ -127,7 +127,7 @@ def check_budget(sparsifier: dst.Sparsifier, method: dst.Method) -> None:
     """Assert that the network has the method's density, as exactly as the pattern can hold it."""
     pattern = method.pattern_at(method.density)
     active = {row["name"]: row["nonzero"] for row in sparsifier.layer_table()}
-    free = [layer for layer in sparsifier.layers if pattern.obstacle(layer) is None]
+    free = [layer for layer in sparsifier.layers if pattern.unsupported_reason(layer) is None]
     assert all(active[layer.label] == layer.weights for layer in sparsifier.layers if layer not in free)
     assert all(pattern.holds(layer, layer.part(sparsifier.masks[layer.parameter])) for layer in free)
     if not pattern.is_free:

@@ -8,15 +8,15 @@ from typing import Any
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from dst.backends import auto, csr
+from dst.backends import auto
 from dst.backends.convert import dense_optimizer_state, dense_state_dict, sparse_optimizer_state, to_dense
 from dst.backends.csr import Csr
 from dst.backends.latent import Latent
 from dst.backends.masked import Masked
+from dst.backends.prepare import prepare as prepare_csr
 from dst.backends.storage import Draft, Storage
-from dst.engine.wrapping import check_method
 from dst.errors import ConfigurationError
-from dst.method import Method
+from dst.method import Method, check_method
 from dst.pieces.protocols import as_sampler
 from dst.topology.layers import Selector, SparseLayer, sparse_modules
 
@@ -93,7 +93,7 @@ def prepare(
             state=state,
             group=process_group,
         )
-    return csr.prepare(model, method, seed=seed, include=include, exclude=exclude)
+    return prepare_csr(model, method, seed=seed, include=include, exclude=exclude)
 
 
 def open_storages(

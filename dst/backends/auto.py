@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from dst.backends import csr
+from dst.backends.prepare import prepare as prepare_csr
+from dst.backends.servable import is_servable
+from dst.backends.swap import dense_module, exchange, sparse_module
 from dst.errors import StateError
 from dst.method import Method
 from dst.nn import SparseConv2d, SparseLinear
@@ -188,7 +190,7 @@ def prepare(
     def keep(layer: SparseLayer, storage: str, reason: str) -> None:
         outcome[layer.label] = (storage, reason)
 
-    model = csr.prepare(model, method, seed=seed, include=include, exclude=exclude, choose=choose, keep=keep)
+    model = prepare_csr(model, method, seed=seed, include=include, exclude=exclude, choose=choose, keep=keep)
     for label, (storage, reason) in outcome.items():
         say(f"backend=auto: {label} {storage} ({reason})", group)
     model.__dict__[_DECIDED] = True
@@ -228,14 +230,14 @@ def follow(seed: int, module: nn.Module, state_dict: Mapping[str, Any], prefix: 
         start = f"{prefix}{name}." if name else prefix
         saved_sparse = f"{start}column_pointers" in state_dict and f"{start}values" in state_dict
         if isinstance(child, SparseLinear) and not saved_sparse and f"{start}weight" in state_dict:
-            exchanged[child] = csr.dense_module(child)
+            exchanged[child] = dense_module(child)
             say(f"backend=auto: {name}.weight masked (as in the checkpoint)")
-        elif saved_sparse and csr.is_servable(child):
+        elif saved_sparse and is_servable(child):
             # Positions come with the state dict; any others serve to build the layer.
             count = state_dict[f"{start}values"].numel()
-            exchanged[child] = csr.sparse_module(name, child, torch.arange(count), seed)
+            exchanged[child] = sparse_module(name, child, torch.arange(count), seed)
             say(f"backend=auto: {name}.weight csr (as in the checkpoint)")
-    csr.exchange(module, exchanged)
+    exchange(module, exchanged)
 
 
 def say(message: str, group: ProcessGroup | None = None) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dst.backends import csr
+from dst.backends.swap import dense_module, exchange
 from dst.errors import StateError
 from dst.nn import SparseLinear
 from dst.topology.layers import sparse_modules
@@ -27,7 +27,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     Returns:
         The model; a new module where it is itself a sparse layer.
     """
-    return csr.exchange(model, {m: csr.dense_module(m) for m in model.modules() if isinstance(m, SparseLinear)})
+    return exchange(model, {m: dense_module(m) for m in model.modules() if isinstance(m, SparseLinear)})
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from dst.backends.masked import Masked
-from dst.engine.wrapping import drop_hooks
 from dst.errors import ConfigurationError
 from dst.pieces.protocols import LayerView
 from dst.pieces.relaxations import LatentLayer, Relaxation, pressure
@@ -27,6 +26,7 @@ from dst.topology.layers import SparseLayer
 from dst.topology.rewiring import Rewiring, fill_at_
 from dst.topology.seeding import folded_generator
 from dst.topology.sharding import is_sharded
+from dst.topology.wrapping import drop_hooks
 
 
 class Latent(Masked):
@@ -266,14 +266,14 @@ class Latent(Masked):
         latent = self._layer(layer)
         return dataclasses.replace(view, weight=latent.weight, importance=self._relaxation.importance(latent))
 
-    def adopt(self, positions: Mapping[str, Tensor]) -> None:
+    def set_mask(self, positions: Mapping[str, Tensor]) -> None:
         """See ``Storage``; a relaxation that lasts until there is a mask is over."""
         self._absorb(self.parameters)
         if self._relaxation.until_mask and not self._ended:
             self._training = dict.fromkeys(self.parameters, False)
             self._write(self.parameters)
             self._end()
-        super().adopt(positions)
+        super().set_mask(positions)
         if not self._ended:
             for layer in self._layers:
                 self._select(layer)

@@ -130,7 +130,7 @@ class Masked(Storage):
     def _whole_mask(self, layer: SparseLayer) -> Tensor:
         return layer.part(whole(spread(self._masks[layer.parameter], self.parameters[layer.parameter])))
 
-    def adopt(self, positions: Mapping[str, Tensor]) -> None:
+    def set_mask(self, positions: Mapping[str, Tensor]) -> None:
         """See ``Storage``."""
         masks = {n: torch.ones(p.shape, dtype=torch.bool, device=local(p).device) for n, p in self.parameters.items()}
         for layer in self._layers:
@@ -191,17 +191,17 @@ class Masked(Storage):
             )
         active = mask.reshape(-1).nonzero().squeeze(1)
 
-        def choose(count: int, barred: Tensor) -> Tensor:
+        def choose(count: int, excluded: Tensor) -> Tensor:
             if count == 0:
-                return barred[:0]
+                return excluded[:0]
             grow = draft.scores["grow"]
             sampler = as_sampler(grow)
             if sampler is not None:
-                return sampler.sample(layer.weights, barred, count, views["grow"].generator)
+                return sampler.sample(layer.weights, excluded, count, views["grow"].generator)
             view = views["grow"]
-            if getattr(grow, "after_drop", False) and draft.regrow_dropped:  # what is barred is what was kept
-                view = replace(view, mask=fill_at_(torch.zeros_like(mask), barred, 1))
-            return best_free(grow(view), count, barred, ties)
+            if getattr(grow, "after_drop", False) and draft.regrow_dropped:  # what is excluded is what was kept
+                view = replace(view, mask=fill_at_(torch.zeros_like(mask), excluded, 1))
+            return best_free(grow(view), count, excluded, ties)
 
         return rewire(
             active,

@@ -82,7 +82,7 @@ class Storage(ABC):
     ) -> LayerView:
         """The layer at its dense shape, for what looks at every position."""
 
-    def adopt(self, positions: Mapping[str, Tensor]) -> None:  # noqa: B027
+    def set_mask(self, positions: Mapping[str, Tensor]) -> None:  # noqa: B027
         """Take over connections: layer label to sorted positions. Inactive weights are zero then."""
 
     @abstractmethod

@@ -25,7 +25,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from dst.checkpoints import load_checkpoint
 from dst.data.module import Task, image_task
-from dst.engine.first_mask import layer_counts
 from dst.errors import ConfigurationError, DataError, StateError
 from dst.lightning.best_checkpoint import SELECTIONS, BestCheckpoint
 from dst.lightning.callback import SparseTraining
@@ -42,6 +41,7 @@ from dst.metrics.memory import PeakMemory
 from dst.metrics.meter import FlopsMeter, TrainingFlops
 from dst.models.classifier import Classifier
 from dst.models.narrowing import build_on_meta, check_takes_width_factor, narrow
+from dst.planning.first_mask import layer_counts
 from dst.report import REPORT_FILE, write_report
 from dst.report.summary import Density, EnergyUse, Flops, Latency, MemoryUse, Quality, Summary, Topology
 from dst.topology.layers import SparseLayer, find_layers

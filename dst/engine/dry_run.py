@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from dst.backends.auto import Chooser, is_decided
-from dst.backends.csr import obstacles
+from dst.backends.servable import unsupported_reasons
 from dst.engine.coverage import left_dense
-from dst.engine.first_mask import layer_counts
-from dst.engine.wrapping import check_method
-from dst.method import Method
+from dst.method import Method, check_method
 from dst.nn import SparseLinear
+from dst.planning.first_mask import layer_counts
 from dst.topology.layers import Selector, SparseLayer, find_layers
 
 
@@ -99,7 +98,7 @@ def plan(
     rows = []
     for layer, count in zip(layers, decided, strict=True):
         storage, note = where(layer, count)
-        if storage == "dense" and (why := pattern.obstacle(layer)):
+        if storage == "dense" and (why := pattern.unsupported_reason(layer)):
             note += f": {why}"
         rows.append(PlanRow(layer.label, layer.kind, layer.shape, layer.weights, count, storage, note))
     rows += [_dense_row(d.name, d.kind, d.shape, d.reason) for d in dense]
@@ -111,7 +110,7 @@ class _Where:
 
     def __init__(self, model: nn.Module, method: Method, layers: Sequence[SparseLayer], batch_size: int | None) -> None:
         self._backend, self._measured = method.backend, method.backend == "auto"
-        self._barred = obstacles(model, layers) if method.backend in ("csr", "auto") else {}
+        self._barred = unsupported_reasons(model, layers) if method.backend in ("csr", "auto") else {}
         self._everywhere = ""
         if method.backend == "auto":
             self._everywhere = method.needs_inactive_weights() or ""

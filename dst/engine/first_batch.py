@@ -15,11 +15,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
-from dst.engine.wrapping import drop_hooks
 from dst.errors import ConfigurationError, StateError
 from dst.pieces.protocols import CallInit, LossInit
 from dst.topology.layers import SparseLayer
 from dst.topology.sharding import is_sharded, mean_over_processes, of_first_process
+from dst.topology.wrapping import drop_hooks
 
 Select = Callable[[Mapping[str, Tensor], float], Mapping[str, Tensor]]
 """From scores by layer label, and progress in [0, 1], to masks by layer label."""

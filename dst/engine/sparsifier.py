@@ -17,26 +17,27 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from dst.backends import Draft, Storage, open_storages
-from dst.backends.csr import obstacles
+from dst.backends.servable import unsupported_reasons
 from dst.backends.storage import is_finite
 from dst.engine import coverage
 from dst.engine.first_batch import FirstBatch
-from dst.engine.first_mask import first_positions, layer_counts, masks_on_the_way
-from dst.engine.planning import LayerFacts, LayerUpdate, Moment, can_score, plan_update
+from dst.engine.optimizers import as_optimizers, holders, totals_of, unwrap_optimizer
 from dst.engine.saved_state import STATE_FORMAT, STEP_KINDS, Expected, check_masks, check_state
 from dst.engine.warmup import WarmUp, check_whole
-from dst.engine.wrapping import as_optimizers, check_method, holders, totals_of, unwrap, unwrap_optimizer
 from dst.errors import ConfigurationError, StateError
-from dst.method import Method
+from dst.method import Method, check_method
 from dst.pieces import init as inits
 from dst.pieces.durations import resolve_steps
 from dst.pieces.protocols import CallInit, LayerView, LossInit, Observer, Score, waits_for_batch
 from dst.pieces.scores import Magnitude, Random
+from dst.planning.first_mask import first_positions, layer_counts, masks_on_the_way
+from dst.planning.update import LayerFacts, LayerUpdate, Moment, can_score, plan_update
 from dst.topology.layers import Selector, SparseLayer, find_layers
 from dst.topology.mask_file import load_masks
 from dst.topology.optimizer_state import per_weight_state
 from dst.topology.seeding import folded_generator
 from dst.topology.sharding import all_agree, check_equal_masks, local
+from dst.topology.wrapping import unwrap
 
 logger = logging.getLogger(__name__)
 
@@ -157,7 +158,7 @@ class Sparsifier:
         ]
         if (share := coverage.left_dense(self.layers, self.dense_weights)) is not None and method.density < 1:
             logger.warning(share)
-        self._obstacles = obstacles(model, self.layers) if method.backend == "csr" else {}
+        self._unsupported = unsupported_reasons(model, self.layers) if method.backend == "csr" else {}
         # By the name of the dense parameter: who stores it, and what the optimizer holds of it.
         self._home: dict[str, Storage] = {name: s for s in self._storages for name in s.parameters}
         self._parameters = {x.parameter: self._home[x.parameter].parameters[x.parameter] for x in self.layers}
@@ -237,7 +238,7 @@ class Sparsifier:
                         method.clock,
                     )
         if method.backend == "csr" and not any(storage.is_placed for storage in self._storages):
-            reasons = sorted({reason or "dst.prepare was not called" for reason in self._obstacles.values()})
+            reasons = sorted({reason or "dst.prepare was not called" for reason in self._unsupported.values()})
             logger.warning(
                 'backend="csr" stores no layer of this model as non-zeros alone, all are masked (%s)',
                 "; ".join(reasons),
@@ -674,7 +675,7 @@ class Sparsifier:
             else self._first_by_score(step, given)
         )
         for storage in self._storages:
-            storage.adopt(first)
+            storage.set_mask(first)
         if self.method.rescale_init:
             for layer in self.layers:
                 self._home[layer.parameter].rescale(layer)
@@ -736,7 +737,7 @@ class Sparsifier:
 
     def _check_storage(self, layer: SparseLayer, count: int) -> None:
         """Refuse to train masked what should have been prepared."""
-        if count < layer.weights and self._obstacles.get(layer.label, "") is None:
+        if count < layer.weights and self._unsupported.get(layer.label, "") is None:
             raise ConfigurationError(
                 f'{layer.parameter} has ordinary weights, and the method has backend="{self.method.backend}": call '
                 "model = dst.prepare(model, method) before the optimizer is built, with the same include and exclude"
@@ -753,11 +754,11 @@ class Sparsifier:
         slack = 0
         for layer in self.layers:
             mask = layer.part(masks[layer.parameter])
-            if pattern.obstacle(layer) is None and not pattern.holds(layer, mask) and not bool(mask.all()):
+            if pattern.unsupported_reason(layer) is None and not pattern.holds(layer, mask) and not bool(mask.all()):
                 raise ConfigurationError(
                     f"the mask of {layer.label} in {path} has not the pattern {type(self.method.pattern).__name__}"
                 )
-            slack += pattern.fit(layer, 1) if pattern.obstacle(layer) is None else layer.weights
+            slack += pattern.fit(layer, 1) if pattern.unsupported_reason(layer) is None else layer.weights
         if abs(kept - density * total) > slack:
             raise ConfigurationError(
                 f"the masks in {path} have density {kept / total:.6g}, the method {self.method.density:.6g}; "

@@ -21,9 +21,8 @@ from dst.backends import auto, prepare
 from dst.checkpoints import load_checkpoint, save_atomically
 from dst.engine.gradient_compression import SparseAllReduce
 from dst.engine.sparsifier import Sparsifier
-from dst.engine.wrapping import check_method
 from dst.errors import ConfigurationError
-from dst.method import Method
+from dst.method import Method, check_method
 from dst.topology.layers import Selector
 
 _GRADIENTS = "dst_accumulated_gradients"

@@ -27,9 +27,9 @@ class Random:
         """Uniform random numbers of the layer's shape."""
         return scores.Random()(view)
 
-    def sample(self, size: int, barred: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    def sample(self, size: int, excluded: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """Draw the first connections directly, with memory in proportion to their number."""
-        return scores.Random().sample(size, barred, count, generator)
+        return scores.Random().sample(size, excluded, count, generator)
 
 
 @dataclass(frozen=True)

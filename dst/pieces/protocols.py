@@ -67,8 +67,8 @@ class Observer(Score, Protocol):
 class Sampler(Protocol):
     """A score or init whose best connections are a uniform draw: it needs no number for every position."""
 
-    def sample(self, size: int, barred: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Draw ``count`` of ``size`` positions but the barred (sorted, int64); sorted, on the device of ``barred``."""
+    def sample(self, size: int, excluded: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Draw ``count`` of ``size`` positions but the excluded (sorted, int64); sorted, on the device of ``excluded``."""
 
 
 def as_sampler(piece: object) -> Sampler | None:
@@ -126,7 +126,7 @@ class Pattern(Protocol):
     def for_density(self, density: float) -> Pattern:
         """The pattern with what depends on the network's density resolved."""
 
-    def obstacle(self, layer: SparseLayer) -> str | None:
+    def unsupported_reason(self, layer: SparseLayer) -> str | None:
         """Why the layer cannot have the pattern (it stays dense then), or ``None``."""
 
     def fit(self, layer: SparseLayer, count: int) -> int:

@@ -202,9 +202,9 @@ class Random(_Stateless):
         # Drawn on the CPU, so that the stream is the same on every device; ties are settled by the selection.
         return torch.rand(view.weight.shape, generator=view.generator).to(view.weight.device)
 
-    def sample(self, size: int, barred: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Draw positions directly, with memory in proportion to what is barred."""
-        return random_free(size, barred, count, generator)
+    def sample(self, size: int, excluded: Tensor, count: int, generator: torch.Generator) -> Tensor:
+        """Draw positions directly, with memory in proportion to what is excluded."""
+        return random_free(size, excluded, count, generator)
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def drop_and_grow(
         mask.numel(),
         count,
         count,
-        lambda number, barred: best_free(grow_scores, number, barred, generator),
+        lambda number, excluded: best_free(grow_scores, number, excluded, generator),
         regrow_dropped=regrow_dropped,
         generator=generator,
     )

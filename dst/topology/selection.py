@@ -158,33 +158,33 @@ def random_indices(size: int, count: int, generator: torch.Generator | None = No
     return found
 
 
-def random_free(size: int, barred: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draw ``count`` of the positions that are not barred, uniformly, with memory in proportion to what is barred.
+def random_free(size: int, excluded: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Draw ``count`` of the positions that are not excluded, uniformly, with memory in proportion to what is excluded.
 
     Args:
         size: Number of positions.
-        barred: Sorted distinct positions that may not be drawn, int64.
+        excluded: Sorted distinct positions that may not be drawn, int64.
         count: Number to draw.
         generator: CPU generator.
 
     Returns:
-        Sorted distinct positions, int64 ``[count]``, on the device of ``barred``.
+        Sorted distinct positions, int64 ``[count]``, on the device of ``excluded``.
 
     Raises:
         ConfigurationError: Fewer than ``count`` positions are free.
     """
-    ranks = random_indices(size - barred.numel(), count, generator).to(barred.device)
-    free_before = barred - torch.arange(barred.numel(), device=barred.device)
+    ranks = random_indices(size - excluded.numel(), count, generator).to(excluded.device)
+    free_before = excluded - torch.arange(excluded.numel(), device=excluded.device)
     return ranks + torch.searchsorted(free_before, ranks, right=True)
 
 
-def best_free(scores: Tensor, count: int, barred: Tensor, generator: torch.Generator) -> Tensor:
-    """The ``count`` positions with the highest scores that are not barred, ties broken as in ``top_indices``.
+def best_free(scores: Tensor, count: int, excluded: Tensor, generator: torch.Generator) -> Tensor:
+    """The ``count`` positions with the highest scores that are not excluded, ties broken as in ``top_indices``.
 
     Args:
         scores: Float, any shape; NaN counts as lowest.
         count: How many; at most as many as are free.
-        barred: Positions that may not be chosen, int64.
+        excluded: Positions that may not be chosen, int64.
         generator: CPU generator that breaks ties.
 
     Returns:
@@ -192,5 +192,5 @@ def best_free(scores: Tensor, count: int, barred: Tensor, generator: torch.Gener
     """
     lowest = torch.finfo(scores.dtype).min
     candidates = scores.reshape(-1).nan_to_num(nan=lowest, neginf=lowest)
-    candidates[barred] = -math.inf
+    candidates[excluded] = -math.inf
     return top_indices(candidates, count, generator)

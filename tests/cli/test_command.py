@@ -25,7 +25,7 @@ QUICK = ("trainer.max_epochs=2", "trainer.enable_progress_bar=false")
 def train(folder, *arguments, path=""):
     environment = {k: v for k, v in os.environ.items() if k not in ("DST_TRACEBACK", "HYDRA_FULL_ERROR")}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [path])])}
-    command = [sys.executable, "-c", "import sys; from dst.cli import train; sys.exit(train(sys.argv[1:]))"]
+    command = [sys.executable, "-c", "import sys; from dst.cli.main import train; sys.exit(train(sys.argv[1:]))"]
     if (ROOT / "train.py").exists():
         command = [sys.executable, str(ROOT / "train.py")]
     return subprocess.run(

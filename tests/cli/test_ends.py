@@ -57,7 +57,9 @@ def test_every_method_is_built_under_every_backend_that_it_has(method: str) -> N
 def start(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     # A shell may have told its children to ignore Ctrl-C.
-    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from dst.cli import train; "
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from dst.cli.main import train; "
+    )
     code += "sys.exit(train(sys.argv[1:]))"
     command = [sys.executable, "-c", code, *QUICK, *overrides]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=-1, stderr=-1, text=True)

@@ -14,8 +14,8 @@ from torch import nn
 import dst
 from dst import methods
 from dst.allocation import Uniform
-from dst.engine.planning import Moment, plan_update
 from dst.errors import ConfigurationError
+from dst.planning.update import Moment, plan_update
 from dst.schedules import Constant
 from dst.scores import CH3L3, Gradient, Magnitude, Soft
 from dst.topology.chains import incomplete, path_count

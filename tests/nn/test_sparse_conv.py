@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import dst
 from dst import methods
 from dst.nn import SparseConv2d
-from tests.unit.test_csr_backend import CLAIMED, OPTIMIZERS, Run, assert_same
+from tests.backends.test_csr import CLAIMED, OPTIMIZERS, Run, assert_same
 
 
 def pair(inputs: int, outputs: int, density: float, dtype=torch.float64, **options) -> tuple[nn.Conv2d, SparseConv2d]:

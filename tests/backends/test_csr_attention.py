@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import dst
 from dst.nn import SparseLinear
-from tests.unit.test_csr_backend import CLAIMED, OPTIMIZERS, Run, assert_same, sparse_layers
+from tests.backends.test_csr import CLAIMED, OPTIMIZERS, Run, assert_same, sparse_layers
 
 
 class Block(nn.Module):

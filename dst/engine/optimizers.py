@@ -1,59 +1,16 @@
-"""Models inside wrappers, and which optimizer holds what."""
+"""Which optimizer holds which parameter, and how many steps it takes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import LBFGS, Optimizer
-from torch.optim.swa_utils import AveragedModel
 
 from dst.errors import ConfigurationError
-from dst.method import Method
-
-_WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
-_NO_DEEPSPEED = (
-    "DeepSpeed partitions gradients and steps its own flat copies of the weights, so no mask can be kept on them; "
-    "use DDP or FSDP2"
-)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside wrappers that only run it differently: compiled, DataParallel, DDP, averaged.
-
-    Raises:
-        ConfigurationError: A wrapper that flattens or owns the parameters (FSDP1, DeepSpeed).
-    """
-    for module in model.modules():
-        kind = type(module)
-        if kind.__name__ == "FullyShardedDataParallel":
-            raise ConfigurationError(
-                "FullyShardedDataParallel flattens weights, whose layers cannot be told apart afterwards; "
-                "use FSDP2 (torch.distributed.fsdp.fully_shard), or Lightning's ModelParallelStrategy"
-            )
-        if kind.__module__.startswith("deepspeed"):
-            raise ConfigurationError(_NO_DEEPSPEED)
-    while True:
-        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        elif isinstance(model, _WRAPPERS):
-            model = model.module
-        else:
-            return model
-
-
-def drop_hooks(module: nn.Module, mine: Callable[[Any], bool]) -> None:
-    """Remove forward hooks and pre-hooks from a module whose handles are gone, as they are from a copied one.
-
-    Args:
-        module: The module.
-        mine: Which hooks.
-    """
-    kept = [hooks for name, hooks in vars(module).items() if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]
-    for number in [n for hooks in kept for n, hook in hooks.items() if mine(hook)]:
-        for hooks in kept:
-            hooks.pop(number, None)
+from dst.method import shown
+from dst.topology.wrapping import NO_DEEPSPEED
 
 
 def holders(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Parameter]) -> dict[str, int]:
@@ -72,7 +29,7 @@ def holders(optimizers: Sequence[Optimizer], parameters: Mapping[str, nn.Paramet
     held: dict[int, int] = {}
     for i, optimizer in enumerate(optimizers):
         if type(optimizer).__module__.startswith("deepspeed"):
-            raise ConfigurationError(_NO_DEEPSPEED)
+            raise ConfigurationError(NO_DEEPSPEED)
         if isinstance(optimizer, LBFGS):
             raise ConfigurationError(
                 "LBFGS evaluates the loss several times within one step, between which no mask can be kept; "
@@ -101,7 +58,7 @@ def unwrap_optimizer(optimizer: Any) -> Optimizer:
         optimizer = getattr(optimizer, "optimizer", None)
     scheduler = isinstance(getattr(optimizer, "optimizer", None), Optimizer)
     hint = "pass the optimizer that the scheduler has" if scheduler else "pass a torch.optim.Optimizer, or several"
-    raise ConfigurationError(f"{_shown(optimizer)} is not an optimizer; {hint}")
+    raise ConfigurationError(f"{shown(optimizer)} is not an optimizer; {hint}")
 
 
 def as_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
@@ -144,17 +101,3 @@ def totals_of(total_steps: int | Sequence[int] | Mapping[Optimizer, int], optimi
         if isinstance(total, bool) or not isinstance(total, int) or total < 1:
             raise ConfigurationError(f"total_steps={total_steps!r} must be a positive number of optimizer steps")
     return totals
-
-
-def check_method(method: Any) -> None:
-    """Raise ``ConfigurationError`` for what is no method."""
-    if isinstance(method, Method):
-        return
-    name = getattr(method, "__name__", None)
-    if callable(method) and str(getattr(method, "__module__", "")).startswith("dst.methods"):
-        raise ConfigurationError(f"dst.methods.{name} is a function that makes a method: call it, {name}(density=0.1)")
-    raise ConfigurationError(f"{_shown(method)} is not a method: pass one such as dst.methods.rigl(density=0.1)")
-
-
-def _shown(thing: Any) -> str:
-    return "None" if thing is None else f"{thing!r:.60} ({type(thing).__name__})"

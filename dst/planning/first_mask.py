@@ -44,9 +44,9 @@ def layer_counts(
     if setting := method.needs_orientation:
         check_orientation(layers, setting)
     pattern, allocation = method.pattern.for_density(density), allocation or method.allocation
-    free = [layer for layer in layers if pattern.obstacle(layer) is None]
+    free = [layer for layer in layers if pattern.unsupported_reason(layer) is None]
     if not free:
-        reasons = "; ".join(f"{layer.label}: {pattern.obstacle(layer)}" for layer in layers)
+        reasons = "; ".join(f"{layer.label}: {pattern.unsupported_reason(layer)}" for layer in layers)
         raise ConfigurationError(f"no layer can have the pattern {type(method.pattern).__name__} ({reasons})")
     labels, shapes = [layer.label for layer in free], [layer.shape for layer in free]
     counts: list[int] | None

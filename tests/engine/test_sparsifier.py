@@ -195,8 +195,8 @@ def test_rigl_agrees_with_a_plain_implementation(regrow):
                 count = int(0.4 * len(active))
                 dropped = sorted(active, key=lambda i, w=weight: abs(w[i]))[:count]
                 kept = set(active) - set(dropped)
-                barred = kept if regrow else set(active)
-                candidates = [i for i in range(len(old)) if i not in barred]
+                excluded = kept if regrow else set(active)
+                candidates = [i for i in range(len(old)) if i not in excluded]
                 count = min(count, len(candidates))
                 if not regrow:
                     kept = set(active) - set(dropped[:count])

@@ -14,8 +14,8 @@ from torch.nn import functional
 import dst
 from dst import ConfigurationError, StateError, methods
 from dst.allocation import PerLayer, Uniform
-from dst.engine.first_mask import masks_on_the_way
 from dst.init import Grasp, Synflow
+from dst.planning.first_mask import masks_on_the_way
 from dst.topology.layers import find_layers
 from tests.small import OPTIMIZERS, Small, backward, batch
 

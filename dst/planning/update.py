@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from dst.engine.budget import Change, leave_none_empty, only_shrinking, plan_change, scaled
-from dst.engine.first_mask import layer_counts
 from dst.method import Method
 from dst.pieces.allocation import network_budget
 from dst.pieces.patterns import Unstructured
 from dst.pieces.protocols import LayerStat, LayerView, Pattern, Score
 from dst.pieces.scores import Magnitude
+from dst.planning.budget import Change, leave_none_empty, only_shrinking, plan_change, scaled
+from dst.planning.first_mask import layer_counts
 from dst.topology.chains import incomplete, sequences
 from dst.topology.layers import SparseLayer
 from dst.topology.seeding import folded_generator
@@ -143,7 +143,7 @@ def plan_update(
     chosen = [
         i
         for i in mine
-        if (gives and pattern.obstacle(facts[i].layer) is None)
+        if (gives and pattern.unsupported_reason(facts[i].layer) is None)
         or not facts[i].active == budgets[i] == facts[i].layer.weights
     ]
     here = [replace(facts[i], budget=budgets[i]) for i in chosen]
@@ -193,7 +193,7 @@ def _layer_update(
         layer,
         change.drop + more,
         change.grow + more,
-        pattern if pattern.obstacle(layer) is None else Unstructured(),
+        pattern if pattern.unsupported_reason(layer) is None else Unstructured(),
         method.regrow_dropped or change.grow == 0,
         forced,
     )
@@ -214,7 +214,7 @@ def moved_budgets(method: Method, moment: Moment, facts: Sequence[LayerFacts]) -
     pattern = method.pattern_at(density)
     if density == 1 or not pattern.is_free:
         return _known(layer_counts(method, layers, density))
-    free = [fact for fact in facts if pattern.obstacle(fact.layer) is None]
+    free = [fact for fact in facts if pattern.unsupported_reason(fact.layer) is None]
     active = [fact.active for fact in free]
     wanted = network_budget([fact.layer.shape for fact in free], density)
     if method.allocation.needs_scores and wanted < sum(active):
@@ -256,7 +256,7 @@ def redistributed(method: Method, facts: Sequence[LayerFacts], changes: Sequence
 def in_whole_groups(pattern: Pattern, fact: LayerFacts, change: Change) -> Change:
     """The change that ends at what the pattern can hold."""
     layer, kept = fact.layer, fact.active - change.drop
-    target = layer.weights if pattern.obstacle(layer) else pattern.fit(layer, kept + change.grow)
+    target = layer.weights if pattern.unsupported_reason(layer) else pattern.fit(layer, kept + change.grow)
     return Change(change.drop + max(0, kept - target), max(0, target - kept))
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dst.engine.budget import Change, leave_none_empty, only_shrinking, plan_change, scaled
+from dst.planning.budget import Change, leave_none_empty, only_shrinking, plan_change, scaled
 from dst.types import LayerStat
 
 

@@ -113,7 +113,7 @@ COMBINATIONS = [
     pytest.param(p, x, id=f"{p}-{'x'.join(map(str, x.shape))}{'T' * x.output_dim}")
     for p in PATTERNS
     for x in LAYERS
-    if p.for_density(p.n / p.m if isinstance(p, (NM, TransposableNM)) else 0.3).obstacle(x) is None
+    if p.for_density(p.n / p.m if isinstance(p, (NM, TransposableNM)) else 0.3).unsupported_reason(x) is None
 ]
 
 
@@ -320,7 +320,7 @@ def test_outputs_without_salient_connections_are_ablated_and_return():
 
 def test_heads_are_rows_of_inputs_and_columns_of_the_output_projection():
     layers, _ = find_layers(Small())
-    free = [x for x in layers if Head(2).obstacle(x) is None]
+    free = [x for x in layers if Head(2).unsupported_reason(x) is None]
     assert [x.label for x in free] == [
         "attention.in_proj_weight[q]",
         "attention.in_proj_weight[k]",
@@ -330,7 +330,7 @@ def test_heads_are_rows_of_inputs_and_columns_of_the_output_projection():
     out = mask_from(free[-1], Head(2).select(free[-1], torch.rand(8, 8), 32, generator()))
     assert out.any(0).sum() == 4
     assert out.all(0).sum() == 4
-    assert Head(3).obstacle(free[0]) == "3 heads do not divide 8"
+    assert Head(3).unsupported_reason(free[0]) == "3 heads do not divide 8"
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_density_set_by_hand(pattern):
         resolved = pattern.for_density(density)
         for x in sparsifier.layers:
             mask = x.part(sparsifier.masks[x.parameter])
-            assert resolved.holds(x, mask) if resolved.obstacle(x) is None else mask.all()
+            assert resolved.holds(x, mask) if resolved.unsupported_reason(x) is None else mask.all()
 
 
 def test_masks_from_a_file_have_the_pattern(tmp_path):

@@ -1,0 +1,98 @@
+"""Swapping layers for sparse ones with their first connections."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dst.backends.saved import as_positions
+from dst.backends.servable import owners_of, unsupported_reasons
+from dst.backends.swap import Dense, exchange, sparse_module
+from dst.errors import ConfigurationError, StateError
+from dst.method import Method
+from dst.nn import SparseLinear
+from dst.pieces.init import FromFile
+from dst.pieces.protocols import LayerView
+from dst.planning.first_mask import first_positions
+from dst.topology.layers import SparseLayer, find_layers, sparse_modules
+from dst.topology.mask_file import load_masks
+
+
+def prepare(
+    model: nn.Module,
+    method: Method,
+    *,
+    seed: int,
+    include: Iterable[str | type[nn.Module]] | None,
+    exclude: Iterable[str | type[nn.Module]] | None,
+    choose: Callable[[SparseLayer, Dense, int], bool] = lambda layer, module, active: True,
+    keep: Callable[[SparseLayer, str, str], None] = lambda layer, storage, reason: None,
+) -> nn.Module:
+    """Swap layers for sparse ones with their first connections; see ``dst.prepare``.
+
+    Args:
+        model: As there.
+        method: As there.
+        seed: As there.
+        include: As there.
+        exclude: As there.
+        choose: Asked for every layer that could be swapped, with its dense module and number of connections.
+        keep: Told of every other sparse layer: ``"masked"`` or ``"dense"``, and why.
+    """
+    if any(m.pattern_seed is not None for m in model.modules() if isinstance(m, SparseLinear)):
+        return model  # prepared before; layers that stayed dense then stay so
+    layers, _ = find_layers(model, include, exclude)
+    owners, modules = owners_of(model), sparse_modules(model)
+    excluded = unsupported_reasons(model, layers)
+    swapped: dict[nn.Module, nn.Module] = {}
+    for layer, positions in _first(model, layers, method, seed, modules):
+        if positions is None:
+            continue
+        if positions.numel() == layer.weights:
+            keep(layer, "dense", "keeps all its weights")
+            continue
+        if (reason := excluded[layer.label]) is not None:
+            keep(layer, "masked", reason)
+            continue
+        dense = owners[layer.parameter][0]
+        assert isinstance(dense, (nn.Linear, nn.Conv2d))
+        if choose(layer, dense, positions.numel()):
+            swapped[dense] = sparse_module(layer.label, dense, positions, seed)
+    return exchange(model, swapped)
+
+
+def _first(
+    model: nn.Module,
+    layers: Sequence[SparseLayer],
+    method: Method,
+    seed: int,
+    modules: Mapping[str, SparseLinear],
+) -> Iterable[tuple[SparseLayer, Tensor | None]]:
+    """Layers and their first positions, ``None`` for those that are sparse modules already."""
+    if isinstance(method.init, FromFile):
+        masks, named = load_masks(method.init.path), dict(model.named_parameters())
+        for layer in layers:
+            shape = layer.shape if layer.parameter in modules else tuple(named[layer.parameter].shape)
+            if layer.parameter not in masks or masks[layer.parameter].shape != shape:
+                raise StateError(f"the mask file {method.init.path} has no {layer.parameter} of shape {shape}")
+            yield layer, None if layer.parameter in modules else as_positions(layer.part(masks[layer.parameter]))
+        return
+    named = dict(model.named_parameters())
+
+    def view(layer: SparseLayer, generator: torch.Generator) -> LayerView:
+        if layer.parameter in modules:
+            weight = modules[layer.parameter].dense_weight()
+        elif named[layer.parameter].device.type == "meta":
+            raise ConfigurationError(
+                f"{layer.parameter} is on the meta device, and {type(method.init).__name__} with this allocation needs its "
+                "values: give it storage first, or draw the first connections at random by ERK"
+            )
+        else:
+            weight = layer.part(named[layer.parameter].detach())
+        return LayerView(weight, torch.ones_like(weight, dtype=torch.bool), None, None, generator)
+
+    placed = [layer.label for layer in layers if layer.parameter in modules]
+    for layer, _, positions in first_positions(method, layers, view, seed=seed, placed=placed):
+        yield layer, positions

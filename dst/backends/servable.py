@@ -1,0 +1,81 @@
+"""Which layers can be stored as non-zeros alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from dst.nn import FeatureMajorLinear, SparseConv2d, SparseLinear
+from dst.topology.layers import SparseLayer
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+_SPARSE = (SparseLinear.__name__, SparseConv2d.__name__)
+
+
+def unsupported_reasons(model: nn.Module, layers: Sequence[SparseLayer]) -> dict[str, str | None]:
+    """Why layers cannot be stored as non-zeros.
+
+    Args:
+        model: The model.
+        layers: Its sparse layers.
+
+    Returns:
+        Layer label to the reason, ``None`` where there is none.
+    """
+    owners, named = owners_of(model), dict(model.named_parameters())
+    fused = {id(child) for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer) for child in m.children()}
+    return {
+        layer.label: None
+        if layer.kind in _SPARSE
+        else _unsupported_reason(layer, named[layer.parameter], owners[layer.parameter], fused)
+        for layer in layers
+    }
+
+
+def _unsupported_reason(
+    layer: SparseLayer, weight: Tensor, owners: Sequence[nn.Module], fused: Collection[int]
+) -> str | None:
+    """Why a dense layer cannot be stored as non-zeros, or ``None``."""
+    first = owners[0]
+    if any(isinstance(m, (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)) for m in owners):
+        return "MultiheadAttention reads the weight itself; q, k, v and output as nn.Linear would be csr"
+    if not all(is_servable(m) for m in owners) or layer.parameter.rpartition(".")[2] != "weight":
+        if isinstance(first, nn.Conv2d):
+            size = "×".join(map(str, first.kernel_size))
+            if size == "1×1":
+                return f"{'grouped' if first.groups > 1 else 'padded'} 1×1 convolution has no csr kernel"
+            return f"{size} convolution: unfolded, not reliably faster than dense (docs/benchmarks.md)"
+        return f"{layer.kind} has no csr kernel"
+    if len({id(module) for module in owners}) > 1:
+        return "tied weights"
+    if id(first) in fused:
+        return "TransformerEncoderLayer reads the weight itself"
+    if weight.device.type not in ("cpu", "meta"):
+        return f"on {weight.device.type}; csr computes on the CPU"
+    if weight.dtype not in _DTYPES:
+        return f"dtype {weight.dtype}"
+    return None
+
+
+def is_servable(module: nn.Module) -> bool:
+    """Whether a dense module is of a kind that has a sparse one: a linear layer, a plain 1×1 convolution."""
+    if type(module) is nn.Conv2d:
+        padded = module.padding not in ((0, 0), "valid", "same")
+        return module.kernel_size == (1, 1) and module.groups == 1 and not padded
+    # Subclasses may read their weight in ways of their own.
+    return type(module) in (nn.Linear, FeatureMajorLinear)
+
+
+def owners_of(model: nn.Module) -> dict[str, list[nn.Module]]:
+    """Parameter name to the modules that hold it."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    owners: dict[str, list[nn.Module]] = {}
+    for module in model.modules():
+        for _, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(names[id(parameter)], []).append(module)
+    return owners
