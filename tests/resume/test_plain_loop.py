@@ -29,9 +29,10 @@ def state(model: nn.Module, optimizer: torch.optim.Optimizer, sparsifier: dst.Sp
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "sparsifier": sparsifier.state_dict()}
 
 
+# The other half of the methods resumes in tests/unit/test_sparsifier.py.
 @pytest.mark.parametrize(
     ("name", "optimizer", "first"),
-    rotated(METHODS, ("adamw", "odd"), (("model", "optimizer"), ("model",), ("optimizer",), ())),
+    rotated(METHODS, ("adamw", "odd"), (("model", "optimizer"), ("model",), ("optimizer",), ()), share=(1, 2)),
 )
 def test_resume_in_a_new_process_order(name: str, optimizer: str, first: tuple[str, ...], tmp_path: Path) -> None:
     """Weights and optimizer before the sparsifier is built, after it, or one of each: all continue exactly."""
