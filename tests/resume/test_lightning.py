@@ -52,8 +52,8 @@ def test_every_method_resumes_from_any_step(name: str, point: int, tmp_path: Pat
     assert whole.sparse.sparsifier.step == TOTAL_STEPS
     if name in DYNAMIC:
         assert whole.sparse.sparsifier.updates > 3
-    again = {"saver": {"every_n_train_steps": step}, "resume": tmp_path / f"step={step}.ckpt"}
-    resumed = Fit(SparseTraining(METHODS[name]()), tmp_path / "again", **again)
+    resume = tmp_path / f"step={step}.ckpt"
+    resumed = Fit(SparseTraining(METHODS[name]()), tmp_path / "again", resume=resume, saver=SELDOM)
     check_same(whole, resumed)
     assert sum("loss" in row for _, row in resumed.rows.rows) >= TOTAL_STEPS - step
 

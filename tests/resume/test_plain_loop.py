@@ -39,7 +39,7 @@ def test_resume_in_a_new_process_order(name: str, optimizer: str, first: tuple[s
     whole = build(name, optimizer)
     train(*whole, 5)
     torch.save(state(*whole), tmp_path / "5.pt")
-    train(*whole, TOTAL_STEPS - 5)
+    train(*whole, 14)  # past the last update of clocks that stop at three quarters
     saved = torch.load(tmp_path / "5.pt", weights_only=True)
     torch.manual_seed(1)
     model = Small()
@@ -51,7 +51,7 @@ def test_resume_in_a_new_process_order(name: str, optimizer: str, first: tuple[s
     for key in set(targets) - set(first):
         targets[key].load_state_dict(saved[key])
     sparsifier.load_state_dict(saved["sparsifier"])
-    train(model, made, sparsifier, TOTAL_STEPS - 5)
+    train(model, made, sparsifier, 14)
     found = list(differences(state(*whole), state(model, made, sparsifier)))
     assert not found, (first, found)
 

@@ -21,7 +21,7 @@ def strided(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.permute(order).contiguous().permute(order)
 
 
-@pytest.mark.parametrize(("name", "optimizer"), rotated(METHODS, ["sgd", "odd"], share=(0, 2)))
+@pytest.mark.parametrize(("name", "optimizer"), rotated(METHODS, ["sgd", "odd"], share=(0, 3)))
 def test_non_contiguous_weights_train_like_contiguous_ones(name: str, optimizer: str) -> None:
     def run(transposed: bool) -> Any:
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""A thousand updates and more: counts stay exact, and nothing is piled up."""
+"""Hundreds and thousands of updates: counts stay exact, and nothing is piled up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def tensors_alive() -> int:
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize("updates", [1_000, pytest.param(10_000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("updates", [600, pytest.param(10_000, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("make", [dst.methods.rigl, dst.methods.set_])
 def test_many_updates(make, updates):
     torch.manual_seed(0)
@@ -33,7 +33,7 @@ def test_many_updates(make, updates):
         model.bias.grad = torch.zeros(12)
         sparsifier.before_step()
         optimizer.step()
-        if step % 250 == 125:
+        if step % 150 == 75:
             assert int(sparsifier.masks["weight"].sum()) == sparsifier.active == 48
             assert model.weight[~sparsifier.masks["weight"]].eq(0).all()
         if step == updates // 2:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.server
-import io
 import os
 import pickle
 import re
@@ -36,7 +35,6 @@ from dst.data.download import download
 from dst.data.idx import read_idx
 from dst.data.loader import epoch_order, stratified_split
 from dst.errors import ConfigurationError, DataError, StateError
-from tests.distributed.processes import run
 from tests.sampling import rotated
 
 # --- IDX ---------------------------------------------------------------------------------------------------------
@@ -823,46 +821,3 @@ def test_looking_at_a_batch_disturbs_nothing(whole_fit: Whole, tmp_path: Path) -
 def test_overfitting_repeats_its_batches() -> None:
     seen = fit(overfit_batches=2)
     assert seen[:2] == seen[2:4] == seen[4:]
-
-
-class ShardRecorder(Recorder):
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-        self.shares: list[Tensor] = []
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        self.shares.append(batch[0])
-        return super().training_step(batch, batch_idx)
-
-    def on_train_end(self) -> None:
-        torch.save(self.shares, self.folder / f"{self.trainer.world_size}-{self.global_rank}.pt")
-
-
-def see_shares(rank: int, world: int, folder: Path) -> None:
-    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world))
-    try:
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=world,
-            strategy="ddp" if world > 1 else "auto",
-            max_epochs=2,
-            limit_train_batches=3,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(ShardRecorder(folder), datamodule=Digits(batch_size=128 // world))
-    finally:
-        for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
-            os.environ.pop(name, None)
-
-
-def test_two_processes_see_what_one_sees(tmp_path: Path) -> None:
-    see_shares(0, 1, tmp_path)
-    assert run(see_shares, 2, tmp_path) == [None, None]
-    whole, *shares = (torch.load(io.BytesIO((tmp_path / f"{n}.pt").read_bytes())) for n in ("1-0", "2-0", "2-1"))
-    assert len(whole) == 6
-    for together, *parts in zip(whole, *shares, strict=True):
-        assert torch.equal(torch.stack(parts, 1).flatten(0, 1), together)
