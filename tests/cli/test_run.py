@@ -19,7 +19,6 @@ from dst.recording import read_rows
 from dst.run import run
 from dst.summary import Density, Flops, Quality, Summary, Topology
 
-
 SMALL = ["model=mlp", "model.width=32", "model.depth=2", "report=false"]
 
 
