@@ -1,10 +1,17 @@
-"""What tests leave running: nothing."""
+"""What tests leave running: nothing. The hooks that look are ``conftest.py``'s."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+_LEFT = pytest.StashKey[dict[int, str]]()
 
 
 def children(of: int | None = None) -> dict[int, str]:
@@ -32,3 +39,29 @@ def left_over() -> dict[int, str]:
     """The children of this process that nobody has ended, without multiprocessing's own book-keeper."""
     multiprocessing.active_children()  # collects those that have ended
     return {p: c for p, c in children().items() if c and "resource_tracker" not in c and "semaphore_tracker" not in c}
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """End what tests share, and fail where something else is still running."""
+    if processes := sys.modules.get("tests.distributed.processes"):
+        processes.close()
+    if wandb := sys.modules.get("wandb"):
+        wandb.teardown()  # its service lives until then
+    if session.config.getoption("numprocesses", None):  # the workers have looked
+        found = session.config.stash.get(_LEFT, {})
+    else:
+        found = left_over()
+        for process, command in found.items():
+            sys.__stderr__.write(f"left running by the tests: {process} {command}\n")
+            os.kill(process, signal.SIGKILL)
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_running"] = found
+    if found:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: Any) -> None:
+    """Take over what a worker found running at its end."""
+    found = getattr(node, "workeroutput", {}).get("left_running", {})
+    node.config.stash.setdefault(_LEFT, {}).update(found)

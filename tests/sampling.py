@@ -13,25 +13,28 @@ everything = False
 """Whether the whole products are wanted; ``conftest.py`` sets it before tests are collected."""
 
 
-def rotated(first: Iterable[Any], *others: Iterable[Any], each: int = 1) -> list[Any]:
+def rotated(first: Iterable[Any], *others: Iterable[Any], each: int = 1, share: tuple[int, int] = (0, 1)) -> list[Any]:
     """Parameters of the whole product, of which a sample runs by default; the rest, marked ``exhaustive``, is there
     where everything is wanted.
 
     Every value of ``first`` runs with ``each`` combinations of the other axes. These rotate, so that every combination of
-    the others runs too, as long as ``first`` has values enough.
+    the others runs too, as long as ``first`` has values enough. Suites that ask the same of the same values may share
+    them: with ``share=(1, 3)`` a suite runs the second of every three, and leaves the others to other suites.
 
     Args:
         first: The axis of which every value runs.
         others: The other axes.
         each: Combinations of the others per value, >= 1.
+        share: Which of how many parts of ``first`` runs by default.
 
     Returns:
         One ``pytest.param`` per point of the product, the sample first.
     """
     combinations = list(itertools.product(*others))
     chosen, rest = [], []
-    for start, value in enumerate(first):
-        picked = set(_picks(len(combinations), start, each))
+    part, parts = share
+    for number, value in enumerate(first):
+        picked = set(_picks(len(combinations), number // parts, each)) if number % parts == part else set()
         for i, combination in enumerate(combinations):
             if i in picked:
                 chosen.append(pytest.param(value, *combination))

@@ -7,6 +7,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+import dst
 
 CORE = [
     "dst",
@@ -30,43 +33,42 @@ CORE = [
 ]
 
 
-def test_the_core_imports_neither_lightning_nor_hydra():
+def test_what_is_imported_when(tmp_path):
+    """`dst --help` needs no torch, the core nothing that is slow beside it, looking at a checkpoint neither Lightning nor
+    Hydra; names are the same in any order.
+
+    One process answers all of it, in the order of what needs more: importing takes longer than any of the questions.
+    """
+    model = torch.nn.Linear(8, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    torch.save(dst.Sparsifier(model, optimizer, dst.methods.set_(0.5), total_steps=5).state_dict(), tmp_path / "s.pt")
     code = f"""
-import importlib, sys
+import importlib, sys, dst
+from dst.cli.main import main
+assert main(["--help"]) == main(["--version"]) == main(["methods", "--help"]) == 0
+slow = {{"torch", "numpy", "rich", "hydra", "omegaconf", "lightning"}}
+print(sorted(slow & set(sys.modules)), file=sys.stderr)
+dst.Sparsifier, dst.prepare, dst.methods.rigl(0.1)
+slow = {{"lightning", "hydra", "rich", "sklearn", "scipy", "torchmetrics", "wandb", "torch.distributed.tensor", "sympy"}}
+print(sorted(slow & set(sys.modules)), file=sys.stderr)
 for name in {CORE}:
     importlib.import_module(name)
 heavy = {{"lightning", "pytorch_lightning", "hydra", "omegaconf", "torchmetrics", "wandb", "sklearn"}}
-print(sorted(heavy & {{name.partition(".")[0] for name in sys.modules}}))
-"""
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
-    assert result.stdout.strip() == "[]"
-
-
-def test_what_is_imported_when():
-    """`dst --help` needs no torch, the core nothing that is slow beside it; names are the same in any order."""
-    code = """
-import sys, dst
-from dst.cli.main import main
-assert main(["--help"]) == main(["--version"]) == main(["methods", "--help"]) == 0
-slow = {"torch", "numpy", "rich", "hydra", "omegaconf", "lightning"}
-print(sorted(slow & set(sys.modules)), file=sys.stderr)
-dst.Sparsifier, dst.prepare, dst.methods.rigl(0.1)
-slow = {"lightning", "hydra", "rich", "sklearn", "scipy", "torchmetrics", "wandb", "torch.distributed.tensor", "sympy"}
-print(sorted(slow & set(sys.modules)), file=sys.stderr)
-import dst.engine.dry_run
+print(sorted(heavy & {{name.partition(".")[0] for name in sys.modules}}), file=sys.stderr)
+from dst.report.inspection import inspect_checkpoint
+inspect_checkpoint({str(tmp_path / "s.pt")!r})
+print(sorted({{"lightning", "hydra", "torchmetrics"}} & set(sys.modules)), file=sys.stderr)
 print(callable(dst.plan), dst.lightning.SparseTraining.__name__, file=sys.stderr)
 print(sorted(dir(dst)) == sorted([*dst.__all__, "__version__"]), file=sys.stderr)
 print([name for name in dst.__all__ if getattr(dst, name, None) is None], file=sys.stderr)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert result.stderr.splitlines() == ["[]", "[]", "True SparseTraining", "True", "[]"]
+    assert result.stderr.splitlines() == ["[]", "[]", "[]", "[]", "True SparseTraining", "True", "[]"]
     with pytest.raises(AttributeError, match="no attribute 'Sparsifer'"):
         importlib.import_module("dst").Sparsifer()
 
 
 @pytest.mark.parametrize("name", ["Method", "Sparsifier", "methods", "plan", "prepare", "save_masks", "load_masks"])
 def test_public_names(name):
-    import dst
-
     assert name in dst.__all__
     assert getattr(dst, name) is not None

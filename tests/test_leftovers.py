@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests import leftovers
+from tests import conftest, leftovers
 
 pytest_plugins = ["pytester"]
 
@@ -27,7 +27,10 @@ def test_a_child_that_stays_is_found_and_one_that_ended_is_not():
 
 @pytest.mark.parametrize("workers", [pytest.param([], marks=pytest.mark.exhaustive), ["-n", "1"]])
 def test_a_session_that_leaves_a_process_behind_fails(pytester, monkeypatch, workers):
-    pytester.makeconftest("from tests.conftest import pytest_sessionfinish, pytest_testnodedown")
+    # The suite's own conftest.py has the same; it would import torch here.
+    assert conftest.pytest_sessionfinish is leftovers.pytest_sessionfinish
+    assert conftest.pytest_testnodedown is leftovers.pytest_testnodedown
+    pytester.makeconftest("from tests.leftovers import pytest_sessionfinish, pytest_testnodedown")
     pytester.makepyfile(
         "import subprocess, sys\n"
         "def test_it():\n    subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(20)'])\n"

@@ -10,10 +10,25 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "dst"
 
 # From the bottom to the top: a room imports from itself and from what stands before it.
-ORDER = (
-    "errors checkpoints kernels nn topology pieces method methods planning backends engine "
-    "metrics models data report lightning cli"
-).split()
+ORDER = [
+    "errors",
+    "checkpoints",
+    "kernels",
+    "nn",
+    "topology",
+    "pieces",
+    "method",
+    "methods",
+    "planning",
+    "backends",
+    "engine",
+    "metrics",
+    "models",
+    "data",
+    "report",
+    "lightning",
+    "cli",
+]
 # What stands aside: public names of what is above, or nothing but names.
 ASIDE = {"", "moved", "types", "allocation", "amounts", "init", "patterns", "perturbations", "redistribute"}
 ASIDE |= {"relaxations", "schedules", "scores"}

@@ -14,13 +14,15 @@ from dst.errors import ConfigurationError, StateError
 from dst.nn import FeatureMajorLinear, SparseLinear
 from tests.backends.test_csr import CLAIMED, OPTIMIZERS, Mixed, Net, Run, assert_same, saved, sparse_layers
 from tests.nn.test_sparse_conv import Bottleneck
+from tests.sampling import rotated
 
 METHODS = ["rigl", "rigl_with_step", "set", "sparse_from_scratch"]
 
 
-@pytest.mark.parametrize("net", [Net, Mixed, Bottleneck])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", METHODS)
+CASES = rotated(METHODS, OPTIMIZERS, [Net, Mixed, Bottleneck], each=2)
+
+
+@pytest.mark.parametrize(("name", "optimizer", "net"), CASES)
 def test_a_masked_run_goes_on_in_csr(name, optimizer, net):
     masked = Run(CLAIMED[name]("masked"), optimizer, net=net).train(9)
     state = saved(masked)
@@ -32,9 +34,7 @@ def test_a_masked_run_goes_on_in_csr(name, optimizer, net):
     assert_same(masked.train(10), csr.train(10))
 
 
-@pytest.mark.parametrize("net", [Net, Mixed, Bottleneck])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "optimizer", "net"), CASES)
 def test_a_csr_run_goes_on_masked(name, optimizer, net):
     csr = Run(CLAIMED[name]("csr"), optimizer, net=net).train(9)
     state = saved(csr)

@@ -15,6 +15,7 @@ import dst
 from dst import ConfigurationError, methods
 from dst.lightning import SparseTraining
 from dst.nn import SparseLinear
+from tests.sampling import rotated
 
 
 class Plain(lightning.LightningModule):
@@ -85,8 +86,10 @@ def rigl(backend: str = "csr", **options: Any) -> dst.Method:
     return methods.rigl(0.25, backend=backend, **{"update_every": 4, **options})
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}])
-@pytest.mark.parametrize("replace_step", [True, False])
+@pytest.mark.parametrize(
+    ("options", "replace_step"),
+    rotated([{}, {"accumulate_grad_batches": 2}, {"gradient_clip_val": 0.1}], [True, False]),
+)
 def test_a_fit_is_that_of_the_masked_backend(options, replace_step):
     (a, masked), (b, csr) = (
         fit(rigl(backend, replace_step=replace_step), seed=5, **options) for backend in ("masked", "csr")

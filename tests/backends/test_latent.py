@@ -16,6 +16,7 @@ from dst.patterns import Unstructured
 from dst.relaxations import HardConcrete, LearnedThreshold, Movement, StraightThrough, pressure
 from dst.schedules import Constant, Every
 from tests.methods_list import DENSITY, LATENT, METHODS, TOTAL_STEPS
+from tests.sampling import rotated
 from tests.small import OPTIMIZERS, Small, backward, batch, check_budget, settles_at, train
 
 
@@ -34,8 +35,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("optimizer_name", ["sgd", "adamw", "odd"])
-@pytest.mark.parametrize("name", LATENT)
+@pytest.mark.parametrize(("name", "optimizer_name"), rotated(LATENT, ["sgd", "adamw", "odd"]))
 def test_what_holds_at_every_step(name, optimizer_name):
     method = METHODS[name]()
     model, optimizer, sparsifier = build(method, optimizer_name)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: from a subprocess, in a folder of its own."""
+"""The command line as a user meets it, in a folder of its own: from a subprocess where streams and imports matter."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from joblib.externals.loky import get_reusable_executor
 
 import dst
 from dst.cli import main as cli
@@ -31,6 +33,34 @@ def train(folder, *arguments, path=""):
     return subprocess.run(
         [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
     )
+
+
+class Here:
+    """Calls the command in this process; it has what ``subprocess.run`` would return."""
+
+    def __init__(self, monkeypatch, capsys):
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, folder, *arguments):
+        with self._monkeypatch.context() as patch:
+            patch.chdir(folder)
+            patch.setattr(sys, "argv", ["train.py"])
+            patch.setenv("DST_TRACEBACK", "0")
+            patch.setenv("HYDRA_FULL_ERROR", "0")
+            self._capsys.readouterr()
+            try:
+                status = cli.train(arguments)
+            except SystemExit as end:
+                status = end.code
+        return subprocess.CompletedProcess(arguments, status, *self._capsys.readouterr())
+
+
+@pytest.fixture
+def train_here(monkeypatch, capsys):
+    """``train`` without a process of its own."""
+    threads = torch.get_num_threads()
+    yield Here(monkeypatch, capsys)
+    torch.set_num_threads(threads)
 
 
 def check_schema(summary):
@@ -117,31 +147,20 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("mistake", REFUSED)
-def test_a_mistake_gives_one_message_and_leaves_nothing(mistake, tmp_path, monkeypatch, capsys):
+def test_a_mistake_gives_one_message_and_leaves_nothing(mistake, tmp_path, train_here):
     arguments, message = REFUSED[mistake]
-    if mistake == "a density out of range":  # one as a process, whose streams nothing has touched
-        done = train(tmp_path, *arguments)
-        status, errors = done.returncode, done.stderr
-    else:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["train.py"])
-        monkeypatch.setenv("DST_TRACEBACK", "0")
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
-        try:
-            status = cli.train(arguments)
-        except SystemExit as end:
-            status = end.code
-        errors = capsys.readouterr().err
-    assert status == 2
-    (line,) = errors.splitlines()
+    # One as a process, whose streams nothing has touched.
+    done = (train if mistake == "a density out of range" else train_here)(tmp_path, *arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert message in line
     assert not list(tmp_path.iterdir())
 
 
-def test_a_sweep_ends_with_a_table_of_all_runs_and_reports_the_one_that_failed(tmp_path):
+def test_a_sweep_ends_with_a_table_of_all_runs_and_reports_the_one_that_failed(tmp_path, train_here):
     # Overrides before and after the flag, and a run that fails before others that do not.
-    done = train(tmp_path, "density=1.5,0.2", "-m", "sparsity=dense,set", *QUICK)
+    done = train_here(tmp_path, "density=1.5,0.2", "-m", "sparsity=dense,set", *QUICK)
     assert done.returncode == 1
     (folder,) = tmp_path.glob("multirun/*/*")
     with (folder / "sweep.csv").open(newline="") as file:
@@ -166,14 +185,25 @@ def test_a_sweep_ends_with_a_table_of_all_runs_and_reports_the_one_that_failed(t
     assert "Traceback" not in done.stderr
 
 
-def test_the_joblib_launcher_sweeps_too(tmp_path):
-    done = train(tmp_path, "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "seed=0,1", *QUICK)
+# Each process of joblib's imports everything anew, so by default one alone gets a run.
+@pytest.mark.parametrize("seeds", ["1", pytest.param("0,1", marks=pytest.mark.exhaustive)])
+def test_the_joblib_launcher_sweeps_too(tmp_path, train_here, seeds):
+    try:
+        done = train_here(
+            tmp_path, "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"seed={seeds}", "report=false", *QUICK
+        )
+    finally:
+        get_reusable_executor().shutdown(wait=True, kill_workers=True)
     assert done.returncode == 0, done.stderr
     (folder,) = tmp_path.glob("multirun/*/*")
     with (folder / "sweep.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(r["seed"], r["status"]) for r in rows] == [("0", "ok"), ("1", "ok")]
-    assert rows[0]["accuracy"] != rows[1]["accuracy"] or rows[0]["loss"] != rows[1]["loss"]
+    assert [r["status"] for r in rows] == ["ok"] * len(seeds.split(","))
+    for row, seed in zip(rows, seeds.split(","), strict=True):
+        summary = json.loads((folder / row["run"] / "summary.json").read_text())
+        assert summary["seed"] == int(seed)
+        assert summary["test"]["accuracy"] == float(row["accuracy"])
+    assert len({(r["accuracy"], r["loss"]) for r in rows}) == len(rows)
 
 
 def test_an_unknown_command_is_refused(capsys):

@@ -89,12 +89,32 @@ def test_a_run_that_is_told_to_end_does_not_report_success(tmp_path: Path) -> No
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] > 0
 
 
-def test_an_interrupted_sweep_says_how_to_go_on(tmp_path: Path) -> None:
-    process = start(tmp_path, "-m", "seed=0,1", "trainer.max_epochs=5000", "hydra.sweep.dir=sweep")
-    status, errors = interrupt(process, tmp_path / "sweep" / "0" / "checkpoints" / "last.ckpt", signal.SIGINT)
-    assert status == 128 + signal.SIGINT
+def test_an_interrupted_sweep_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    step, checkpoint = Classifier.training_step, tmp_path / "sweep" / "0" / "checkpoints" / "last.ckpt"
+
+    def interrupted(self: Classifier, batch: Any, index: int) -> Any:
+        if checkpoint.exists():
+            signal.raise_signal(signal.SIGINT)
+        return step(self, batch, index)
+
+    monkeypatch.setattr(Classifier, "training_step", interrupted)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setenv("DST_TRACEBACK", "0")
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell, or xdist, may have it ignored
+    try:
+        with pytest.raises(SystemExit) as end:
+            cli.train([*QUICK, "-m", "seed=0,1", "trainer.max_epochs=5000", "hydra.sweep.dir=sweep"])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    errors = capsys.readouterr().err
+    assert end.value.code == 128 + signal.SIGINT
     assert "the same command and hydra.sweep.dir=sweep" in errors
     assert "Traceback" not in errors
+    assert not (tmp_path / "sweep" / "1").exists()
 
 
 def test_ends_of_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

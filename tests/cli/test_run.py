@@ -20,6 +20,8 @@ from dst.lightning.recorder import read_rows
 from dst.models.classifier import Classifier, cosine, step
 from dst.report.summary import Density, Flops, Quality, Summary, Topology
 
+SMALL = ["model=mlp", "model.width=32", "model.depth=2", "report=false"]
+
 
 @pytest.fixture(autouse=True)
 def _threads():
@@ -98,7 +100,7 @@ def without_time(summary):
     [("rigl", 100), ("lottery_ticket_rewind", 300)],  # the third epoch; the third epoch of the second level
 )
 def test_an_interrupted_run_resumes_as_if_it_had_not_been(config, tmp_path, monkeypatch, method, at_call):
-    settings = [f"sparsity={method}", "density=0.5"]
+    settings = [*SMALL, f"sparsity={method}", "density=0.64"]
     if method == "rigl":
         settings.append("sparsity.update_every=30")
     else:
@@ -116,7 +118,7 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_been(config, tmp_path, monk
 
 
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_used_when_asked(config, tmp_path, monkeypatch):
-    settings = ["sparsity=rigl", "density=0.5", "sparsity.update_every=30"]
+    settings = [*SMALL, "sparsity=rigl", "density=0.5", "sparsity.update_every=30"]
     whole = run(config(*settings), tmp_path / "whole")
     with monkeypatch.context() as patch:
         cut_power(patch, 100)
@@ -135,7 +137,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_used_when_aske
 
 
 def test_a_repeated_sweep_keeps_what_is_finished_and_goes_on_with_what_is_not(config, tmp_path, monkeypatch, capsys):
-    settings = ["sparsity=rigl", "density=0.5", "sparsity.update_every=30"]
+    settings = [*SMALL, "sparsity=rigl", "density=0.5", "sparsity.update_every=30"]
     whole = run(config(*settings, "seed=1"), tmp_path / "whole")
     finished, cut = tmp_path / "0", tmp_path / "1"
     for folder in (finished, cut):
@@ -171,7 +173,7 @@ class PlainDigits(Digits):
 
 
 def test_metrics_stay_whole_where_lightning_ends_an_epoch_twice(config, tmp_path, monkeypatch):
-    settings = [f"data._target_={__name__}.PlainDigits", "trainer.max_steps=176"]
+    settings = [*SMALL, f"data._target_={__name__}.PlainDigits", "trainer.max_steps=176"]
     with monkeypatch.context() as patch:
         cut_power(patch, 100)
         with pytest.raises(PowerCut):
@@ -248,7 +250,7 @@ def test_metrics_are_written_beside_another_logger(config, tmp_path, logger, mon
     monkeypatch.setenv("WANDB_SILENT", "true")
     found = {"wandb": "wandb/offline-run-*", "tensorboard": "tensorboard/events*"}[logger]
     for name in ("first", "second"):  # in one process, as in a sweep
-        run(config(f"logger={logger}", "trainer.max_epochs=1"), tmp_path / name)
+        run(config(*SMALL, f"logger={logger}", "trainer.max_epochs=1"), tmp_path / name)
         assert metrics(tmp_path / name)
         assert list((tmp_path / name).glob(found))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from itertools import zip_longest
 from pathlib import Path
 
 import lightning
@@ -18,13 +19,19 @@ import dst.models
 from dst.cli.main import config_dir, register_schema
 from dst.cli.train import _make
 from dst.data import ImageDataModule, Text
+from tests.sampling import rotated
 
 CONF = config_dir()
 METHODS = sorted(path.stem for path in (CONF / "sparsity").glob("*.yaml"))
 
 
-# Pieces that not every method has, and one that has them.
-OWNERS = {"schedule": "granet", "surplus": "mest", "amount": "dsr", "redistribute": "dsr"}
+# Groups of pieces, by a method that has them.
+OWNERS = {
+    "rigl": ["allocation", "fraction", "init", "drop", "grow", "pattern"],
+    "granet": ["schedule"],
+    "mest": ["surplus"],
+    "dsr": ["amount", "redistribute"],
+}
 
 
 def options(group):
@@ -42,7 +49,7 @@ def test_every_file_lies_in_a_group_that_a_test_reads():
     tested = {"sparsity", "model", "data", "optimizer", "scheduler", "trainer", "logger", "experiment", "hydra"}
     assert {path.name for path in CONF.iterdir() if path.is_dir()} == tested
     pieces = {path.name for path in (CONF / "sparsity").iterdir() if path.is_dir()}
-    assert pieces == {"allocation", "fraction", "init", "drop", "grow", "pattern", *OWNERS}
+    assert pieces == {group for groups in OWNERS.values() for group in groups}
     assert {path.name for path in CONF.glob("*.yaml")} == {"train.yaml"}
 
 
@@ -50,38 +57,48 @@ def test_there_is_a_file_for_every_method():
     assert sorted(name.rstrip("_") for name in dst.methods.__all__) == METHODS
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_sparsity_lists_every_setting_with_the_defaults_of_the_code(config, name):
-    cfg = config(f"sparsity={name}", "density=0.3")
+@pytest.mark.parametrize(("name", "experiment"), rotated(METHODS, ["", *options("experiment")]))
+def test_sparsity_lists_every_setting_with_the_defaults_of_the_code_in_every_experiment(config, name, experiment):
+    cfg = config(f"sparsity={name}", "density=0.3", *([f"experiment={experiment}"] if experiment else []))
+    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     function = get_method(cfg.sparsity._target_)
     assert set(cfg.sparsity) - {"_target_"} == set(inspect.signature(function).parameters)
     assert instantiate(cfg.sparsity, _convert_="all") == function(0.3)
     assert function(0.3).name == name
 
 
-@pytest.mark.parametrize(
-    ("group", "name"),
-    [
-        (g, n)
-        for g in ("allocation", "fraction", "init", "drop", "grow", "pattern", *OWNERS)
-        for n in options(f"sparsity/{g}")
-    ],
-)
-def test_a_methods_pieces_can_be_exchanged(config, group, name, tmp_path):
+def exchanges():
+    """Every piece once, one of every group at a time; each alone where everything is wanted."""
+    for owner, groups in OWNERS.items():
+        for names in zip_longest(*(options(f"sparsity/{group}") for group in groups)):
+            yield owner, {group: name for group, name in zip(groups, names, strict=True) if name}
+    for owner, groups in OWNERS.items():
+        for group in groups if len(groups) > 1 else []:
+            for name in options(f"sparsity/{group}"):
+                yield pytest.param(owner, {group: name}, marks=pytest.mark.exhaustive)
+
+
+@pytest.mark.parametrize(("owner", "pieces"), list(exchanges()))
+def test_a_methods_pieces_can_be_exchanged(config, owner, pieces, tmp_path):
     needed = {
         "file": [f"sparsity.init.path={tmp_path}/masks.pt"],
         "per_layer": ["sparsity.allocation.densities_by_name={*.hidden.*:0.1,*:0.5}"],
     }
-    density = 0.5 if name == "transposable_nm" else 0.2
+    density = 0.5 if "transposable_nm" in pieces.values() else 0.2
     cfg = config(
-        f"sparsity={OWNERS.get(group, 'rigl')}", f"density={density}", f"sparsity/{group}={name}", *needed.get(name, [])
+        f"sparsity={owner}",
+        f"density={density}",
+        *(f"sparsity/{group}={name}" for group, name in pieces.items()),
+        *(setting for name in pieces.values() for setting in needed.get(name, [])),
     )
-    piece = getattr(_make(cfg.sparsity), group)
-    assert type(piece) is get_class(cfg.sparsity[group]._target_)
-    fields = set(inspect.signature(type(piece)).parameters)
-    assert set(cfg.sparsity[group]) - {"_target_", "_convert_"} == fields
-    if name == "per_layer":
-        assert piece.densities_by_name == {"*.hidden.*": 0.1, "*": 0.5}
+    method = _make(cfg.sparsity)
+    for group, name in pieces.items():
+        piece = getattr(method, group)
+        assert type(piece) is get_class(cfg.sparsity[group]._target_)
+        fields = set(inspect.signature(type(piece)).parameters)
+        assert set(cfg.sparsity[group]) - {"_target_", "_convert_"} == fields
+        if name == "per_layer":
+            assert piece.densities_by_name == {"*.hidden.*": 0.1, "*": 0.5}
 
 
 IMAGES = {"input_shape": (3, 32, 32), "num_classes": 7}
@@ -104,10 +121,10 @@ def test_model(config, name):
     assert ("activation" in cfg) == ("activation" in parameters)
 
 
-@pytest.mark.parametrize(
-    "model", [n for n in options("model") if "activation" in (CONF / f"model/{n}.yaml").read_text()]
-)
-@pytest.mark.parametrize("name", options("model/activation"))
+WITH_ACTIVATION = [n for n in options("model") if "activation" in (CONF / f"model/{n}.yaml").read_text()]
+
+
+@pytest.mark.parametrize(("model", "name"), rotated(WITH_ACTIVATION, options("model/activation")))
 def test_activation(config, model, name):
     cfg = config(f"model={model}", f"model/activation={name}").model
     activations = _make(cfg, **IMAGES).activations
@@ -148,8 +165,7 @@ def test_data_root_comes_from_the_environment(config, monkeypatch):
     assert config("data=mnist").data.root == "/somewhere"
 
 
-@pytest.mark.parametrize("optimizer", options("optimizer"))
-@pytest.mark.parametrize("scheduler", options("scheduler"))
+@pytest.mark.parametrize(("optimizer", "scheduler"), rotated(options("optimizer"), options("scheduler")))
 def test_optimizer_and_scheduler(config, optimizer, scheduler):
     cfg = config(f"optimizer={optimizer}", f"scheduler={scheduler}", "optimizer.lr=0.5")
     weight = torch.nn.Parameter(torch.ones(3))
@@ -187,14 +203,6 @@ def test_logger(config, name, tmp_path):
         assert Path(logger.save_dir) == tmp_path
     if name == "wandb":
         assert cfg.logger.offline is True
-
-
-@pytest.mark.parametrize("name", options("experiment"))
-@pytest.mark.parametrize("method", METHODS)
-def test_experiment_takes_every_method(config, name, method):
-    cfg = config(f"experiment={name}", f"sparsity={method}", "density=0.02")
-    assert instantiate(cfg.sparsity, _convert_="all").name == method
-    OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
 
 
 def test_lenet_mnist_holds_the_published_setting(config):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import http.server
-import io
 import os
 import pickle
 import re
@@ -14,6 +13,7 @@ import tarfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,6 @@ from dst.data.download import download
 from dst.data.idx import read_idx
 from dst.data.loader import epoch_order, stratified_split
 from dst.errors import ConfigurationError, DataError, StateError
-from tests.distributed.processes import run
 from tests.sampling import rotated
 
 # --- IDX ---------------------------------------------------------------------------------------------------------
@@ -231,7 +230,7 @@ def server() -> Iterator[str]:
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        thread = threading.Thread(target=httpd.serve_forever)
+        thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{httpd.server_port}"
         httpd.shutdown()
@@ -704,9 +703,10 @@ class Peek(Callback):
 
 # Digits make 3 epochs of 5 batches.
 def fit(
-    save: Path, resume: Path | None = None, fail_at: int | None = None, peek: bool = False, **options: Any
+    save: Path | None = None, resume: Path | None = None, fail_at: int | None = None, peek: bool = False, **options: Any
 ) -> list[tuple[int, str]]:
-    save.mkdir(exist_ok=True)
+    if save is not None:
+        save.mkdir(exist_ok=True)
     model = Recorder(fail_at)
     data = Digits(batch_size=256, validation=options.pop("validation", 0.1))
     trainer = Trainer(
@@ -716,7 +716,7 @@ def fit(
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[SaveAlways(save), *[Peek()] * peek],
+        callbacks=[*([] if save is None else [SaveAlways(save)]), *[Peek()] * peek],
         **{"max_epochs": 3, **options},
     )
     with nullcontext() if fail_at is None else pytest.raises(RuntimeError, match="a failing step"):
@@ -728,124 +728,96 @@ def batches_in(checkpoint: str) -> int:
     return int(re.sub(r"\D", "", checkpoint))
 
 
-@pytest.mark.parametrize("where", ["batch3", "batch7", "batch5", "validation5", "epoch5", "epoch10"])
+@pytest.fixture(scope="module")
+def whole_fit(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, list[tuple[int, str]]]]:
+    """Fits that nothing stops: the folder of their checkpoints, and the batches they saw."""
+
+    @cache
+    def of(**options: Any) -> tuple[Path, list[tuple[int, str]]]:
+        folder = tmp_path_factory.mktemp("whole")
+        return folder, fit(folder, **options)
+
+    return of
+
+
+Whole = Callable[..., tuple[Path, list[tuple[int, str]]]]
+
+
 @pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"validation": 0.0},
-        {"accumulate_grad_batches": 2},
-        {"max_steps": 13},
-        {"max_steps": 13, "max_epochs": -1},
-        {"max_steps": 13, "validation": 0.0},
-        {"val_check_interval": 3},
-    ],
+    ("options", "where"),
+    rotated(
+        [
+            {},
+            {"validation": 0.0},
+            {"accumulate_grad_batches": 2},
+            {"max_steps": 13},
+            {"max_steps": 13, "max_epochs": -1},
+            {"max_steps": 13, "validation": 0.0},
+            {"val_check_interval": 3},
+        ],
+        ["batch3", "batch7", "batch5", "validation5", "epoch5", "epoch10"],
+        each=3,
+    ),
     ids=str,
 )
-def test_resumed_training_sees_the_same_batches(tmp_path: Path, options: dict[str, Any], where: str) -> None:
+def test_resumed_training_sees_the_same_batches(whole_fit: Whole, options: dict[str, Any], where: str) -> None:
     if where == "validation5" and options.keys() & {"validation", "val_check_interval"}:
         where = "batch4"  # no validation at that place
-    whole = fit(tmp_path / "whole", **options)
-    assert fit(tmp_path / "rest", tmp_path / "whole" / f"{where}.ckpt", **options) == whole[batches_in(where) :]
+    folder, whole = whole_fit(**options)
+    assert fit(resume=folder / f"{where}.ckpt", **options) == whole[batches_in(where) :]
 
 
 @pytest.mark.parametrize(
     ("second", "first", "options"),
-    rotated(
-        ["batch8", "batch10", "epoch10", "batch12"], ["batch3", "batch5", "epoch5"], [{}, {"max_steps": 13}], each=2
-    ),
+    rotated(["batch8", "batch10", "epoch10", "batch12"], ["batch3", "batch5", "epoch5"], [{}, {"max_steps": 13}]),
 )
 def test_training_resumed_twice_sees_the_same_batches(
-    tmp_path: Path, options: dict[str, Any], first: str, second: str
+    whole_fit: Whole, tmp_path: Path, options: dict[str, Any], first: str, second: str
 ) -> None:
-    whole = fit(tmp_path / "whole", **options)
-    fit(tmp_path / "more", tmp_path / "whole" / f"{first}.ckpt", **options)
-    assert fit(tmp_path / "rest", tmp_path / "more" / f"{second}.ckpt", **options) == whole[batches_in(second) :]
+    folder, whole = whole_fit(**options)
+    fit(tmp_path, folder / f"{first}.ckpt", **options)
+    assert fit(resume=tmp_path / f"{second}.ckpt", **options) == whole[batches_in(second) :]
 
 
 @pytest.mark.parametrize("options", [{}, {"max_steps": 13}, {"max_steps": 13, "validation": 0.0}], ids=str)
 def test_training_resumed_between_epochs_enters_and_leaves_the_rest_once(
-    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    whole_fit: Whole, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fit(tmp_path / "whole", **options)
+    folder, _ = whole_fit(**options)
     hooks: list[tuple[str, int]] = []
     for hook in ("on_train_epoch_start", "on_train_epoch_end"):
         monkeypatch.setattr(
             Recorder, hook, lambda self, hook=hook: hooks.append((hook[15:], self.trainer.current_epoch)), raising=False
         )
-    fit(tmp_path / "rest", tmp_path / "whole" / "epoch5.ckpt", **options)
+    fit(resume=folder / "epoch5.ckpt", **options)
     assert hooks == [("start", 1), ("end", 1), ("start", 2), ("end", 2)]
 
 
 @pytest.mark.parametrize("failing", [0, 3, 5, 9])
-def test_a_batch_whose_step_failed_is_trained_on_after_resuming(tmp_path: Path, failing: int) -> None:
-    whole = fit(tmp_path / "whole")
-    assert fit(tmp_path / "failed", fail_at=failing) == whole[:failing]
-    checkpoint = tmp_path / "failed" / f"failure{failing + 1}.ckpt"
-    assert fit(tmp_path / "rest", checkpoint) == whole[failing:]
+def test_a_batch_whose_step_failed_is_trained_on_after_resuming(whole_fit: Whole, tmp_path: Path, failing: int) -> None:
+    _, whole = whole_fit()
+    assert fit(tmp_path, fail_at=failing) == whole[:failing]
+    assert fit(resume=tmp_path / f"failure{failing + 1}.ckpt") == whole[failing:]
 
 
-def test_limited_epochs_resume_too(tmp_path: Path) -> None:
+def test_limited_epochs_resume_too(whole_fit: Whole) -> None:
     options: dict[str, Any] = {"limit_train_batches": 3}
-    whole = fit(tmp_path / "whole", **options)
+    folder, whole = whole_fit(**options)
     assert len(whole) == 9
     for done in (2, 3, 4):
-        assert fit(tmp_path / "rest", tmp_path / "whole" / f"batch{done}.ckpt", **options) == whole[done:]
+        assert fit(resume=folder / f"batch{done}.ckpt", **options) == whole[done:]
 
 
-def test_looking_at_a_batch_disturbs_nothing(tmp_path: Path) -> None:
-    whole = fit(tmp_path / "whole")
-    assert fit(tmp_path / "peeked", peek=True) == whole
+def test_looking_at_a_batch_disturbs_nothing(whole_fit: Whole, tmp_path: Path) -> None:
+    folder, whole = whole_fit()
+    assert fit(tmp_path, peek=True) == whole
     for where in ("batch3", "batch8", "epoch5"):
-        loops = [torch.load(tmp_path / run / f"{where}.ckpt")["loops"]["fit_loop"] for run in ("whole", "peeked")]
+        loops = [torch.load(place / f"{where}.ckpt")["loops"]["fit_loop"] for place in (folder, tmp_path)]
         assert loops[0]["epoch_progress"] == loops[1]["epoch_progress"]
-        assert fit(tmp_path / "rest", tmp_path / "peeked" / f"{where}.ckpt", peek=True) == whole[batches_in(where) :]
+        assert fit(resume=tmp_path / f"{where}.ckpt", peek=True) == whole[batches_in(where) :]
 
 
 @pytest.mark.filterwarnings("ignore:You requested to overfit")
-def test_overfitting_repeats_its_batches(tmp_path: Path) -> None:
-    seen = fit(tmp_path, overfit_batches=2)
+def test_overfitting_repeats_its_batches() -> None:
+    seen = fit(overfit_batches=2)
     assert seen[:2] == seen[2:4] == seen[4:]
-
-
-class ShardRecorder(Recorder):
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.folder = folder
-        self.shares: list[Tensor] = []
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        self.shares.append(batch[0])
-        return super().training_step(batch, batch_idx)
-
-    def on_train_end(self) -> None:
-        torch.save(self.shares, self.folder / f"{self.trainer.world_size}-{self.global_rank}.pt")
-
-
-def see_shares(rank: int, world: int, folder: Path) -> None:
-    os.environ.update(LOCAL_RANK=str(rank), RANK=str(rank), WORLD_SIZE=str(world))
-    try:
-        trainer = Trainer(
-            accelerator="cpu",
-            devices=world,
-            strategy="ddp" if world > 1 else "auto",
-            max_epochs=2,
-            limit_train_batches=3,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
-        trainer.fit(ShardRecorder(folder), datamodule=Digits(batch_size=128 // world))
-    finally:
-        for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
-            os.environ.pop(name, None)
-
-
-def test_two_processes_see_what_one_sees(tmp_path: Path) -> None:
-    see_shares(0, 1, tmp_path)
-    assert run(see_shares, 2, tmp_path) == [None, None]
-    whole, *shares = (torch.load(io.BytesIO((tmp_path / f"{n}.pt").read_bytes())) for n in ("1-0", "2-0", "2-1"))
-    assert len(whole) == 6
-    for together, *parts in zip(whole, *shares, strict=True):
-        assert torch.equal(torch.stack(parts, 1).flatten(0, 1), together)

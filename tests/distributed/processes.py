@@ -1,7 +1,8 @@
 """Runs functions on several gloo processes and brings back what each returned.
 
-Processes are started anew, never forked: a fork of a process whose OpenMP threads exist waits for them for ever in its
-first parallel region. They are kept for the calls to come, since importing torch takes longer than any of these tests.
+Processes are never forked from this one: a fork of a process whose OpenMP threads exist waits for them for ever in its
+first parallel region. They are forks of a server that has only imported what they need, since importing torch takes
+longer than any of these tests, and are kept for the calls to come.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,11 @@ LIMIT = 120.0
 """Seconds that a call may take, starting the processes included."""
 
 _pools: dict[int, _Pool] = {}
+_context = mp.get_context("forkserver")
+_context.set_forkserver_preload(
+    # An optimizer's first step imports torch._dynamo.
+    [__name__, "dst.methods", "pytest", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor"]
+)
 
 
 def run(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
@@ -47,7 +54,7 @@ def run(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
 
 def exit_code_of(function: Callable[..., Any], *arguments: Any) -> int | None:
     """Call a function of a module in a process of its own; returns its exit code, minus the signal that killed it."""
-    process = mp.get_context("spawn").Process(target=function, args=arguments)
+    process = _context.Process(target=function, args=arguments)
     process.start()
     process.join(LIMIT)
     if process.is_alive():
@@ -58,18 +65,18 @@ def exit_code_of(function: Callable[..., Any], *arguments: Any) -> int | None:
 
 
 def close() -> None:
-    """End all processes."""
+    """End all processes, and the server that they were forked from."""
     while _pools:
         _pools.popitem()[1].close()
+    forkserver._forkserver._stop()
 
 
 class _Pool:
     def __init__(self, world: int) -> None:
-        context = mp.get_context("spawn")
-        pipes = [context.Pipe() for _ in range(world)]
+        pipes = [_context.Pipe() for _ in range(world)]
         self._ends = [ours for ours, _ in pipes]
         self._processes = [
-            context.Process(target=_serve, args=(rank, world, theirs), daemon=True)
+            _context.Process(target=_serve, args=(rank, world, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self._processes:

@@ -16,8 +16,9 @@ import dst
 from dst.engine.gradient_compression import SparseAllReduce
 from dst.scores import Momentum
 from tests.distributed.processes import run
+from tests.sampling import rotated
 
-STEPS, UPDATE_EVERY, BATCH = 24, 4, 16
+STEPS, UPDATE_EVERY, BATCH = 12, 2, 16
 
 METHODS = {
     "rigl": dst.methods.rigl(0.1, update_every=UPDATE_EVERY),
@@ -128,14 +129,15 @@ def check_equal(one: dict[str, Any], several: list[Any]) -> None:
             torch.testing.assert_close(other["weights"][name], weight, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("how", ["ddp", "hook", "fsdp2"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *rotated(METHODS, ["ddp", "hook"]),
+        *rotated(["rigl", "rigl_momentum", "set", "snip"], ["fsdp2"]),
+        *(pytest.param(n, "fsdp2", marks=pytest.mark.exhaustive) for n in ("static", "sparse_from_scratch")),
+    ],
+)
 def test_two_processes_equal_one(name: str, how: str) -> None:
-    if how == "fsdp2" and name in ("grasp", "synflow"):
-        for outcome in run(train, 2, name, how):
-            assert isinstance(outcome, dst.ConfigurationError)
-            assert "first.weight is spread over processes: use DistributedDataParallel" in str(outcome)
-        return
     one = train(0, 1, name, "single")
     several = run(train, 2, name, how)
     check_equal(one, several)
@@ -143,16 +145,23 @@ def test_two_processes_equal_one(name: str, how: str) -> None:
         assert one["updates"] > 3
 
 
-@pytest.mark.parametrize("how", ["ddp", "hook"])
-@pytest.mark.parametrize("name", LATENT)
+REFUSED_WHERE_SPREAD = {
+    "grasp": "first.weight is spread over processes: use DistributedDataParallel",
+    "synflow": "first.weight is spread over processes: use DistributedDataParallel",
+    "top_kast": "first.weight is spread over processes, and latent weights are kept whole",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_WHERE_SPREAD)
+def test_what_needs_whole_weights_is_refused_where_they_are_spread(name: str) -> None:
+    for outcome in run(train, 2, name, "fsdp2"):
+        assert isinstance(outcome, dst.ConfigurationError)
+        assert REFUSED_WHERE_SPREAD[name] in str(outcome)
+
+
+@pytest.mark.parametrize(("name", "how"), rotated(LATENT, ["ddp", "hook"]))
 def test_two_processes_with_latent_weights_equal_one(name: str, how: str) -> None:
     check_equal(train(0, 1, name, "single"), run(train, 2, name, how))
-
-
-def test_latent_weights_that_are_spread_over_processes_are_refused() -> None:
-    for result in run(train, 2, "top_kast", "fsdp2"):
-        assert isinstance(result, dst.ConfigurationError)
-        assert "first.weight is spread over processes" in str(result)
 
 
 def test_four_processes_equal_one() -> None:

@@ -24,6 +24,7 @@ from dst.lightning.lottery_levels import run_lottery
 from dst.models.classifier import Classifier, cosine
 from dst.topology.counts import count_active
 from dst.topology.layers import find_layers
+from tests.sampling import rotated
 from tests.small import Small
 
 # --- levels ---------------------------------------------------------------------------------------------------------
@@ -275,7 +276,9 @@ def test_levels_start_from_the_snapshots_weights(finished, tmp_path):
         assert torch.equal(value, snapshot["state_dict"][name] * masks.get(name, 1)), name
 
 
-@pytest.mark.parametrize("rewind_to", [0, 4, STEPS_PER_EPOCH, 7, 2 * STEPS_PER_EPOCH, 0.5])
+@pytest.mark.parametrize(
+    "rewind_to", [0, STEPS_PER_EPOCH, 7, 0.5, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (4, 10))]
+)
 def test_a_level_that_prunes_nothing_repeats_the_dense_level_to_the_bit(tmp_path, rewind_to):
     """Weights, momentum, learning rate, batch statistics and the order of the data are those of the rewind point."""
     _, result, power = run(tmp_path, method=methods.lottery_ticket_rewind(1 - 1e-9, rewind_to=rewind_to))
@@ -288,7 +291,10 @@ def test_a_level_that_prunes_nothing_repeats_the_dense_level_to_the_bit(tmp_path
 
 @pytest.mark.parametrize(
     "moment",
-    [(0, 2), (0, 9), (0, "fit end"), (1, 5), (1, 8), (1, 2 * STEPS_PER_EPOCH), (2, 13), (2, "fit end"), (3, 15)],
+    [
+        *[(0, 2), (0, "fit end"), (1, 2 * STEPS_PER_EPOCH), (2, "fit end"), (3, 15)],
+        *(pytest.param(moment, marks=pytest.mark.exhaustive) for moment in ((0, 9), (1, 5), (1, 8), (2, 13))),
+    ],
     ids=str,
 )
 def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, tmp_path, moment):
@@ -398,20 +404,26 @@ def momentum_in(path: Path) -> list[torch.Tensor]:
     return [entry["momentum_buffer"] for entry in optimizer["state"].values()]
 
 
-@pytest.mark.parametrize("schedule", [cosine, lambda o, n: torch.optim.lr_scheduler.ExponentialLR(o, 0.9)])
-@pytest.mark.parametrize("rewind_to", [0, 7])
-@pytest.mark.parametrize("rewind", ["weights", "learning_rate", "none"])
+def exponential(optimizer: Any, steps: int) -> Any:
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("rewind", "schedule", "rewind_to"),
+    rotated(["weights", "learning_rate", "none"], [cosine, exponential], [0, 7], each=2),
+)
 def test_what_goes_back_and_what_stays(tmp_path, monkeypatch, rewind, rewind_to, schedule):
     """Renda et al. 2020, section 2: weights and rates, rates alone, or nothing but the pruned weights to zero."""
     monkeypatch.setitem(globals(), "cosine", schedule)
     record = Record()
-    _, result, _ = run(tmp_path, record, rewind=rewind, rewind_to=rewind_to)
-    assert record.started == [(0, 0), (1, rewind_to), (2, rewind_to), (3, rewind_to)]
+    method = methods.lottery_ticket_rewind(0.7, rewind=rewind, rewind_to=rewind_to)
+    _, result, _ = run(tmp_path, record, method=method)
+    assert record.started == [(0, 0), (1, rewind_to), (2, rewind_to)]
     steps = EPOCHS * STEPS_PER_EPOCH
-    assert [r.steps for r in result.levels] == [steps, *[steps - rewind_to] * 3]
+    assert [r.steps for r in result.levels] == [steps, *[steps - rewind_to] * 2]
     dense = record.rates[0]
     assert len(set(dense)) == steps
-    for level in (1, 2, 3):
+    for level in (1, 2):
         place, before = tmp_path / f"level_{level:02d}", tmp_path / f"level_{level - 1:02d}" / "final.ckpt"
         source = tmp_path / "snapshot.ckpt" if rewind == "weights" else before
         masks = load_masks(place / "masks.pt")

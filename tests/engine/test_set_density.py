@@ -17,6 +17,7 @@ from dst.patterns import NM, Block
 from dst.schedules import Constant
 from dst.scores import Magnitude, Momentum
 from dst.topology.optimizer_state import per_weight_state
+from tests.sampling import rotated
 from tests.small import OPTIMIZERS, Small, backward, train
 
 METHODS = {
@@ -56,9 +57,7 @@ def wanted(sparsifier, density):
     return total - math.floor(round((1 - density) * total, 6))
 
 
-@pytest.mark.parametrize("optimizer_name", ["adamw", "odd"])
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("steps", [0, 9])
+@pytest.mark.parametrize(("name", "steps", "optimizer_name"), rotated(METHODS, [9, 0], ["adamw", "odd"]))
 def test_counts_are_exact_and_survivors_untouched(name, steps, optimizer_name):
     model, optimizer, sparsifier = build(METHODS[name](), optimizer_name)
     train(model, optimizer, sparsifier, steps)
@@ -101,8 +100,7 @@ def test_the_density_stays_and_training_goes_on(name):
     assert churned == (name not in ("dense", "static", "gmp", "ac_dc"))
 
 
-@pytest.mark.parametrize("optimizer_name", ["adamw", "odd"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "optimizer_name"), rotated(METHODS, ["adamw", "odd"]))
 def test_a_resume_in_between_is_exact(name, optimizer_name):
     def everything(model, optimizer, sparsifier):
         return copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"], sparsifier.state_dict()])

@@ -792,8 +792,12 @@ def gapped():
     return model
 
 
-@pytest.mark.parametrize("make", [channels_last, transposed, gapped])
-@pytest.mark.parametrize("method_name", ["rigl", "set", "momentum_growth", "static", "rigl_global_start"])
+@pytest.mark.parametrize(
+    ("method_name", "make"),
+    rotated(
+        ["rigl", "set", "momentum_growth", "static", "rigl_global_start"], [channels_last, transposed, gapped], each=2
+    ),
+)
 def test_strides_make_no_difference(make, method_name):
     strided = make()
     plain = Small()
@@ -954,8 +958,10 @@ def everything(model, optimizer, sparsifier):
 ORDERS = ("weights first", "weights and optimizer first", "sparsifier first")
 
 
+# The other half of the methods resumes in tests/resume/test_plain_loop.py.
 @pytest.mark.parametrize(
-    ("method_name", "optimizer_name", "order", "at"), rotated(METHODS, ("adamw", "odd"), ORDERS, (0, 3, 9), each=2)
+    ("method_name", "optimizer_name", "order", "at"),
+    rotated(METHODS, ("adamw", "odd"), ORDERS, (0, 3, 9), share=(0, 2)),
 )
 def test_a_resume_goes_on_to_the_bit(method_name, optimizer_name, order, at):
     make = METHODS[method_name]
@@ -963,7 +969,7 @@ def test_a_resume_goes_on_to_the_bit(method_name, optimizer_name, order, at):
     train(model, optimizer, sparsifier, at)
     saved = checkpoint(model, optimizer, sparsifier)
     then = everything(model, optimizer, sparsifier)
-    train(model, optimizer, sparsifier, 6)
+    train(model, optimizer, sparsifier, 5)  # an update of every four steps is among them
     expected = everything(model, optimizer, sparsifier)
 
     torch.manual_seed(99)
@@ -980,7 +986,7 @@ def test_a_resume_goes_on_to_the_bit(method_name, optimizer_name, order, at):
     if order != "weights and optimizer first":
         optimizer.load_state_dict(saved["optimizer"])
     assert equal(everything(model, optimizer, sparsifier), then)
-    train(model, optimizer, sparsifier, 6)
+    train(model, optimizer, sparsifier, 5)
     assert equal(everything(model, optimizer, sparsifier), expected)
 
 
@@ -1065,20 +1071,25 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("case", REFUSALS)
-def test_a_state_that_does_not_belong_is_refused_and_changes_nothing(case):
+@pytest.fixture(scope="module")
+def trained():
     method = methods.rigl(DENSITY, grow=Momentum(), update_every=2)
-    source, optimizer, trained = build(method)
-    train(source, optimizer, trained, 5)
-    state = REFUSALS[case](trained.state_dict())
     model, optimizer, sparsifier = build(method)
-    train(model, optimizer, sparsifier, 3)
+    train(model, optimizer, sparsifier, 5)
+    return sparsifier
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_a_state_that_does_not_belong_is_refused_and_changes_nothing(case, trained):
+    state = REFUSALS[case](trained.state_dict())
+    model, optimizer, sparsifier = build(trained.method)
+    train(model, optimizer, sparsifier, 1)
     before = everything(model, optimizer, sparsifier)
     with pytest.raises(StateError) as raised:
         sparsifier.load_state_dict(state)
     assert str(raised.value)
     assert equal(everything(model, optimizer, sparsifier), before)
-    train(model, optimizer, sparsifier, 2)
+    train(model, optimizer, sparsifier, 1)
     sparsifier.load_state_dict(trained.state_dict())  # the untouched state is accepted
     assert sparsifier.step == 5
 

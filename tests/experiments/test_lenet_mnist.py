@@ -29,15 +29,18 @@ def test_methods_order_themselves_as_theory_says(tmp_path: Path) -> None:
                     f"sparsity={method}",
                     "density=0.01",
                     f"data.root={ROOT}",
-                    "trainer.max_epochs=2",
+                    "data.batch_size=64",
+                    "trainer.max_steps=600",
                     "trainer.enable_progress_bar=false",
-                    *(["sparsity.update_every=50"] if method != "sparse_from_scratch" else []),
+                    "report=false",
+                    *(["sparsity.update_every=20"] if method != "sparse_from_scratch" else []),
                 ],
             )
         summary = run(cfg, tmp_path / method)
         accuracy[method] = summary.test.accuracy
         assert abs(summary.density.realised - 0.01) < 1e-5
-    # Twelve epochs give 91.2, 95.1 and 96.1 percent (experiments/lenet_mnist); two are enough for the order.
-    assert accuracy["rigl"] > accuracy["set"] + 0.005
+    # Twelve epochs give 91.2, 95.1 and 96.1 percent (experiments/lenet_mnist). The two thirds of an epoch
+    # that are seen here give 85, 87 and 91 percent, within one percent over seeds 0, 1 and 2: enough for the order.
+    assert accuracy["rigl"] > accuracy["set"] + 0.015
     assert accuracy["set"] > accuracy["sparse_from_scratch"] + 0.01
-    assert accuracy["rigl"] > 0.92
+    assert accuracy["rigl"] > 0.89

@@ -37,13 +37,13 @@ def test_methods_of_every_kind_run_by_it(tmp_path: Path) -> None:
                     "density=0.1",
                     f"data.root={ROOT}",
                     "trainer.max_epochs=1",
-                    "trainer.limit_train_batches=60",
+                    "trainer.limit_train_batches=40",
                     "report=false",
                 ],
             )
         found[method] = run(cfg, tmp_path / method)
     for method, summary in found.items():
-        assert summary.steps == 60
+        assert summary.steps == 40
         assert summary.test.accuracy > 0.5
         if method != "small_dense":
             assert summary.density.realised == pytest.approx(0.1, abs=1e-5)

@@ -19,6 +19,7 @@ from dst.allocation import Uniform
 from dst.init import Snip
 from dst.lightning import SparseTraining
 from dst.schedules import Constant
+from tests.sampling import rotated
 
 
 class Plain(lightning.LightningModule):
@@ -140,16 +141,17 @@ def test_settings_reach_the_sparsifier():
 
 
 @pytest.mark.parametrize(
-    "method",
-    [
-        rigl(),
-        methods.static(0.25, allocation=Uniform()),
-        methods.static(0.25, init=Snip(), allocation=Uniform()),
-        methods.set_(0.25, update_every=3, allocation=Uniform()),
-    ],
-    ids=["rigl", "static", "snip", "set"],
+    ("method", "stop"),
+    rotated(
+        [
+            rigl(),
+            methods.static(0.25, allocation=Uniform()),
+            methods.static(0.25, init=Snip(), allocation=Uniform()),
+            methods.set_(0.25, update_every=3, allocation=Uniform()),
+        ],
+        [3, 8, 13],
+    ),
 )
-@pytest.mark.parametrize("stop", [3, 8, 13])
 def test_a_fit_resumes_from_its_checkpoint_to_the_bit(tmp_path, method, stop):
     torch.manual_seed(0)
     whole = SparseTraining(method)

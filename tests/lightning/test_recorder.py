@@ -28,6 +28,7 @@ from dst.lightning.recorder import (
 )
 from dst.metrics.training import loss_spikes
 from dst.topology.layers import SparseLayer
+from tests.sampling import rotated
 
 
 class Images(lightning.LightningModule):
@@ -145,9 +146,9 @@ def test_the_end_holds_what_the_final_masks_look_like(tmp_path):
         assert sum(expected) == len(mask)
 
 
-@pytest.mark.parametrize(("at", "every"), [(30, None), (45, 6)])
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_a_resumed_recording_is_that_of_an_uninterrupted_run(tmp_path, at, every, accumulate):
+@pytest.mark.parametrize(("cut", "accumulate"), rotated([(30, None), (45, 6)], [1, 2]))
+def test_a_resumed_recording_is_that_of_an_uninterrupted_run(tmp_path, cut, accumulate):
+    at, every = cut
     options = {"accumulate_grad_batches": accumulate, "method": methods.set_(0.25, update_every=11)}
 
     def saver(folder):
@@ -239,7 +240,7 @@ def test_a_layer_about_to_disconnect_is_named_once(tmp_path, caplog):
     module = Images()
     module.network[2] = nn.Linear(16, 60)
     module.network[4] = nn.Linear(60, 4)
-    with caplog.at_level(logging.WARNING, "dst.lightning.recorder"):
+    with caplog.at_level(logging.WARNING, "dst.recording"):
         fit(tmp_path, module=module, method=methods.set_(0.003, allocation=Uniform(), update_every=1))
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2
@@ -249,7 +250,7 @@ def test_a_layer_about_to_disconnect_is_named_once(tmp_path, caplog):
 
 
 def test_a_healthy_network_gets_no_warning(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, "dst.lightning.recorder"):
+    with caplog.at_level(logging.WARNING, "dst.recording"):
         fit(tmp_path, method=methods.static(0.5))
     assert not caplog.records
 

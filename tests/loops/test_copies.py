@@ -17,6 +17,7 @@ import dst
 from dst import Sparsifier
 from tests.methods_list import METHODS, TOTAL_STEPS
 from tests.resume.fits import differences
+from tests.sampling import rotated
 from tests.small import OPTIMIZERS, Small, backward, batch, train
 
 Trio = tuple[nn.Module, Optimizer, Sparsifier]
@@ -98,9 +99,9 @@ def test_a_copy_trains_on_as_the_original(
         assert other[0].get_parameter(mask_name)[~mask].eq(0).all()
 
 
-@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-@pytest.mark.parametrize("after", [0, 3, 4])
+@pytest.mark.parametrize(
+    ("after", "how", "order"), rotated([0, 3, 4], ["deepcopy", "pickle"], [(0, 1, 2), (2, 1, 0)], each=2)
+)
 def test_copies_of_sparse_storage(after: int, how: str, order: tuple[int, ...]) -> None:
     """Growth by gradient goes on where the copy is taken one step before an update."""
     whole = build("rigl", csr=True)

@@ -27,6 +27,7 @@ from dst.checkpoints import load_checkpoint
 from dst.lightning import SparseTraining
 from tests.methods_list import METHODS
 from tests.resume.fits import BATCHES, Data, Fit, Interrupted, Module, Rows, StopAt, differences
+from tests.sampling import rotated
 
 # What Lightning says of these trainers and modules, sparse or not.
 pytestmark = [
@@ -84,8 +85,7 @@ class Watch(Callback):
         self.validated += 1
 
 
-@pytest.mark.parametrize("algorithm", ["norm", "value"])
-@pytest.mark.parametrize("name", ["rigl", "set", "snip"])
+@pytest.mark.parametrize(("name", "algorithm"), rotated(["rigl", "set", "snip"], ["norm", "value"]))
 def test_clipping_of_either_kind(name: str, algorithm: str) -> None:
     """Trains through updates that replace a step, and clips masked gradients to what was asked for."""
     largest = []
@@ -106,8 +106,7 @@ def test_clipping_of_either_kind(name: str, algorithm: str) -> None:
     assert 0.009 < max(largest) <= 0.01 + 1e-6
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize("name", ["rigl", "momentum_growth", "static_at_step"])
+@pytest.mark.parametrize(("name", "accumulate"), rotated(["rigl", "momentum_growth", "static_at_step"], [1, 3]))
 def test_fp16_overflows_do_not_advance_the_clock(name: str, accumulate: int) -> None:
     """Lightning counts a step that the scaler leaves out; the topology's clock must not."""
     overflows = {2, 4, 5, 11}  # optimizer steps by Lightning's count
@@ -143,8 +142,9 @@ def test_fp16_overflows_do_not_advance_the_clock(name: str, accumulate: int) -> 
         assert sparse.sparsifier.updates == 5  # at steps 0, 4, 8, 12, 16 of its own clock
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-@pytest.mark.parametrize("name", ["rigl", "momentum_growth", "static"])
+@pytest.mark.parametrize(
+    ("name", "precision"), rotated(["rigl", "momentum_growth", "static"], ["bf16-mixed", "bf16-true", "64-true"])
+)
 def test_other_precisions(name: str, precision: Any) -> None:
     sparse = SparseTraining(METHODS[name]())
     watch = Watch(sparse)
@@ -202,7 +202,8 @@ class Adversaries(lightning.LightningModule):
 def test_adversaries_with_an_optimizer_each(name: str, tmp_path: Path) -> None:
     sparse = SparseTraining(METHODS[name](), total_steps=STEPS)
     module = Adversaries()
-    whole = Fit(sparse, tmp_path, module=module, callbacks=[sparse, watch := Watch(sparse)])
+    saver = {"every_n_train_steps": 9}
+    whole = Fit(sparse, tmp_path, module=module, callbacks=[sparse, watch := Watch(sparse)], saver=saver)
     assert watch.seen == STEPS
     state = sparse.state_dict()
     assert state["steps"] == [STEPS // 2, STEPS]
@@ -212,7 +213,7 @@ def test_adversaries_with_an_optimizer_each(name: str, tmp_path: Path) -> None:
     # Interrupted and resumed, both clocks go on.
     resumed = SparseTraining(METHODS[name](), total_steps=STEPS)
     paths = sorted(tmp_path.glob("step=*.ckpt"), key=lambda p: int(p.stem[5:]))
-    fit = Fit(resumed, tmp_path / "b", module=Adversaries(), resume=paths[len(paths) // 2])
+    fit = Fit(resumed, tmp_path / "b", module=Adversaries(), resume=paths[len(paths) // 2], saver=saver)
     found = list(differences(whole.outcome(), fit.outcome()))
     assert not found, found
 
@@ -330,13 +331,12 @@ class Averages(Callback):
         self.validated.append(pl_module.get_parameter("hidden.weight").detach().clone())
 
 
-@pytest.mark.parametrize("first", ["sparse", "average"])
-@pytest.mark.parametrize("name", ["rigl", "set", "static_at_step", "snip"])
+@pytest.mark.parametrize(("name", "first"), rotated(["rigl", "set", "static_at_step", "snip"], ["sparse", "average"]))
 def test_exponential_averages_are_masked_when_validated_and_saved(name: str, first: str, tmp_path: Path) -> None:
     sparse, average = SparseTraining(METHODS[name]()), EMAWeightAveraging(decay=0.9)
     look = Averages(sparse)
     order: list[Callback] = [sparse, average] if first == "sparse" else [average, sparse]
-    fit = Fit(sparse, tmp_path, callbacks=[*order, look], saver={"save_last": False})
+    fit = Fit(sparse, tmp_path, callbacks=[*order, look], saver={"every_n_train_steps": 3, "save_last": False})
     assert len(look.validated) == 2 * STEPS // BATCHES
     trained = masks_of(sparse)
     # What was validated is the average, not the model.
@@ -344,7 +344,7 @@ def test_exponential_averages_are_masked_when_validated_and_saved(name: str, fir
     assert not torch.equal(
         look.validated[-1], load_checkpoint(tmp_path / "step=24.ckpt")["current_model_state"]["hidden.weight"]
     )
-    for step in (7, 13, 24):
+    for step in (9, 15, 24):
         checkpoint = load_checkpoint(tmp_path / f"step={step}.ckpt")
         (state,) = (s for k, s in checkpoint["callbacks"].items() if k.startswith("SparseTraining"))
         for n, mask in state["masks"].items():
@@ -355,8 +355,7 @@ def test_exponential_averages_are_masked_when_validated_and_saved(name: str, fir
     assert torch.equal(fit.module.get_parameter("hidden.weight"), look.validated[-1])
 
 
-@pytest.mark.parametrize("first", ["sparse", "average"])
-@pytest.mark.parametrize("name", ["rigl", "set"])
+@pytest.mark.parametrize(("name", "first"), rotated(["rigl", "set"], ["sparse", "average"]))
 def test_stochastic_averages_are_masked(name: str, first: str) -> None:
     sparse, average = SparseTraining(METHODS[name]()), StochasticWeightAveraging(0.01, swa_epoch_start=1)
     order: list[Callback] = [sparse, average] if first == "sparse" else [average, sparse]

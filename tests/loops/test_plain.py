@@ -19,6 +19,7 @@ from dst.init import Snip
 from dst.scores import Momentum
 from tests.methods_list import DYNAMIC, METHODS, TOTAL_STEPS
 from tests.resume.fits import differences
+from tests.sampling import rotated
 from tests.small import OPTIMIZERS, Small, backward, batch, check_budget, train
 
 
@@ -142,8 +143,13 @@ def scaled_run(name: str, overflows: Collection[int], where: str, optimizer: str
     return {**state(model, made, sparsifier), "skips": sparsifier.skipped}
 
 
-@pytest.mark.parametrize("where", ["everywhere", "inactive", "head.bias"])
-@pytest.mark.parametrize("name", ["rigl", "set", "momentum_growth", "static_from_start", "rigl_with_step"])
+@pytest.mark.parametrize(
+    ("name", "where"),
+    rotated(
+        ["rigl", "set", "momentum_growth", "static_from_start", "rigl_with_step"],
+        ["everywhere", "inactive", "head.bias"],
+    ),
+)
 def test_overflows_under_a_gradient_scaler_leave_no_trace(name: str, where: str) -> None:
     """The clock does not advance, no mask moves, and training goes on as if the attempt had not been made."""
     clean = scaled_run(name, [], where)
@@ -175,7 +181,7 @@ def test_an_overflow_where_the_first_mask_is_due_puts_it_off(name: str) -> None:
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", rotated(METHODS, share=(1, 3)))
 def test_bfloat16_weights(name: str) -> None:
     model, optimizer, sparsifier = build(name, model=Small().bfloat16())
     for _ in range(TOTAL_STEPS):
@@ -299,22 +305,22 @@ def test_a_step_that_was_not_prepared_is_an_error() -> None:
     optimizer.step()  # dense from here on
 
 
-def test_a_step_that_was_prepared_and_not_taken_is_rewired_once() -> None:
+@pytest.mark.parametrize("name", rotated(DYNAMIC, share=(0, 2)))
+def test_a_step_that_was_prepared_and_not_taken_is_rewired_once(name: str) -> None:
     """Loops that leave a step out, for a norm that is too large, prepare the same step again."""
-    for name in DYNAMIC:
-        model, optimizer, sparsifier = build(name)
-        train(model, optimizer, sparsifier, 4)
-        updates = sparsifier.updates
-        backward(model, optimizer, 4)
-        sparsifier.before_step()
-        masks = sparsifier.masks
-        backward(model, optimizer, 5)
-        sparsifier.before_step()
-        assert sparsifier.updates <= updates + 1
-        assert all(torch.equal(m, sparsifier.masks[n]) for n, m in masks.items())
-        optimizer.step()
-        assert sparsifier.step == 5
-        check_zero(model, sparsifier)
+    model, optimizer, sparsifier = build(name)
+    train(model, optimizer, sparsifier, 4)
+    updates = sparsifier.updates
+    backward(model, optimizer, 4)
+    sparsifier.before_step()
+    masks = sparsifier.masks
+    backward(model, optimizer, 5)
+    sparsifier.before_step()
+    assert sparsifier.updates <= updates + 1
+    assert all(torch.equal(m, sparsifier.masks[n]) for n, m in masks.items())
+    optimizer.step()
+    assert sparsifier.step == 5
+    check_zero(model, sparsifier)
 
 
 class Chatty(torch.optim.SGD):

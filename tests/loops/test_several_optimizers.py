@@ -92,16 +92,16 @@ def test_two_optimizers_share_max_steps(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_one_that_steps_five_times_as_often(name: str) -> None:
-    check(*fit(METHODS[name](), every=5, max_epochs=6), [300, 60])
+    check(*fit(METHODS[name](), every=5, batches=40, max_epochs=5), [200, 40])
     if name == "gmp":
-        check(*fit(METHODS[name](), every=5, max_steps=240), [200, 40])
+        check(*fit(METHODS[name](), every=5, batches=40, max_steps=120), [100, 20])
 
 
 def test_lengths_that_are_given() -> None:
-    module, sparse = fit(METHODS["gmp"](), every=5, max_epochs=6, total_steps=[300, 60])
-    check(module, sparse, [300, 60])
+    module, sparse = fit(METHODS["gmp"](), every=5, batches=20, max_epochs=5, total_steps=[100, 20])
+    check(module, sparse, [100, 20])
     assert sparse.sparsifier is not None
-    assert [s.total for s in sparse.sparsifier._steppers] == [300, 60]
+    assert [s.total for s in sparse.sparsifier._steppers] == [100, 20]
 
 
 def test_lengths_in_a_loop_of_ones_own() -> None:
@@ -126,13 +126,13 @@ def test_lengths_in_a_loop_of_ones_own() -> None:
 
 
 def test_a_resume_goes_on_with_the_lengths_that_were_measured() -> None:
-    _, sparse = fit(METHODS["gmp"](), every=5, max_epochs=6)
+    _, sparse = fit(METHODS["gmp"](), every=5, batches=20, max_epochs=5)
     assert sparse.sparsifier is not None
     state = sparse.state_dict()
-    assert state["total_steps"] == [300, 60]
+    assert state["total_steps"] == [100, 20]
     again = SparseTraining(METHODS["gmp"]())
     again.load_state_dict(state)
-    assert again.state_dict()["total_steps"] == [300, 60]
+    assert again.state_dict()["total_steps"] == [100, 20]
 
 
 # -- training that ends too early ----------------------------------------------------------------------------------
@@ -218,8 +218,8 @@ def test_a_resume_of_what_began_dense_ends_as_if_it_had_not_stopped(tmp_path: An
 
 
 def test_the_first_of_two_limits_counts() -> None:
-    check(*fit(METHODS["gmp"](), max_epochs=2, max_steps=1000), [100, 100])
-    check(*fit(METHODS["gmp"](), max_epochs=20, max_steps=200), [100, 100])
+    check(*fit(METHODS["gmp"](), batches=25, max_epochs=2, max_steps=1000), [50, 50])
+    check(*fit(METHODS["gmp"](), batches=25, max_epochs=20, max_steps=100), [50, 50])
 
 
 def test_a_loop_that_ends_before_its_budget_settles_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from math import prod
 
 import pytest
@@ -270,9 +271,11 @@ def test_a_linear_network_costs_its_weights():
     assert sum(layer_macs(model, (1, 28, 28)).values()) == 266_200
 
 
+@cache
 def resnet50(pad_twice: bool):
     with torch.device("meta"):
-        return ResNet50(pad_twice)
+        model = ResNet50(pad_twice)
+    return model, count_operations(model, (3, 224, 224))
 
 
 @pytest.mark.parametrize(
@@ -280,9 +283,9 @@ def resnet50(pad_twice: bool):
     [(0.2, 0.4153, 0.2254, 2.09), (0.1, 0.2431, 0.1285, 1.23)],
 )
 def test_resnet50_table_of_rigl(density, erk, uniform, erk_training_5x):
-    operations = count_operations(resnet50(pad_twice=True), (3, 224, 224))
+    model, operations = resnet50(pad_twice=True)
     assert operations.warnings() == []
-    shapes = {w.label: tuple(resnet50(True).get_parameter(w.label).shape) for w in operations.weights}
+    shapes = {w.label: tuple(model.get_parameter(w.label).shape) for w in operations.weights}
     assert sum(w.weights for w in operations.weights) == 25_502_912
     by_erk = erk_densities(shapes, density)
     table = flops_table(operations, by_erk, convention="rigl")
@@ -304,7 +307,7 @@ def test_resnet50_table_of_rigl(density, erk, uniform, erk_training_5x):
 
 
 def test_resnet50_without_the_second_padding():
-    operations = count_operations(resnet50(pad_twice=False), (3, 224, 224))
+    _, operations = resnet50(pad_twice=False)
     assert sum(operations.macs.values()) == 4_089_184_256  # the figure of torchvision's table, 4.09 GMACs
     assert flops_table(operations, {}, convention="flops").dense == 2 * 4_089_184_256
 

@@ -121,8 +121,16 @@ def density_of(pattern) -> float:
     return pattern.n / pattern.m if isinstance(pattern, (NM, TransposableNM)) else 0.3
 
 
-@pytest.mark.parametrize(("pattern", "where"), COMBINATIONS)
-@pytest.mark.parametrize("regrow", [True, False])
+@pytest.mark.parametrize(
+    ("pattern", "where", "regrow"),
+    [
+        pytest.param(
+            *p.values, regrow, id=f"{p.id}-{regrow}", marks=[pytest.mark.exhaustive] if i % 2 == regrow else []
+        )
+        for i, p in enumerate(COMBINATIONS)
+        for regrow in (True, False)
+    ],
+)
 def test_masks_keep_the_pattern_and_the_count_through_updates(pattern, where, regrow):
     resolved = pattern.for_density(density_of(pattern))
     count = resolved.fit(where, round(density_of(pattern) * where.weights))

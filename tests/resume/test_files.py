@@ -19,7 +19,7 @@ from dst.lightning.callback import AtomicCheckpointIO
 from tests.distributed.processes import exit_code_of
 from tests.methods_list import METHODS
 from tests.resume.fits import Fit
-from tests.resume.killed import save_twice_and_die
+from tests.resume.killed import each_in_a_fork
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
 
@@ -63,13 +63,16 @@ def test_a_failure_after_the_writing_leaves_the_old_file(
     assert load_checkpoint(path)["weights"].eq(1).all()
 
 
-@pytest.mark.parametrize("function", ["fsync", "replace"])
-def test_a_process_killed_while_it_writes_leaves_a_whole_file(function: str, tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    assert exit_code_of(save_twice_and_die, path, function) == -signal.SIGKILL
-    assert len(list(tmp_path.glob(".*.part"))) == 1, "the process was not killed while it wrote: the test says nothing"
-    assert load_checkpoint(path)["attempt"] == 1
-    assert latest_readable(tmp_path) == path
+def test_a_process_killed_while_it_writes_leaves_a_whole_file(tmp_path: Path) -> None:
+    functions = ["fsync", "replace"]
+    assert exit_code_of(each_in_a_fork, tmp_path, functions) == 0
+    for function in functions:
+        folder = tmp_path / function
+        path = folder / "last.ckpt"
+        assert int((tmp_path / f"{function}.code").read_text()) == -signal.SIGKILL
+        assert len(list(folder.glob(".*.part"))) == 1, "it was not killed while it wrote: the test says nothing"
+        assert load_checkpoint(path)["attempt"] == 1
+        assert latest_readable(folder) == path
 
 
 def test_sparse_training_writes_its_trainers_checkpoints_atomically(

@@ -21,7 +21,13 @@ from tests.methods_list import DYNAMIC, METHODS, TOTAL_STEPS
 from tests.resume.fits import BATCHES, Fit, Interrupted, Module, StopAt, check_rows, check_same, differences
 from tests.sampling import rotated
 
-pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),  # savers of other intervals
+]
+
+SELDOM = {"every_n_train_steps": 9}
+"""For fits whose checkpoints are not, or hardly, looked at: writing one takes as long as a step."""
 
 
 def points(name: str) -> list[int]:
@@ -37,14 +43,8 @@ def points(name: str) -> list[int]:
     return sorted(chosen)
 
 
-# Three in ten run every time: that each method resumes in a plain loop is tested for all of them.
-@pytest.mark.parametrize(
-    ("name", "point"),
-    [
-        pytest.param(*p.values, marks=[*p.marks, *([pytest.mark.exhaustive] if i % 3 and i < len(METHODS) else [])])
-        for i, p in enumerate(rotated(METHODS, range(4)))
-    ],
-)
+# That each method resumes in a plain loop is tested for all of them.
+@pytest.mark.parametrize(("name", "point"), rotated(METHODS, range(4), share=(2, 5)))
 def test_every_method_resumes_from_any_step(name: str, point: int, tmp_path: Path) -> None:
     step = points(name)[point % len(points(name))]
     whole = Fit(SparseTraining(METHODS[name]()), tmp_path, saver={"every_n_train_steps": step})
@@ -52,15 +52,15 @@ def test_every_method_resumes_from_any_step(name: str, point: int, tmp_path: Pat
     assert whole.sparse.sparsifier.step == TOTAL_STEPS
     if name in DYNAMIC:
         assert whole.sparse.sparsifier.updates > 3
-    again = {"saver": {"every_n_train_steps": step}, "resume": tmp_path / f"step={step}.ckpt"}
-    resumed = Fit(SparseTraining(METHODS[name]()), tmp_path / "again", **again)
+    resume = tmp_path / f"step={step}.ckpt"
+    resumed = Fit(SparseTraining(METHODS[name]()), tmp_path / "again", resume=resume, saver=SELDOM)
     check_same(whole, resumed)
     assert sum("loss" in row for _, row in resumed.rows.rows) >= TOTAL_STEPS - step
 
 
 @pytest.mark.parametrize(
     ("name", "optimizer", "step"),
-    rotated(["rigl", "set", "momentum_growth", "static_at_step"], ["adamw", "odd", "rmsprop"], [5, 10], each=2),
+    rotated(["rigl", "set", "momentum_growth", "static_at_step"], ["adamw", "odd", "rmsprop"], [5, 10]),
 )
 def test_every_optimizer_resumes(name: str, optimizer: str, step: int, tmp_path: Path) -> None:
     def fit(folder: Path, resume: Path | None = None) -> Fit:
@@ -71,24 +71,24 @@ def test_every_optimizer_resumes(name: str, optimizer: str, step: int, tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("name", "where"),
-    rotated(["rigl", "set", "snip", "momentum_growth"], [(1, 4), (1, 5), (3, 13), (3, 14), (3, 15)], each=2),
+    ("where", "name"),
+    rotated([(1, 4), (1, 5), (3, 13), (3, 14), (3, 15)], ["rigl", "set", "snip", "momentum_growth"]),
 )
 def test_a_run_that_is_interrupted_goes_on_from_its_last_checkpoint(
-    name: str, where: tuple[int, int], tmp_path: Path
+    where: tuple[int, int], name: str, tmp_path: Path
 ) -> None:
     accumulate, stop = where
 
     def sparse() -> SparseTraining:
         return SparseTraining(METHODS[name]())
 
-    whole = Fit(sparse(), tmp_path / "whole", accumulate=accumulate)
+    whole = Fit(sparse(), tmp_path / "whole", accumulate=accumulate, saver=SELDOM)
     halted = sparse()
     interrupted = Fit(halted, tmp_path, callbacks=[halted, StopAt(stop)], accumulate=accumulate)
     assert not interrupted.finished
     last = tmp_path / "last.ckpt"
     assert load_checkpoint(last)["global_step"] == stop // accumulate
-    resumed = Fit(sparse(), tmp_path, accumulate=accumulate, resume=last)
+    resumed = Fit(sparse(), tmp_path, accumulate=accumulate, resume=last, saver=SELDOM)
     check_same(whole, resumed)
     check_rows(whole, interrupted, resumed)
 
@@ -111,11 +111,12 @@ class SaveAt(Callback):
 @pytest.mark.parametrize(("micro", "order"), rotated([13, 14, 15], [0, 1]))
 def test_a_checkpoint_within_gradient_accumulation_keeps_the_gradients(micro: int, order: int, tmp_path: Path) -> None:
     method = METHODS["rigl"]()  # updates at step 4, which micro-batches 12, 13 and 14 make
-    whole = Fit(SparseTraining(method), tmp_path / "whole", accumulate=3)
+    options: dict[str, Any] = {"accumulate": 3, "saver": SELDOM}
+    whole = Fit(SparseTraining(method), tmp_path / "whole", **options)
     sparse, saver = SparseTraining(method), SaveAt(micro, tmp_path / "middle.ckpt")
-    interrupted = Fit(sparse, tmp_path, callbacks=[sparse, saver] if order else [saver, sparse], accumulate=3)
+    interrupted = Fit(sparse, tmp_path, callbacks=[sparse, saver] if order else [saver, sparse], **options)
     assert not interrupted.finished
-    resumed = Fit(SparseTraining(method), tmp_path, accumulate=3, resume=tmp_path / "middle.ckpt")
+    resumed = Fit(SparseTraining(method), tmp_path, resume=tmp_path / "middle.ckpt", **options)
     found = list(differences(whole.outcome(), resumed.outcome()))
     assert not found, found
     check_rows(whole, interrupted, resumed)
@@ -170,24 +171,27 @@ ORDERS: dict[str, Callable[[SparseTraining, Callback, Callback], Sequence[Callba
 }
 
 
-@pytest.mark.parametrize(("name", "order"), rotated(["rigl", "static_at_step"], ORDERS, each=2))
-def test_callbacks_in_any_order(name: str, order: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["rigl", "static_at_step"])
+def test_callbacks_in_any_order(name: str, tmp_path: Path) -> None:
     """Weights, averaged weights and metrics are the same in every order, and survive a resume in every other."""
 
     def fit(order: str, folder: Path, resume: Path | None = None) -> tuple[Fit, EMAWeightAveraging]:
         sparse, average = SparseTraining(METHODS[name]()), EMAWeightAveraging(decay=0.7)
         callbacks = list(ORDERS[order](sparse, average, LearningRateMonitor()))
-        return Fit(sparse, folder, callbacks=callbacks, resume=resume), average
+        return Fit(sparse, folder, callbacks=callbacks, resume=resume, saver=SELDOM), average
 
-    reference, _ = fit(next(iter(ORDERS)), tmp_path / "reference")
-    whole, average = fit(order, tmp_path / "whole")
-    assert not list(differences(reference.outcome(), whole.outcome()))
-    for other in ORDERS.keys() - {order}:
-        resumed, resumed_average = fit(other, tmp_path / "again", tmp_path / "whole" / "step=9.ckpt")
-        assert not list(differences(whole.outcome(), resumed.outcome()))
-        assert average._average_model is not None
-        assert resumed_average._average_model is not None
-        assert not list(differences(average._average_model.state_dict(), resumed_average._average_model.state_dict()))
+    def check(one: tuple[Fit, EMAWeightAveraging], other: tuple[Fit, EMAWeightAveraging]) -> None:
+        assert not list(differences(one[0].outcome(), other[0].outcome()))
+        averages = [average._average_model for _, average in (one, other)]
+        assert None not in averages
+        assert not list(differences(*(average.state_dict() for average in averages)))
+
+    first, *others = ORDERS
+    whole = {order: fit(order, tmp_path / order) for order in ORDERS}
+    for order in others:
+        check(whole[first], whole[order])
+    for saved, order in zip(ORDERS, [*others, first], strict=True):
+        check(whole[first], fit(order, tmp_path / "again", tmp_path / saved / "step=9.ckpt"))
 
 
 def test_a_finished_run_that_is_resumed_keeps_everything(tmp_path: Path) -> None:
@@ -221,18 +225,23 @@ REFUSALS: dict[str, tuple[Callable[[], SparseTraining], Callable[[], Module], st
 }
 
 
+@pytest.fixture(scope="module")
+def an_epoch(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of an epoch of rigl."""
+    folder = tmp_path_factory.mktemp("epoch")
+    Fit(SparseTraining(METHODS["rigl"]()), folder, steps=BATCHES)
+    return folder / "last.ckpt"
+
+
 @pytest.mark.parametrize("what", REFUSALS)
-def test_a_checkpoint_of_something_else_is_refused(what: str, tmp_path: Path) -> None:
+def test_a_checkpoint_of_something_else_is_refused(what: str, an_epoch: Path, tmp_path: Path) -> None:
     sparse, module, message = REFUSALS[what]
-    Fit(SparseTraining(METHODS["rigl"]()), tmp_path, steps=BATCHES)
     with pytest.raises((dst.StateError, RuntimeError), match=message):
-        Fit(sparse(), tmp_path / "again", module=module(), resume=tmp_path / "last.ckpt")
+        Fit(sparse(), tmp_path, module=module(), resume=an_epoch)
 
 
-def test_a_checkpoint_cut_off_is_refused_by_name(tmp_path: Path) -> None:
-    Fit(SparseTraining(METHODS["rigl"]()), tmp_path, steps=BATCHES)
-    last = tmp_path / "last.ckpt"
-    whole = last.read_bytes()
+def test_a_checkpoint_cut_off_is_refused_by_name(an_epoch: Path, tmp_path: Path) -> None:
+    last, whole = tmp_path / "last.ckpt", an_epoch.read_bytes()
     for length in (0, 10, len(whole) // 2, len(whole) - 1):
         last.write_bytes(whole[:length])
         with pytest.raises(dst.StateError, match=r"last\.ckpt cannot be read.*latest_readable"):

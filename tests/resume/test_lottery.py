@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import dst
 from dst.checkpoints import load_checkpoint
 from dst.lightning.lottery_levels import LotteryResult, run_lottery
 from tests.resume.fits import BATCHES, Data, Interrupted, Module, Rows, StopAt, differences
+from tests.sampling import rotated
 
 LEVELS = 3  # densities 1, 0.5, 0.3
 
@@ -59,6 +62,20 @@ def outcome(result: LotteryResult, folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """Outcomes of runs that nothing stops."""
+
+    @cache
+    def of(**settings: Any) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("whole")
+        found = outcome(run(folder, **settings), folder)
+        assert not list(folder.glob("*/start.ckpt"))
+        return found
+
+    return of
+
+
 @pytest.mark.parametrize(
     ("level", "batch", "accumulate"),
     [
@@ -69,41 +86,46 @@ def outcome(result: LotteryResult, folder: Path) -> dict[str, Any]:
         (2, 10, 3),  # in the middle of gradient accumulation
     ],
 )
-def test_an_interrupted_lottery_goes_on(level: int, batch: int, accumulate: int, tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole", accumulate)
+def test_an_interrupted_lottery_goes_on(
+    undisturbed: Callable[..., dict[str, Any]], level: int, batch: int, accumulate: int, tmp_path: Path
+) -> None:
     with pytest.raises(Interrupted):
         run(tmp_path / "halted", accumulate, StopAt(batch), level)
     finished = {p: p.stat().st_mtime_ns for p in (tmp_path / "halted").glob("*/level.json")}
     assert len(finished) == level
     resumed = run(tmp_path / "halted", accumulate)
     assert {p: p.stat().st_mtime_ns for p in finished} == finished
-    found = list(differences(outcome(whole, tmp_path / "whole"), outcome(resumed, tmp_path / "halted")))
+    found = list(differences(undisturbed(accumulate=accumulate), outcome(resumed, tmp_path / "halted")))
     assert not found, found
     assert [x.steps for x in resumed.levels] == [2 * BATCHES, *[2 * BATCHES - 4] * (LEVELS - 1)]
 
 
-@pytest.mark.parametrize("batch", [1, 7])  # before and after the level's first checkpoint
 @pytest.mark.parametrize(
-    ("rewind", "prune_fraction", "level"),
-    [("learning_rate", 0.5, 2), ("none", 0.5, 2), ("none", 0.5, 0), ("learning_rate", None, 1)],
+    ("where", "batch"),
+    rotated(
+        [("learning_rate", 0.5, 2), ("none", 0.5, 2), ("none", 0.5, 0), ("learning_rate", None, 1)],
+        [1, 7],  # before and after the level's first checkpoint
+    ),
 )
 def test_so_it_does_where_trained_weights_are_kept(
-    rewind: str, prune_fraction: float | None, level: int, batch: int, tmp_path: Path
+    undisturbed: Callable[..., dict[str, Any]], where: tuple[str, float | None, int], batch: int, tmp_path: Path
 ) -> None:
+    rewind, prune_fraction, level = where
     settings: dict[str, Any] = {"rewind": rewind, "prune_fraction": prune_fraction}
-    whole = run(tmp_path / "whole", **settings)
-    assert len(whole.levels) == (2 if prune_fraction is None else LEVELS)
+    whole = undisturbed(**settings)
+    assert len(whole["levels"]) == (2 if prune_fraction is None else LEVELS)
     with pytest.raises(Interrupted):
         run(tmp_path / "halted", 1, StopAt(batch), level, **settings)
     resumed = run(tmp_path / "halted", **settings)
-    found = list(differences(outcome(whole, tmp_path / "whole"), outcome(resumed, tmp_path / "halted")))
+    found = list(differences(whole, outcome(resumed, tmp_path / "halted")))
     assert not found, found
     assert not list(tmp_path.glob("*/*/start.ckpt"))
 
 
-def test_a_level_that_is_interrupted_as_it_ends_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_level_that_is_interrupted_as_it_ends_goes_on(
+    undisturbed: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Training is over and the level's record is not yet written."""
-    whole = run(tmp_path / "whole")
 
     def halt(*args: Any) -> None:
         raise Interrupted
@@ -113,7 +135,7 @@ def test_a_level_that_is_interrupted_as_it_ends_goes_on(tmp_path: Path, monkeypa
         with pytest.raises(Interrupted):
             run(tmp_path / "halted")
     resumed = run(tmp_path / "halted")
-    found = list(differences(outcome(whole, tmp_path / "whole"), outcome(resumed, tmp_path / "halted")))
+    found = list(differences(undisturbed(accumulate=1), outcome(resumed, tmp_path / "halted")))
     assert not found, found
 
 

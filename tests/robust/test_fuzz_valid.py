@@ -82,7 +82,7 @@ def valid(draw: Callable[[Any], Any]) -> Method:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(valid(), st.sampled_from(SELECTIONS), st.sampled_from(sorted(OPTIMIZERS)), st.integers(0, 2**31))
 def test_valid_settings_train_with_exact_budgets(
     method: Method, selection: dict[str, Any], optimizer: str, seed: int

@@ -1,4 +1,4 @@
-"""Thousands of updates: counts stay exact, and nothing is piled up."""
+"""Hundreds and thousands of updates: counts stay exact, and nothing is piled up."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def tensors_alive() -> int:
     return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
 
-@pytest.mark.parametrize("updates", [2_000, pytest.param(10_000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("updates", [600, pytest.param(10_000, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("make", [dst.methods.rigl, dst.methods.set_])
-def test_thousands_of_updates(make, updates):
+def test_many_updates(make, updates):
     torch.manual_seed(0)
     model = nn.Linear(16, 12)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -33,10 +33,10 @@ def test_thousands_of_updates(make, updates):
         model.bias.grad = torch.zeros(12)
         sparsifier.before_step()
         optimizer.step()
-        if step % 500 == 250:
+        if step % 150 == 75:
             assert int(sparsifier.masks["weight"].sum()) == sparsifier.active == 48
             assert model.weight[~sparsifier.masks["weight"]].eq(0).all()
-        if step == 1000:
+        if step == updates // 2:
             alive, size = tensors_alive(), len(repr(sparsifier.state_dict()))
     assert sparsifier.updates == updates
     assert tensors_alive() <= alive
