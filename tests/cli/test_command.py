@@ -24,15 +24,30 @@ ROOT = Path(cli.__file__).resolve().parents[2]
 QUICK = ("trainer.max_epochs=2", "trainer.enable_progress_bar=false")
 
 
-def train(folder, *arguments, path=""):
+RUN = "from dst.cli.main import train; sys.exit(train(sys.argv[1:]))"  # where there is no checkout
+if (ROOT / "train.py").exists():
+    RUN = f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
+AFTER = "----- the next command"
+SEVERAL = f"""
+import pathlib, runpy, sys
+*first, last = [part.splitlines() for part in sys.argv[1:]]
+for arguments in first:
+    sys.argv = ["train.py", *arguments]
+    try:
+        {RUN}
+    except SystemExit as end:
+        print(end.code, *pathlib.Path().iterdir(), "{AFTER}", sep=chr(10), file=sys.stderr, flush=True)
+sys.argv = ["train.py", *last]
+{RUN}
+"""
+
+
+def train(folder, *commands):
+    """Run commands one after another in one process that nothing has touched; what precedes the last says how it ended."""
     environment = {k: v for k, v in os.environ.items() if k not in ("DST_TRACEBACK", "HYDRA_FULL_ERROR")}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [path])])}
-    command = [sys.executable, "-c", "import sys; from dst.cli.main import train; sys.exit(train(sys.argv[1:]))"]
-    if (ROOT / "train.py").exists():
-        command = [sys.executable, str(ROOT / "train.py")]
-    return subprocess.run(
-        [*command, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=240
-    )
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", SEVERAL, *("\n".join(arguments) for arguments in commands)]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
 
 
 class Here:
@@ -96,8 +111,15 @@ def check_schema(summary):
 
 
 def test_the_main_job_leaves_a_complete_folder(tmp_path):
-    done = train(tmp_path, "sparsity=rigl", "density=0.1", "trainer.max_epochs=10")
+    arguments, message = REFUSED["a density out of range"]
+    done = train(tmp_path, arguments, ["sparsity=rigl", "density=0.1", "trainer.max_epochs=10"])
     assert done.returncode == 0, done.stderr
+    # A mistake is one line, as the first thing that the process says too, and leaves no file.
+    refused, _, errors = done.stderr.partition(f"{AFTER}\n")
+    line, status = refused.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert status == "2"
     (folder,) = tmp_path.glob("outputs/*/*")
     assert {p.name for p in folder.iterdir()} == {
         ".hydra", "checkpoints", "metrics.csv", "report.html", "summary.json", "topology.jsonl", "train.log"
@@ -130,10 +152,10 @@ def test_the_main_job_leaves_a_complete_folder(tmp_path):
     assert test == summary["test"]["accuracy"]
     assert {row["topology/updates"] for row in rows} >= {"0.0", "1.0", "2.0", "3.0"}
 
-    assert "rigl: 100%" in done.stderr  # the progress bar
+    assert "rigl: 100%" in errors  # the progress bar
     assert f"{100 * test:.2f}%" in done.stdout
     assert all(layer["name"] in done.stdout for layer in layers)
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in errors
 
 
 REFUSED = {
@@ -149,8 +171,7 @@ REFUSED = {
 @pytest.mark.parametrize("mistake", REFUSED)
 def test_a_mistake_gives_one_message_and_leaves_nothing(mistake, tmp_path, train_here):
     arguments, message = REFUSED[mistake]
-    # One as a process, whose streams nothing has touched.
-    done = (train if mistake == "a density out of range" else train_here)(tmp_path, *arguments)
+    done = train_here(tmp_path, *arguments)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")

@@ -100,7 +100,7 @@ def without_time(summary):
     [("rigl", 100), ("lottery_ticket_rewind", 300)],  # the third epoch; the third epoch of the second level
 )
 def test_an_interrupted_run_resumes_as_if_it_had_not_been(config, tmp_path, monkeypatch, method, at_call):
-    settings = [*SMALL, f"sparsity={method}", "density=0.64"]
+    settings = [*SMALL, f"sparsity={method}", "density=0.8"]
     if method == "rigl":
         settings.append("sparsity.update_every=30")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -132,7 +133,7 @@ def check_equal(one: dict[str, Any], several: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        *rotated(METHODS, ["ddp", "hook"]),
+        *itertools.product(METHODS, ["ddp", "hook"]),
         *rotated(["rigl", "rigl_momentum", "set", "snip"], ["fsdp2"]),
         *(pytest.param(n, "fsdp2", marks=pytest.mark.exhaustive) for n in ("static", "sparse_from_scratch")),
     ],
