@@ -15,6 +15,7 @@ from dst.backends.latent import Latent
 from dst.backends.masked import Masked
 from dst.backends.prepare import prepare as prepare_csr
 from dst.backends.storage import Draft, Storage
+from dst.backends.storages import Storages
 from dst.errors import ConfigurationError
 from dst.method import Method, check_method
 from dst.pieces.protocols import as_sampler
@@ -26,6 +27,7 @@ __all__ = [
     "Latent",
     "Masked",
     "Storage",
+    "Storages",
     "dense_optimizer_state",
     "dense_state_dict",
     "open_storages",
@@ -103,7 +105,7 @@ def open_storages(
     *,
     seed: int = 0,
     group: ProcessGroup | None = None,
-) -> list[Storage]:
+) -> Storages:
     """The storages of a model's sparse layers.
 
     Args:
@@ -114,7 +116,7 @@ def open_storages(
         group: The processes that train together.
 
     Returns:
-        One storage per backend in use.
+        One storage per backend in use, behind one object.
 
     Raises:
         ConfigurationError: Sparse modules under a method of another backend or drawn with another seed, or parameters that
@@ -141,4 +143,4 @@ def open_storages(
         storages.append(Masked({x.parameter: named[x.parameter] for x in masked}, masked))
     if stored:
         storages.append(Csr({x.parameter: modules[x.parameter] for x in stored}, stored, group))
-    return storages
+    return Storages(storages, layers)

@@ -32,7 +32,7 @@ class Csr(Storage):
     """
 
     backend = "csr"
-    is_placed = True
+    is_prepared = True
 
     def __init__(
         self, modules: Mapping[str, SparseLinear], layers: Sequence[SparseLayer], group: ProcessGroup | None = None
@@ -190,16 +190,14 @@ class Csr(Storage):
         """See ``Storage``."""
         return [(name, module.pattern.flat()) for name, module in sorted(self._modules.items())]
 
-    def masks_state(self) -> dict[str, Tensor]:
-        """See ``Storage``: sorted positions, in 32 bits where they fit."""
-        return {name: narrow(m.pattern.flat(), m.in_features * m.out_features) for name, m in self._modules.items()}
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """See ``Storage``: masks as sorted positions, in 32 bits where they fit, and their union as one bit a position."""
+        masks = {name: narrow(m.pattern.flat(), m.in_features * m.out_features) for name, m in self._modules.items()}
+        return {"masks": masks, "union": {n: x.bits.clone() for n, x in self._explored.items()}, "latent": {}}
 
-    def union_state(self) -> dict[str, Tensor]:
-        """See ``Storage``: one bit a position."""
-        return {name: explored.bits.clone() for name, explored in self._explored.items()}
-
-    def load(self, masks: Mapping[str, Tensor], union: Mapping[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """See ``Storage``."""
+        masks, union = state["masks"], state["union"]
         for name, module in self._modules.items():
             positions = as_positions(masks[name])
             # A model that was loaded before has these connections, and its values stay as they are.

@@ -334,13 +334,14 @@ class Latent(Masked):
 
     # -- saving and loading ---------------------------------------------------------------------------------------
 
-    def latent_state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, dict[str, Tensor]]:
         """See ``Storage``."""
-        if self._ended:
-            return {}
-        self._absorb(self.parameters)
-        learned = {f"{x.label}/{key}": value for x in self._layers for key, value in self._learned[x.label].items()}
-        return {name: value.clone() for name, value in {**self._weights, **learned}.items()}
+        state = super().state()
+        if not self._ended:
+            self._absorb(self.parameters)
+            learned = {f"{x.label}/{key}": value for x in self._layers for key, value in self._learned[x.label].items()}
+            state["latent"] = {name: value.clone() for name, value in {**self._weights, **learned}.items()}
+        return state
 
     def latent_shapes(self, masked: bool) -> dict[str, tuple[int, ...]]:
         """See ``Storage``."""
@@ -352,20 +353,17 @@ class Latent(Masked):
         return shapes
 
     @torch.no_grad()
-    def load(self, masks: Mapping[str, Tensor], union: Mapping[str, Tensor]) -> None:
-        """See ``Storage``; ``load_latent`` follows, without which this is masked storage."""
+    def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+        """See ``Storage``; without latent weights in the state, this is masked storage from here on."""
         self._stepping = set()
         for name, parameter in self.parameters.items():
             # Weights that were loaded before construction were changed by it: undo that. Others were loaded since.
             if not self._ended and self._versions[name] == parameter._version:
                 parameter.detach().copy_(self._follow(name))
         self._end()
-        super().load(masks, union)
-
-    @torch.no_grad()
-    def load_latent(self, saved: Mapping[str, Tensor], step: int) -> None:
-        """See ``Storage``."""
+        super().load(state, step)
         self._step = step
+        saved = state["latent"]
         if not saved.keys() >= self.parameters.keys():
             return
         self._start()

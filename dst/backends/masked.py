@@ -275,19 +275,16 @@ class Masked(Storage):
         """See ``Storage``."""
         return [(n, mask) for n, mask in sorted(self._masks.items()) if not is_sharded(self.parameters[n])]
 
-    def masks_state(self) -> dict[str, Tensor]:
+    def state(self) -> dict[str, dict[str, Tensor]]:
         """See ``Storage``."""
-        return self._whole_copies(self._masks)
-
-    def union_state(self) -> dict[str, Tensor]:
-        """See ``Storage``."""
-        return self._whole_copies(self._union)
+        return {"masks": self._whole_copies(self._masks), "union": self._whole_copies(self._union), "latent": {}}
 
     def _whole_copies(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: whole(spread(mask, self.parameters[name])).clone() for name, mask in masks.items()}
 
-    def load(self, masks: Mapping[str, Tensor], union: Mapping[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
         """See ``Storage``."""
+        masks, union = state["masks"], state["union"]
         here = {n: local(p).device for n, p in self.parameters.items()}
         self._take_over({n: as_mask(masks[n], self.shape(n)).to(here[n]) for n in self.parameters})
         self._union = {}

@@ -50,8 +50,8 @@ class Storage(ABC):
 
     backend: ClassVar[str]
     """Its name: ``masked``, ``latent`` or ``csr``."""
-    is_placed: ClassVar[bool] = False
-    """Whether the layers come with their first connections, made by ``dst.prepare``."""
+    is_prepared: ClassVar[bool] = False
+    """Whether ``dst.prepare`` made the layers with their first connections."""
     parameters: Mapping[str, nn.Parameter]
     """Name to the parameter that the optimizer holds."""
     active: dict[str, int]
@@ -147,16 +147,9 @@ class Storage(ABC):
 
     # -- weights that are kept beside parameters ------------------------------------------------------------------
 
-    def latent_state(self) -> dict[str, Tensor]:
-        """What is kept beside the parameters, by name, for a checkpoint."""
-        return {}
-
     def latent_shapes(self, masked: bool) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of ``latent_state``, before or after the first mask is made."""
+        """The names and shapes of ``state()["latent"]``, before or after the first mask is made."""
         return {}
-
-    def load_latent(self, saved: Mapping[str, Tensor], step: int) -> None:  # noqa: B027
-        """Go on from ``latent_state`` at a step; follows ``load``."""
 
     # -- copies, exploration and checkpoints ----------------------------------------------------------------------
 
@@ -177,16 +170,16 @@ class Storage(ABC):
         """Name and a tensor, equal on processes whose masks are; only for parameters that all processes hold whole."""
 
     @abstractmethod
-    def masks_state(self) -> dict[str, Tensor]:
-        """Masks for a checkpoint: whole bool tensors, or sorted positions."""
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What a checkpoint holds, each a mapping by name.
+
+        ``masks``: whole bool tensors, or sorted positions. ``union``: the weights that have ever been active, once
+        ``explore`` was called. ``latent``: what is kept beside the parameters.
+        """
 
     @abstractmethod
-    def union_state(self) -> dict[str, Tensor]:
-        """What ``explore`` counted, for a checkpoint."""
-
-    @abstractmethod
-    def load(self, masks: Mapping[str, Tensor], union: Mapping[str, Tensor]) -> None:
-        """Go on from ``masks_state`` and ``union_state``, of this backend or another."""
+    def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
+        """Continue at ``step`` from the ``state`` of storages of this backend or another."""
 
 
 def is_finite(tensor: Tensor) -> bool:

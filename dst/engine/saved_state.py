@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from dst.backends.saved import count, is_mask, is_union
-from dst.backends.storage import Storage
+from dst.backends.storages import Storages
 from dst.engine.warmup import check_young
 from dst.errors import StateError
 from dst.method import Method, check_same
@@ -57,8 +57,7 @@ class Expected:
         seed: Its seed.
         total_steps: Its length, for each optimizer with sparse parameters.
         layers: Its sparse layers.
-        home: Name of every sparse parameter to its storage.
-        storages: All storages.
+        storages: Its storages.
     """
 
     method: Method
@@ -71,8 +70,7 @@ class Expected:
         return len(self.total_steps)
 
     layers: Sequence[SparseLayer]
-    home: Mapping[str, Storage]
-    storages: Sequence[Storage]
+    storages: Storages
 
 
 def check_state(state: Mapping[str, Any], here: Expected) -> None:
@@ -120,8 +118,8 @@ def _check_contents(state: Mapping[str, Any], here: Expected) -> None:
     if len(state.get("budget_densities", state["steps"])) != len(state["steps"]):
         raise StateError("the state is damaged: budget_densities and steps do not belong together")
     _check_numbers(state)
-    check_masks(state["masks"], "the checkpoint", here.home)
-    if unknown := sorted(set(state["collected"]) - set(here.home)):
+    check_masks(state["masks"], "the checkpoint", here.storages)
+    if unknown := sorted(set(state["collected"]) - set(here.storages.parameters)):
         raise StateError(f"the checkpoint has collected gradients of {', '.join(unknown)}, which the model has not")
     _check_table(state, here)
     _check_buffers(state, here)
@@ -198,7 +196,7 @@ def _check_table(state: Mapping[str, Any], here: Expected) -> None:
 def _check_buffers(state: Mapping[str, Any], here: Expected) -> None:
     """What belongs to the masks: their union, once there are any that move, and the scores' buffers."""
     if state["union"] or (state["sparsified"] and here.method.is_dynamic and here.method.density < 1):
-        check_masks(state["union"], "the checkpoint's union of masks", here.home, is_union)
+        check_masks(state["union"], "the checkpoint's union of masks", here.storages, is_union)
     roles = [*here.method.scores(), *(["init"] if isinstance(here.method.init, LossInit) else [])]
     shapes = {f"{role}/{layer.label}": layer.shape for role in roles for layer in here.layers}
     for key, buffer in state["buffers"].items():
@@ -223,7 +221,7 @@ def _check_buffers(state: Mapping[str, Any], here: Expected) -> None:
 def _check_latent(state: Mapping[str, Any], here: Expected) -> None:
     """What storages keep beside the parameters has names and shapes that follow from the model and the method."""
     masked = bool(state["sparsified"])
-    shapes = {name: shape for s in here.storages for name, shape in s.latent_shapes(masked).items()}
+    shapes = here.storages.latent_shapes(masked)
     saved = {n: tuple(t.shape) if isinstance(t, Tensor) else None for n, t in state["latent"].items()}
     if off := sorted(n for n in shapes.keys() | saved.keys() if shapes.get(n, ...) != saved.get(n, ...)):
         raise StateError(f"the checkpoint's latent weights do not fit the model: {', '.join(off)}")
@@ -232,7 +230,7 @@ def _check_latent(state: Mapping[str, Any], here: Expected) -> None:
 def check_masks(
     masks: Mapping[str, Tensor],
     source: str,
-    home: Mapping[str, Storage],
+    storages: Storages,
     fits: Callable[[Tensor, tuple[int, ...]], bool] = is_mask,
 ) -> None:
     """Compare saved masks (or unions of such) with a model's sparse parameters.
@@ -240,27 +238,25 @@ def check_masks(
     Args:
         masks: Name to saved mask.
         source: Where they come from, for messages.
-        home: Name of every sparse parameter to its storage.
+        storages: The model's storages.
         fits: Says whether one has the form and shape.
 
     Raises:
         StateError: Masks that are missing, too many, or of other shapes.
     """
-    if set(masks) != set(home):
-        missing, extra = (
-            sorted(set(home) - set(masks)),
-            sorted(set(masks) - set(home)),
-        )
+    names = storages.parameters.keys()
+    if masks.keys() != names:
+        missing, extra = sorted(names - masks.keys()), sorted(masks.keys() - names)
         raise StateError(
             f"{source} does not fit the model: "
             + "; ".join(t for t in (missing and f"lacks {missing}", extra and f"has unknown {extra}") if t)
         )
-    for name in home:
-        mask, shape, held = masks[name], home[name].shape(name), home[name].parameters[name].numel()
+    for name, parameter in storages.parameters.items():
+        mask, shape, held = masks[name], storages.shape(name), parameter.numel()
         if not isinstance(mask, Tensor) or not fits(mask, shape):
             found = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
             raise StateError(f"{source} has {name} as {found}, the model as {shape}")
-        if fits is is_mask and home[name].is_placed and count(mask) != held:
+        if fits is is_mask and storages.is_prepared(name) and count(mask) != held:
             raise StateError(
                 f"{source} has {count(mask)} connections in {name}, the model was prepared with {held}: "
                 "prepare it with the method of the checkpoint"

@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from dst.backends import Draft, Storage, open_storages
+from dst.backends import Draft, open_storages
 from dst.backends.servable import unsupported_reasons
 from dst.backends.storage import is_finite
 from dst.engine import coverage
@@ -36,7 +36,7 @@ from dst.topology.layers import Selector, SparseLayer, find_layers
 from dst.topology.mask_file import load_masks
 from dst.topology.optimizer_state import per_weight_state
 from dst.topology.seeding import folded_generator
-from dst.topology.sharding import all_agree, check_equal_masks, local
+from dst.topology.sharding import all_agree, local
 from dst.topology.wrapping import unwrap
 
 logger = logging.getLogger(__name__)
@@ -159,10 +159,6 @@ class Sparsifier:
         if (share := coverage.left_dense(self.layers, self.dense_weights)) is not None and method.density < 1:
             logger.warning(share)
         self._unsupported = unsupported_reasons(model, self.layers) if method.backend == "csr" else {}
-        # By the name of the dense parameter: who stores it, and what the optimizer holds of it.
-        self._home: dict[str, Storage] = {name: s for s in self._storages for name in s.parameters}
-        self._parameters = {x.parameter: self._home[x.parameter].parameters[x.parameter] for x in self.layers}
-        self._names = {parameter: name for name, parameter in self._parameters.items()}
         self._steppers = self._assign(optimizers, totals)
         _check_free(optimizers)
         self._group = process_group
@@ -178,7 +174,7 @@ class Sparsifier:
         self._splits: dict[float, tuple[tuple[int, ...], set[int]]] = {}
         self._amount_state = method.amount.initial_state if method.amount is not None else 0.0
         if method.grown_warmup or method.perturb is not None:
-            check_whole(self._parameters, "grown_warmup" if method.grown_warmup else "perturb")
+            check_whole(self._storages.parameters, "grown_warmup" if method.grown_warmup else "perturb")
         self._warming = WarmUp(method.grown_warmup) if method.grown_warmup else None
         if not isinstance(method.init, inits.FromFile):
             for density in {method.density, self._lowest_density()}:
@@ -201,11 +197,9 @@ class Sparsifier:
         self._warn_of_what_will_not_happen()
         makes_mask = not self._sparsified and self._sparsify_step(self._steppers[0]) == 0
         if makes_mask and not waits_for_batch(method.init):
-            if not any(storage.is_placed for storage in self._storages):
+            if not self._storages.any_prepared:
                 nothing = torch.Generator()
-                found = coverage.sparse_before(
-                    method, self.layers, lambda x: self._home[x.parameter].view(x, nothing).weight
-                )
+                found = coverage.sparse_before(method, self.layers, lambda x: self._storages.view(x, nothing).weight)
                 self._before_first_step += [found] if found is not None else []
             originals = [(place, t, t.clone()) for place, t in self._cut_by_first_mask()]
             self._sparsify(0)
@@ -237,7 +231,7 @@ class Sparsifier:
                         stepper.total,
                         method.clock,
                     )
-        if method.backend == "csr" and not any(storage.is_placed for storage in self._storages):
+        if method.backend == "csr" and not self._storages.any_prepared:
             reasons = sorted({reason or "dst.prepare was not called" for reason in self._unsupported.values()})
             logger.warning(
                 'backend="csr" stores no layer of this model as non-zeros alone, all are masked (%s)',
@@ -253,8 +247,7 @@ class Sparsifier:
         Masks of DTensor parameters are DTensors of the same layout. Where only non-zeros are stored, masks are built at
         every call.
         """
-        found = {name: mask for storage in self._storages for name, mask in storage.masks().items()}
-        return {name: found[name] for name in self._parameters}
+        return self._storages.masks()
 
     @property
     def step(self) -> int:
@@ -333,7 +326,7 @@ class Sparsifier:
     @property
     def backends(self) -> dict[str, str]:
         """Layer label to where its weights live: ``masked``, ``latent`` or ``csr``."""
-        return {layer.label: self._home[layer.parameter].backend for layer in self.layers}
+        return {layer.label: self._storages.backend(layer) for layer in self.layers}
 
     @property
     def is_sparse(self) -> bool:
@@ -351,7 +344,7 @@ class Sparsifier:
         return sum(map(self._active, self.layers))
 
     def _active(self, layer: SparseLayer) -> int:
-        return self._home[layer.parameter].active[layer.label]
+        return self._storages.active(layer)
 
     @property
     def density(self) -> float:
@@ -376,7 +369,7 @@ class Sparsifier:
         are in neither term; it is 1 where all layers are.
         """
         partial = [layer for layer in self.layers if self._active(layer) < layer.weights]
-        explored = sum(self._home[layer.parameter].explored(layer) for layer in partial)
+        explored = sum(self._storages.explored(layer) for layer in partial)
         return explored / sum(layer.weights for layer in partial) if partial else 1.0
 
     def layer_table(self) -> list[dict[str, Any]]:
@@ -394,8 +387,7 @@ class Sparsifier:
 
     def mask_of(self, parameter: nn.Parameter) -> Tensor | None:
         """The mask of a parameter that holds inactive weights (its local part's, for a DTensor), ``None`` for others."""
-        name = self._names.get(parameter)
-        return None if name is None else self._home[name].mask_of(name)
+        return self._storages.mask_of(parameter)
 
     def needs_dense_gradient(self, parameter: nn.Parameter) -> bool:
         """Whether the step to come reads the gradient of this parameter's inactive weights.
@@ -440,8 +432,7 @@ class Sparsifier:
         """Tell the storages what the coming step of the optimizers (by default all) needs to see."""
         for stepper in self._steppers if steppers is None else steppers:
             expected = self.method.density < 1 and self._reads_inactive(stepper)
-            for storage in self._storages:
-                storage.expect_dense_gradient(stepper.parameters, expected)
+            self._storages.expect_dense_gradient(stepper.parameters, expected)
 
     # -- the training loop ----------------------------------------------------------------------------------------
 
@@ -492,8 +483,7 @@ class Sparsifier:
             stepper.replaced = False
             stepper.active = [self._active(self.layers[i]) for i in stepper.layers]
             stepper.announced = self._prepare(stepper)
-            for storage in self._storages:
-                storage.mask_gradients(stepper.parameters)
+            self._storages.mask_gradients(stepper.parameters)
             self._perturb(stepper)
             # What was kept for this step is used; should it not be taken, the next attempt begins anew.
             self._expect_gradients([stepper])
@@ -514,7 +504,7 @@ class Sparsifier:
     def _refuse_stranger(self, optimizer: Optimizer) -> None:
         """Raise where an optimizer that this sparsifier was not given holds what it keeps sparse."""
         held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
-        if name := next((name for name, p in self._parameters.items() if id(p) in held), None):
+        if name := next((name for name, p in self._storages.parameters.items() if id(p) in held), None):
             raise StateError(f"before_step() was given a {type(optimizer).__name__} that holds {name}, and {_REBUILT}")
 
     def _waits_in_vain(self, stepper: _Stepper) -> bool:
@@ -529,7 +519,7 @@ class Sparsifier:
         if stepper.seen is not None:
             stepper.moves = stepper.moves + 1 if _fingerprint(stepper.parameters) != stepper.seen else 0
         if stepper.moves == 2:
-            name = self._names[stepper.parameters[0]]
+            name = self._name(stepper.parameters[0])
             raise StateError(
                 f"before_step() is called again and again, {name} and others move, and the "
                 f"{type(stepper.optimizer).__name__} of this sparsifier never steps: {_REBUILT}"
@@ -539,7 +529,7 @@ class Sparsifier:
     def _prepare(self, stepper: _Stepper) -> str:
         """Do what is due before a step and say what kind of step it is."""
         for index in stepper.layers:
-            gradient = self._parameters[self.layers[index].parameter].grad
+            gradient = self._storages.parameters[self.layers[index].parameter].grad
             if gradient is not None and gradient.layout != torch.strided:
                 raise ConfigurationError(
                     f"{self.layers[index].parameter} has a sparse gradient; build its module with sparse=False"
@@ -596,19 +586,17 @@ class Sparsifier:
             for group in stepper.optimizer.param_groups:
                 for parameter in group["params"]:
                     parameter.grad = None
-        for storage in self._storages:
-            storage.begin_step(stepper.optimizer, stepper.parameters)
+        self._storages.begin_step(stepper.optimizer, stepper.parameters)
         if self._warming is not None:
-            self._warming.begin(stepper.parameters, self._names)
+            self._warming.begin(stepper.parameters, self._storages.name_of)
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step post-hook: weights that are inactive are zero again, and the clock advances."""
         stepper = next(s for s in self._steppers if s.optimizer is optimizer)
         if self._warming is not None and stepper.begun:
-            self._warming.end(self._parameters, stepper.step)
-        for storage in self._storages:
-            storage.end_step(stepper.parameters, stepper.step + stepper.begun, self._sparsify_step(stepper))
+            self._warming.end(self._storages.parameters, stepper.step)
+        self._storages.end_step(stepper.parameters, stepper.step + stepper.begun, self._sparsify_step(stepper))
         self._originals = []
         if not stepper.begun:
             return  # the step of a class within that of its subclass has told already
@@ -638,11 +626,7 @@ class Sparsifier:
         """
         if ended and sys.exc_info()[0] is None and self._hooks and (shortfall := self.shortfall) is not None:
             self._warn_once(shortfall)
-        parameters = list(self._parameters.values())
-        for storage in self._storages:
-            storage.mask_weights(parameters)
-            storage.expect_dense_gradient(parameters, False)
-            storage.release()
+        self._storages.release()
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -653,14 +637,13 @@ class Sparsifier:
     def mask_optimizer_state(self) -> None:
         """Clear per-weight optimizer state at inactive positions, as after loading an optimizer from a dense run."""
         for stepper in self._steppers:
-            for storage in self._storages:
-                storage.mask_optimizer_state(stepper.optimizer)
+            self._storages.mask_optimizer_state(stepper.optimizer)
 
     def _cut_by_first_mask(self) -> Iterator[tuple[_Place, Tensor]]:
         """The weights and per-weight optimizer states that making the first mask changes, and where they are."""
         for i, stepper in enumerate(self._steppers):
             for k, parameter in enumerate(stepper.parameters):
-                if self.method.rescale_init or not self._home[self._names[parameter]].is_placed:
+                if self.method.rescale_init or not self._storages.is_prepared(self._name(parameter)):
                     yield (i, k, None), local(parameter.detach())
                     for key, value in per_weight_state(stepper.optimizer, parameter):
                         yield (i, k, key), local(value)
@@ -674,19 +657,17 @@ class Sparsifier:
             if isinstance(self.method.init, inits.FromFile)
             else self._first_by_score(step, given)
         )
-        for storage in self._storages:
-            storage.set_mask(first)
+        self._storages.set_mask(first)
         if self.method.rescale_init:
             for layer in self.layers:
-                self._home[layer.parameter].rescale(layer)
+                self._storages.rescale(layer)
         self.mask_optimizer_state()
         self._check_agreement(step)
         self._budgets = {layer.label: self._active(layer) for layer in self.layers}
         self._sparsified = True
         self._watch_first_batch()
         if self.method.is_dynamic:
-            for storage in self._storages:
-                storage.explore()
+            self._storages.explore()
 
     def _watch_first_batch(self) -> None:
         """Watch the model's calls exactly as long as there is no mask."""
@@ -711,14 +692,12 @@ class Sparsifier:
 
     def _first_by_score(self, step: int, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """Layer label to first positions, of layers that are not placed already."""
-        placed = [layer.label for layer in self.layers if self._home[layer.parameter].is_placed]
+        placed = [layer.label for layer in self.layers if self._storages.is_prepared(layer.parameter)]
         found = {}
         for layer, wanted, positions in first_positions(
             self.method,
             self.layers,
-            lambda layer, generator: self._home[layer.parameter].view(
-                layer, generator, gradient=self.method.init.needs_gradient
-            ),
+            lambda layer, generator: self._storages.view(layer, generator, gradient=self.method.init.needs_gradient),
             seed=self.seed,
             step=step,
             density=self.method.density_at(step, self._steppers[0].total),
@@ -745,7 +724,7 @@ class Sparsifier:
 
     def _first_from_file(self, path: str) -> dict[str, Tensor]:
         masks = load_masks(path)
-        check_masks(masks, f"mask file {path}", self._home)
+        check_masks(masks, f"mask file {path}", self._storages)
         total = sum(layer.weights for layer in self.layers)
         parts = {layer.label: layer.part(masks[layer.parameter]).reshape(-1) for layer in self.layers}
         kept = sum(int(part.sum()) for part in parts.values())
@@ -766,7 +745,7 @@ class Sparsifier:
             )
         found = {label: part.nonzero().squeeze(1) for label, part in parts.items()}
         for layer in self.layers:
-            if not self._home[layer.parameter].is_placed:
+            if not self._storages.is_prepared(layer.parameter):
                 self._check_storage(layer, found[layer.label].numel())
         return found
 
@@ -825,20 +804,20 @@ class Sparsifier:
         rewirings = []
         for update in plan.layers:
             layer = update.layer
-            rewiring = self._home[layer.parameter].decide(layer, self._draft(update, moment.step, scores))
+            rewiring = self._storages.decide(layer, self._draft(update, moment.step, scores))
             if rewiring is None:
                 self._warn_once(f"{layer.parameter} had no gradient at a topology update and keeps its connections")
             else:
                 rewirings.append((layer, rewiring))
         for layer, rewiring in rewirings:
-            self._home[layer.parameter].apply(layer, rewiring, stepper.optimizer)
+            self._storages.apply(layer, rewiring, stepper.optimizer)
             if self._warming is not None:
                 self._warming.follow(layer, rewiring, born)
         return sum(rewiring.grown.numel() for _, rewiring in rewirings)
 
     def _facts(self, layer: SparseLayer, step: int) -> LayerFacts:
         def view(role: str, gradient: bool) -> LayerView:
-            return self._home[layer.parameter].view(
+            return self._storages.view(
                 layer,
                 self._generator(step, layer, role),
                 gradient=gradient,
@@ -871,7 +850,7 @@ class Sparsifier:
         return min(self.method.density_at(step, total) for step in range(0, total, max(1, total // 1000)))
 
     def _view(self, layer: SparseLayer, role: str, step: int, score: Score) -> LayerView:
-        return self._home[layer.parameter].view(
+        return self._storages.view(
             layer,
             folded_generator(self.seed, role, step, layer.label),
             gradient=score.needs_gradient,
@@ -889,9 +868,9 @@ class Sparsifier:
         rates = {id(p): group["lr"] for group in stepper.optimizer.param_groups for p in group["params"]}
         for index in stepper.layers:
             layer = self.layers[index]
-            parameter = self._parameters[layer.parameter]
+            parameter = self._storages.parameters[layer.parameter]
             if parameter.grad is not None:
-                view = self._home[layer.parameter].view(
+                view = self._storages.view(
                     layer,
                     self._generator(stepper.step, layer, "perturb"),
                     buffer=self._buffers.get(("drop", layer.label)),
@@ -917,7 +896,7 @@ class Sparsifier:
         """
         if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 < density <= 1:
             raise ConfigurationError(f"density={density!r} must lie in (0, 1]: the share of weights that are kept")
-        if any(storage.is_placed for storage in self._storages):
+        if self._storages.any_prepared:
             raise ConfigurationError(
                 f'backend="{self.method.backend}" stores a fixed number of connections; use backend="masked" to change it'
             )
@@ -953,13 +932,11 @@ class Sparsifier:
         Raises:
             ConfigurationError: The copy lacks a sparse parameter.
         """
-        for storage in self._storages:
-            storage.track_average(unwrap(model))
+        self._storages.track_average(unwrap(model))
 
     def _check_agreement(self, step: int) -> None:
         """Compare the replicated masks of all processes."""
-        signatures = [signature for storage in self._storages for signature in storage.signatures()]
-        check_equal_masks(signatures, step, self._group)
+        self._storages.check_agreement(step, self._group)
 
     def _observe(self, stepper: _Stepper) -> bool:
         """Show this step's weights and dense gradients to the scores that watch; whether any of them reads gradients."""
@@ -984,11 +961,11 @@ class Sparsifier:
         """
         if every_layer and (missing := [p for p in stepper.parameters if p.grad is None]):
             raise ConfigurationError(
-                f"{self._names[missing[0]]} has no gradient, and {type(self.method.init).__name__} needs one; "
+                f"{self._name(missing[0])} has no gradient, and {type(self.method.init).__name__} needs one; "
                 "exclude it, or let it take part in the loss"
             )
         finite = self._are_finite(stepper)
-        finite = finite and all(storage.collected_is_finite(stepper.parameters) for storage in self._storages)
+        finite = finite and self._storages.collected_is_finite(stepper.parameters)
         finite = all_agree(finite, self._group)
         if not finite:
             self._warn_once("gradients are not finite where the topology needs them; the update is left out")
@@ -1002,6 +979,7 @@ class Sparsifier:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resume needs, as plain values and tensors (loadable with ``weights_only=True``)."""
+        stored = self._storages.state()
         return {
             "format": STATE_FORMAT,
             "method": self.method.spec(),
@@ -1026,11 +1004,11 @@ class Sparsifier:
             "work": {kind: list(active) for kind, active in self._counters.work.items()},
             "warming": {} if self._warming is None else self._warming.state(),
             "layers": self.layer_table(),
-            "masks": {n: mask for storage in self._storages for n, mask in storage.masks_state().items()},
-            "union": {n: union for storage in self._storages for n, union in storage.union_state().items()},
+            "masks": stored["masks"],
+            "union": stored["union"],
             "buffers": {role + "/" + label: b.clone() for (role, label), b in self._buffers.items()},
-            "collected": {n: c for storage in self._storages for n, c in storage.collected_state().items()},
-            "latent": {n: t for storage in self._storages for n, t in storage.latent_state().items()},
+            "collected": self._storages.collected_state(),
+            "latent": stored["latent"],
         }
 
     @torch.no_grad()
@@ -1053,14 +1031,12 @@ class Sparsifier:
         self._originals, self._before_first_step = [], []
         self._sparsified = bool(state["sparsified"])
         self._watch_first_batch()
-        for storage in self._storages:
-            storage.load(state["masks"], state["union"])
-            storage.load_latent(state["latent"], int(state["steps"][0]))
+        self._storages.load(state, int(state["steps"][0]))
         self._buffers = {}
         for key, buffer in state["buffers"].items():
             role, _, label = key.partition("/")
             layer = next(layer for layer in self.layers if layer.label == label)
-            self._buffers[role, label] = buffer.to(self._parameters[layer.parameter].device).clone()
+            self._buffers[role, label] = buffer.to(self._storages.parameters[layer.parameter].device).clone()
         self._check_agreement(int(state["steps"][0]))
         for stepper, step, updated_at in zip(self._steppers, state["steps"], state["updated_at"], strict=True):
             stepper.step, stepper.updated_at, stepper.announced = int(step), int(updated_at), None
@@ -1073,7 +1049,9 @@ class Sparsifier:
         self._splits = {d: (tuple(counts), set(users)) for d, counts, users in state.get("splits", [])}
         self._budgets, self._amount_state = dict(state["budgets"]), float(state["amount"])
         if self._warming is not None:
-            self._warming.load(state["warming"], {layer.label: layer for layer in self.layers}, self._parameters)
+            self._warming.load(
+                state["warming"], {layer.label: layer for layer in self.layers}, self._storages.parameters
+            )
         self._counters = _Counters(
             int(state["updates"]),
             int(state["skipped"]),
@@ -1084,8 +1062,7 @@ class Sparsifier:
         last = state["last_update"]
         self.last_update = None if last is None else Update(int(last[0]), float(last[1]), float(last[2]))
         self._expect_gradients()
-        for storage in self._storages:
-            storage.load_collected(state["collected"])
+        self._storages.load_collected(state["collected"])
 
     # -- copies ---------------------------------------------------------------------------------------------------
 
@@ -1108,7 +1085,7 @@ class Sparsifier:
                 for place, t, as_it_was, version in self._originals
                 if t._version == version and place in current and current[place].data_ptr() == t.data_ptr()
             ],
-            "collected": {n: c for storage in self._storages for n, c in storage.collected_state().items()},
+            "collected": self._storages.collected_state(),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -1120,8 +1097,7 @@ class Sparsifier:
         if state["_hooks"]:
             self._hook()
             self._expect_gradients()
-            for storage in self._storages:
-                storage.load_collected(collected)
+            self._storages.load_collected(collected)
 
     def _expected(self) -> Expected:
         return Expected(
@@ -1129,7 +1105,6 @@ class Sparsifier:
             self.seed,
             [stepper.total for stepper in self._steppers],
             self.layers,
-            self._home,
             self._storages,
         )
 
@@ -1137,14 +1112,21 @@ class Sparsifier:
 
     def _assign(self, optimizers: Sequence[Optimizer], totals: Sequence[int]) -> list[_Stepper]:
         """Give each layer to the optimizer that holds its parameter."""
-        held = holders(optimizers, self._parameters)
+        held = holders(optimizers, self._storages.parameters)
         steppers = []
         for i, optimizer in enumerate(optimizers):
             mine = [k for k, layer in enumerate(self.layers) if held[layer.parameter] == i]
             names = dict.fromkeys(self.layers[k].parameter for k in mine)
             if mine:
-                steppers.append(_Stepper(optimizer, mine, [self._parameters[name] for name in names], totals[i]))
+                steppers.append(
+                    _Stepper(optimizer, mine, [self._storages.parameters[name] for name in names], totals[i])
+                )
         return steppers
+
+    def _name(self, parameter: nn.Parameter) -> str:
+        name = self._storages.name_of(parameter)
+        assert name is not None
+        return name
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:

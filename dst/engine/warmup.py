@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -43,9 +43,9 @@ class WarmUp:
             born = torch.cat([ages, born])[order]
         self._young[layer.label] = (layer, positions, born)
 
-    def begin(self, parameters: Collection[nn.Parameter], names: Mapping[nn.Parameter, str]) -> None:
-        """Remember the young weights of these parameters as they are before the step."""
-        named = {names[p]: p for p in parameters}
+    def begin(self, parameters: Collection[nn.Parameter], name_of: Callable[[nn.Parameter], str | None]) -> None:
+        """Remember the newly grown weights of these parameters as they are before the step."""
+        named = {name_of(p): p for p in parameters}
         self._before = {
             label: named[layer.parameter].detach().take(positions + layer.offset)
             for label, (layer, positions, _) in self._young.items()

@@ -1,0 +1,192 @@
+"""All storages of a network behind one object."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.optim import Optimizer
+
+from dst.backends.storage import Draft, Storage
+from dst.pieces.protocols import LayerView
+from dst.topology.layers import SparseLayer
+from dst.topology.rewiring import Rewiring
+from dst.topology.sharding import check_equal_masks
+
+
+class Storages:
+    """Answers for a layer from the storage that holds it, and passes on to every storage what concerns all.
+
+    Args:
+        storages: The storages.
+        layers: All sparse layers, whose order ``parameters`` and ``masks`` have.
+
+    Attributes:
+        parameters: Name of each dense parameter to the parameter that the optimizer holds.
+    """
+
+    def __init__(self, storages: Iterable[Storage], layers: Sequence[SparseLayer]) -> None:
+        self._storages = tuple(storages)
+        self._by_name = {name: storage for storage in self._storages for name in storage.parameters}
+        self.parameters: dict[str, nn.Parameter] = {
+            layer.parameter: self._by_name[layer.parameter].parameters[layer.parameter] for layer in layers
+        }
+        self._names = {parameter: name for name, parameter in self.parameters.items()}
+
+    def __iter__(self) -> Iterator[Storage]:
+        return iter(self._storages)
+
+    # -- one layer or parameter -----------------------------------------------------------------------------------
+
+    def of(self, layer: SparseLayer) -> Storage:
+        """The storage of a layer."""
+        return self._by_name[layer.parameter]
+
+    def name_of(self, parameter: nn.Parameter) -> str | None:
+        """The dense name of a parameter; ``None`` for one without a sparse layer."""
+        return self._names.get(parameter)
+
+    def parameter(self, layer: SparseLayer) -> nn.Parameter:
+        """The parameter that holds a layer."""
+        return self.parameters[layer.parameter]
+
+    def backend(self, layer: SparseLayer) -> str:
+        """The name of a layer's backend."""
+        return self.of(layer).backend
+
+    def is_prepared(self, name: str) -> bool:
+        """Whether ``dst.prepare`` chose the first connections of a parameter."""
+        return self._by_name[name].is_prepared
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a dense parameter."""
+        return self._by_name[name].shape(name)
+
+    def active(self, layer: SparseLayer) -> int:
+        """Number of active weights of a layer."""
+        return self.of(layer).active[layer.label]
+
+    def mask_of(self, parameter: nn.Parameter) -> Tensor | None:
+        """The mask of this process's part of a parameter; ``None`` where the parameter holds no inactive weights."""
+        name = self._names.get(parameter)
+        return None if name is None else self._by_name[name].mask_of(name)
+
+    def view(
+        self, layer: SparseLayer, generator: torch.Generator, *, gradient: bool = False, buffer: Tensor | None = None
+    ) -> LayerView:
+        """A layer at its dense shape."""
+        return self.of(layer).view(layer, generator, gradient=gradient, buffer=buffer)
+
+    def rescale(self, layer: SparseLayer) -> None:
+        """Scale each output's weights by sqrt(fan-in / active fan-in)."""
+        self.of(layer).rescale(layer)
+
+    def explored(self, layer: SparseLayer) -> float:
+        """How many weights of a layer have ever been active."""
+        return self.of(layer).explored(layer)
+
+    def decide(self, layer: SparseLayer, draft: Draft) -> Rewiring | None:
+        """Select what an update of a layer drops and grows; ``None`` where a gradient is missing."""
+        return self.of(layer).decide(layer, draft)
+
+    def apply(self, layer: SparseLayer, rewiring: Rewiring, optimizer: Optimizer) -> None:
+        """Make an update of a layer."""
+        self.of(layer).apply(layer, rewiring, optimizer)
+
+    # -- all of them ----------------------------------------------------------------------------------------------
+
+    @property
+    def any_prepared(self) -> bool:
+        """Whether ``dst.prepare`` chose the first connections of some layer."""
+        return any(storage.is_prepared for storage in self)
+
+    def masks(self) -> dict[str, Tensor]:
+        """Name to bool mask of the dense shape."""
+        found = {name: mask for storage in self for name, mask in storage.masks().items()}
+        return {name: found[name] for name in self.parameters}
+
+    def set_mask(self, positions: Mapping[str, Tensor]) -> None:
+        """Take over a first mask: layer label to sorted positions."""
+        for storage in self:
+            storage.set_mask(positions)
+
+    def check_agreement(self, step: int, group: ProcessGroup | None) -> None:
+        """Compare the replicated masks of all processes."""
+        check_equal_masks([signature for storage in self for signature in storage.signatures()], step, group)
+
+    def explore(self) -> None:
+        """Count from now on which weights have ever been active."""
+        for storage in self:
+            storage.explore()
+
+    def track_average(self, model: nn.Module) -> None:
+        """Keep a copy of the model on the same connections from now on."""
+        for storage in self:
+            storage.track_average(model)
+
+    # -- an optimizer step ----------------------------------------------------------------------------------------
+
+    def expect_dense_gradient(self, parameters: Collection[nn.Parameter], expected: bool) -> None:
+        """Announce whether the coming step reads gradients of inactive weights."""
+        for storage in self:
+            storage.expect_dense_gradient(parameters, expected)
+
+    def collected_is_finite(self, parameters: Collection[nn.Parameter]) -> bool:
+        """Whether the gradients that are kept outside the parameters are finite."""
+        return all(storage.collected_is_finite(parameters) for storage in self)
+
+    def mask_gradients(self, parameters: Collection[nn.Parameter]) -> None:
+        """Set gradients of inactive weights to zero."""
+        for storage in self:
+            storage.mask_gradients(parameters)
+
+    def mask_optimizer_state(self, optimizer: Optimizer) -> None:
+        """Set an optimizer's state of inactive weights to zero."""
+        for storage in self:
+            storage.mask_optimizer_state(optimizer)
+
+    def begin_step(self, optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> None:
+        """Let parameters and gradients be what the optimizer moves."""
+        for storage in self:
+            storage.begin_step(optimizer, parameters)
+
+    def end_step(self, parameters: Collection[nn.Parameter], step: int, mask_step: int) -> None:
+        """Let parameters be what the network computes with; inactive weights are zero."""
+        for storage in self:
+            storage.end_step(parameters, step, mask_step)
+
+    def release(self) -> None:
+        """Leave the model as it is to be used without storages; inactive weights are zero."""
+        parameters = list(self.parameters.values())
+        for storage in self:
+            storage.mask_weights(parameters)
+            storage.expect_dense_gradient(parameters, False)
+            storage.release()
+
+    # -- saving and loading ---------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint holds of the storages: ``masks``, ``union`` and ``latent``, each by name."""
+        states = [storage.state() for storage in self]
+        return {key: {n: t for state in states for n, t in state[key].items()} for key in ("masks", "union", "latent")}
+
+    def latent_shapes(self, masked: bool) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of ``latent``, before or after the first mask."""
+        return {name: shape for storage in self for name, shape in storage.latent_shapes(masked).items()}
+
+    def load(self, state: Mapping[str, Any], step: int) -> None:
+        """Continue at ``step`` from ``state``."""
+        for storage in self:
+            storage.load(state, step)
+
+    def collected_state(self) -> dict[str, list[list[Tensor]]]:
+        """The gradients that are kept outside the parameters, for a checkpoint within an accumulated step."""
+        return {name: held for storage in self for name, held in storage.collected_state().items()}
+
+    def load_collected(self, collected: Mapping[str, list[list[Tensor]]]) -> None:
+        """Continue from ``collected_state``; follows ``expect_dense_gradient``."""
+        for storage in self:
+            storage.load_collected(collected)
