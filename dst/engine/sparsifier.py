@@ -21,14 +21,14 @@ from dst.backends.servable import unsupported_reasons
 from dst.backends.storage import is_finite
 from dst.engine import coverage
 from dst.engine.first_batch import FirstBatch
-from dst.engine.optimizers import as_optimizers, holders, totals_of, unwrap_optimizer
+from dst.engine.optimizers import as_optimizers, totals_of, unwrap_optimizer
 from dst.engine.saved_state import STATE_FORMAT, STEP_KINDS, Expected, check_masks, check_state
+from dst.engine.steps import OptimizerSteps, PreparedStep, assign, fingerprint
 from dst.engine.warmup import WarmUp, check_whole
 from dst.errors import ConfigurationError, StateError
 from dst.method import Method, check_method
 from dst.pieces import init as inits
-from dst.pieces.durations import resolve_steps
-from dst.pieces.protocols import CallInit, LayerView, LossInit, Observer, Score, waits_for_batch
+from dst.pieces.protocols import CallInit, LayerView, LossInit, Observer, Perturbation, Score, waits_for_batch
 from dst.pieces.scores import Magnitude, Random
 from dst.planning.first_mask import first_positions, layer_counts, masks_on_the_way
 from dst.planning.update import LayerFacts, LayerUpdate, Moment, can_score, plan_update
@@ -48,25 +48,6 @@ _REBUILT = (
     "was built anew (new.load_state_dict(old.state_dict()) goes on with its masks), and copy model, optimizer and "
     "sparsifier together"
 )
-
-
-@dataclass
-class _Stepper:
-    """An optimizer that holds sparse parameters, and how far it is."""
-
-    optimizer: Optimizer
-    layers: list[int]
-    parameters: list[nn.Parameter]
-    total: int  # its steps in the whole training
-    step: int = 0
-    budget_density: float | None = None  # the network's density that its layers' budgets were split from
-    announced: str | None = None  # what the step that before_step() prepared costs; None where it was not called
-    replaced: bool = False  # whether that step is to have no gradients
-    active: list[int] = field(default_factory=list)  # what that step's forward and backward passes had, per layer
-    begun: bool = False  # whether optimizer.step() was entered and has not been counted
-    seen: list[str] | None = None  # the weights at the last before_step(), where no step followed the one before
-    moves: int = 0  # how often they have changed since, with no step of this optimizer
-    updated_at: int = -1  # the step of the last update: one that was prepared and not taken may be prepared once more
 
 
 @dataclass(frozen=True)
@@ -159,7 +140,7 @@ class Sparsifier:
         if (share := coverage.left_dense(self.layers, self.dense_weights)) is not None and method.density < 1:
             logger.warning(share)
         self._unsupported = unsupported_reasons(model, self.layers) if method.backend == "csr" else {}
-        self._steppers = self._assign(optimizers, totals)
+        self._steppers = assign(method, optimizers, totals, self.layers, self._storages.parameters)
         _check_free(optimizers)
         self._group = process_group
         self._buffers: dict[tuple[str, str], Tensor] = {}
@@ -180,7 +161,7 @@ class Sparsifier:
             for density in {method.density, self._lowest_density()}:
                 layer_counts(method, self.layers, density)
         for stepper in self._steppers:
-            if self._sparsify_step(stepper) >= stepper.total and method.density < 1:
+            if stepper.mask_step >= stepper.total and method.density < 1:
                 raise ConfigurationError(
                     f"sparsify_at={method.sparsify_at} is not before the end of training at step {stepper.total}: "
                     "the mask would never be made"
@@ -195,7 +176,7 @@ class Sparsifier:
             self._first_batch = FirstBatch(model, self.layers, method.init, self._mask_is_due, process_group)
             self._first_batch.watch()
         self._warn_of_what_will_not_happen()
-        makes_mask = not self._sparsified and self._sparsify_step(self._steppers[0]) == 0
+        makes_mask = not self._sparsified and self._steppers[0].mask_step == 0
         if makes_mask and not waits_for_batch(method.init):
             if not self._storages.any_prepared:
                 nothing = torch.Generator()
@@ -213,18 +194,12 @@ class Sparsifier:
         self._hooks = [s.optimizer.register_step_post_hook(self._after_step) for s in self._steppers]
         self._hooks += [s.optimizer.register_step_pre_hook(self._on_step) for s in self._steppers]
 
-    def _sparsify_step(self, stepper: _Stepper) -> int:
-        """The step at which the first mask is made."""
-        return resolve_steps(self.method.sparsify_at, stepper.total, "sparsify_at")
-
     def _warn_of_what_will_not_happen(self) -> None:
         """Warn where a setting has no effect on this model or training."""
         method = self.method
         if method.is_dynamic and method.density < 1:
             for stepper in self._steppers:
-                # An update at step 0 moves a mask that nothing has been trained under.
-                fires = any(method.clock.fires(step, stepper.total) for step in range(1, stepper.total))
-                if not fires and self._settles_at(stepper) is None and stepper.total > 1:
+                if not stepper.ever_updates:
                     logger.warning(
                         "%s never updates the topology: no update falls within %d steps (%s); lower update_every or start",
                         method.name,
@@ -284,9 +259,7 @@ class Sparsifier:
         target = self.method.density
         if target == 1 or self._set_density is not None or not any(self.steps):
             return None
-        reached = self._sparsified and all(
-            (settles := self._settles_at(s)) is None or s.updated_at >= settles for s in self._steppers
-        )
+        reached = self._sparsified and all(stepper.has_settled for stepper in self._steppers)
         if reached or abs(self.density - target) <= 0.01 * target:
             return None
         taken = ", ".join(f"{stepper.step:,} of {stepper.total:,}" for stepper in self._steppers)
@@ -395,43 +368,14 @@ class Sparsifier:
         True in dense phases, at updates that read the gradient or are followed by a step, and always for scores that watch
         every step.
         """
-        return self._reads_inactive(next(s for s in self._steppers if any(p is parameter for p in s.parameters)))
+        return next(s for s in self._steppers if any(p is parameter for p in s.parameters)).reads_inactive(
+            self._sparsified
+        )
 
-    def _reads_inactive(self, stepper: _Stepper) -> bool:
-        if not self._sparsified or self._moves_inactive(stepper):
-            return True
-        if any(score.observes and score.needs_gradient for score in self.method.scores().values()):
-            return stepper.step < self.method.clock.stop_step(stepper.total)
-        # An update that does not take the place of the step is followed by one that moves the grown connections.
-        return (not self.method.replace_step or self.method.reads_gradient) and self._is_due(stepper)
-
-    def _moves_inactive(self, stepper: _Stepper) -> bool:
-        """Whether inactive weights are trained that may become active."""
-        return self.method.moves_inactive and stepper.step < self.method.clock.stop_step(stepper.total)
-
-    def _is_due(self, stepper: _Stepper) -> bool:
-        """Whether the step to come updates the topology; once it has, it does not where it is tried again."""
-        if stepper.updated_at == stepper.step:
-            return False
-        if self.method.clock.fires(stepper.step, stepper.total):
-            return True
-        settles_at = self._settles_at(stepper)  # an update that was left out there is made up for
-        return settles_at is not None and stepper.updated_at < settles_at <= stepper.step
-
-    def _settles_at(self, stepper: _Stepper) -> int | None:
-        """The step of the last update of a budget that moves: from there on it is the final one."""
-        method = self.method
-        if method.schedule is None and method.surplus is None:
-            return None
-        last = method.clock.stop_step(stepper.total)
-        if method.schedule is not None:
-            last = max(last, method.schedule.settles_at(stepper.total))
-        return min(last, stepper.total - 1)
-
-    def _expect_gradients(self, steppers: Iterable[_Stepper] | None = None) -> None:
+    def _expect_gradients(self, steppers: Iterable[OptimizerSteps] | None = None) -> None:
         """Tell the storages what the coming step of the optimizers (by default all) needs to see."""
         for stepper in self._steppers if steppers is None else steppers:
-            expected = self.method.density < 1 and self._reads_inactive(stepper)
+            expected = self.method.density < 1 and stepper.reads_inactive(self._sparsified)
             self._storages.expect_dense_gradient(stepper.parameters, expected)
 
     # -- the training loop ----------------------------------------------------------------------------------------
@@ -456,7 +400,7 @@ class Sparsifier:
 
     def _mask_is_due(self) -> bool:
         """Whether the step to come makes the first mask."""
-        return not self._sparsified and self._steppers[0].step >= self._sparsify_step(self._steppers[0])
+        return not self._sparsified and self._steppers[0].step >= self._steppers[0].mask_step
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer | None = None) -> None:
@@ -479,15 +423,16 @@ class Sparsifier:
             self._refuse_stranger(optimizer)
         self._say_what_has_changed()
         for stepper in chosen:
-            waits = self._waits_in_vain(stepper)
-            stepper.replaced = False
-            stepper.active = [self._active(self.layers[i]) for i in stepper.layers]
-            stepper.announced = self._prepare(stepper)
+            waits, moves = self._check_waiting(stepper)
+            active = [self._active(self.layers[i]) for i in stepper.layers]
+            kind, replaced = self._prepare(stepper, active)
             self._storages.mask_gradients(stepper.parameters)
-            self._perturb(stepper)
+            if self.method.perturb is not None and self._sparsified and not replaced:
+                self._perturb(stepper, self.method.perturb)
             # What was kept for this step is used; should it not be taken, the next attempt begins anew.
             self._expect_gradients([stepper])
-            stepper.seen = _fingerprint(stepper.parameters) if waits else None
+            seen = fingerprint(stepper.parameters) if waits else None
+            stepper.prepared = PreparedStep(kind, replaced, active, seen, moves)
 
     def _say_what_has_changed(self) -> None:
         """Warn of what was done to the model, now that training begins or goes on."""
@@ -507,57 +452,55 @@ class Sparsifier:
         if name := next((name for name, p in self._storages.parameters.items() if id(p) in held), None):
             raise StateError(f"before_step() was given a {type(optimizer).__name__} that holds {name}, and {_REBUILT}")
 
-    def _waits_in_vain(self, stepper: _Stepper) -> bool:
-        """Whether the step that the last call prepared was not taken; raises where something else takes the steps.
+    def _check_waiting(self, stepper: OptimizerSteps) -> tuple[bool, int]:
+        """See ``OptimizerSteps.waits``; raises where something else takes the steps.
 
-        A step that is left out (by a gradient scaler, or while gradients accumulate) moves no weight. Twice in a row that
-        weights move without one is another optimizer.
+        A step that is left out (by a gradient scaler, or while gradients accumulate) moves no weight. Weights that move
+        twice in a row without one belong to another optimizer.
         """
-        if stepper.announced is None or not self._hooks:
-            stepper.moves = 0
-            return False
-        if stepper.seen is not None:
-            stepper.moves = stepper.moves + 1 if _fingerprint(stepper.parameters) != stepper.seen else 0
-        if stepper.moves == 2:
+        waits, moves = stepper.waits() if self._hooks else (False, 0)
+        if moves == 2:
             name = self._name(stepper.parameters[0])
             raise StateError(
                 f"before_step() is called again and again, {name} and others move, and the "
                 f"{type(stepper.optimizer).__name__} of this sparsifier never steps: {_REBUILT}"
             )
-        return True
+        return waits, moves
 
-    def _prepare(self, stepper: _Stepper) -> str:
-        """Do what is due before a step and say what kind of step it is."""
+    def _prepare(self, stepper: OptimizerSteps, active: Sequence[int]) -> tuple[str, bool]:
+        """Do what is due before a step; returns its kind and whether an update or a first mask takes its place.
+
+        ``active`` counts the active weights of the optimizer's layers before it.
+        """
         for index in stepper.layers:
             gradient = self._storages.parameters[self.layers[index].parameter].grad
             if gradient is not None and gradient.layout != torch.strided:
                 raise ConfigurationError(
                     f"{self.layers[index].parameter} has a sparse gradient; build its module with sparse=False"
                 )
-        if not self._sparsified and stepper.step >= self._sparsify_step(stepper):
+        if not self._sparsified and stepper.step >= stepper.mask_step:
             if waits_for_batch(self.method.init):
                 usable = self._gradients_are_usable(stepper, every_layer=self.method.init.needs_gradient)
                 given = self._scores_of_first_batch() if usable else None
                 # What a batch that cannot be used has left is for nothing; the next one is measured anew.
                 self._buffers = {key: buffer for key, buffer in self._buffers.items() if key[0] != "init"}
                 if not usable or (given is not None and not all(is_finite(score) for score in given.values())):
-                    return "dense"
+                    return "dense", False
                 self._sparsify(stepper.step, given)
-                stepper.replaced = True
-                return "dense"
+                return "dense", True
             self._sparsify(stepper.step)
         if not self._sparsified:
-            return "dense"
+            return "dense", False
         observing = self._observe(stepper)
-        reads = observing or self._moves_inactive(stepper)
-        if not self.method.updates_after_step and self._is_due(stepper):
+        reads = observing or stepper.moves_inactive
+        if not self.method.updates_after_step and stepper.is_due:
             self._update(stepper)
-        if stepper.updated_at == stepper.step:
-            reads = reads or self.method.reads_gradient
-            stepper.replaced = self.method.replace_step
-        if all(n == self.layers[i].weights for i, n in zip(stepper.layers, stepper.active, strict=True)):
-            return "dense"
-        return "dense_gradient" if reads else "sparse"
+        updated = stepper.updated_at == stepper.step
+        reads = reads or (updated and self.method.reads_gradient)
+        replaced = updated and self.method.replace_step
+        if all(n == self.layers[i].weights for i, n in zip(stepper.layers, active, strict=True)):
+            return "dense", replaced
+        return "dense_gradient" if reads else "sparse", replaced
 
     def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
         """Step pre-hook: take the gradients away where an update replaces the step.
@@ -565,7 +508,7 @@ class Sparsifier:
         A closure computes them within the step, and in Lightning prepares and clips them too: it is then followed up.
         """
         stepper = next(s for s in self._steppers if s.optimizer is optimizer)
-        stepper.begun = True
+        stepper.is_stepping = True
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._begin(stepper)
@@ -580,12 +523,10 @@ class Sparsifier:
             return args, {**kwargs, "closure": followed_up}
         return (args[0], followed_up, *args[2:]), kwargs
 
-    def _begin(self, stepper: _Stepper) -> None:
+    def _begin(self, stepper: OptimizerSteps) -> None:
         """Gradients and topology are those of the step, and the optimizer is about to use them."""
-        if stepper.replaced:
-            for group in stepper.optimizer.param_groups:
-                for parameter in group["params"]:
-                    parameter.grad = None
+        if stepper.prepared is not None and stepper.prepared.replaced:
+            stepper.drop_gradients()
         self._storages.begin_step(stepper.optimizer, stepper.parameters)
         if self._warming is not None:
             self._warming.begin(stepper.parameters, self._storages.name_of)
@@ -594,25 +535,25 @@ class Sparsifier:
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         """Step post-hook: weights that are inactive are zero again, and the clock advances."""
         stepper = next(s for s in self._steppers if s.optimizer is optimizer)
-        if self._warming is not None and stepper.begun:
+        if self._warming is not None and stepper.is_stepping:
             self._warming.end(self._storages.parameters, stepper.step)
-        self._storages.end_step(stepper.parameters, stepper.step + stepper.begun, self._sparsify_step(stepper))
+        self._storages.end_step(stepper.parameters, stepper.step + stepper.is_stepping, stepper.mask_step)
         self._originals = []
-        if not stepper.begun:
+        if not stepper.is_stepping:
             return  # the step of a class within that of its subclass has told already
-        stepper.begun = False
-        if stepper.announced is None:
+        stepper.is_stepping = False
+        prepared, stepper.prepared = stepper.prepared, None
+        if prepared is None:
             raise StateError(
                 "optimizer.step() ran without sparsifier.before_step(): call it between backward() and step(), "
                 "or finalize() the sparsifier when sparse training is over"
             )
-        if self._sparsified and self.method.updates_after_step and self._is_due(stepper):
+        if self._sparsified and self.method.updates_after_step and stepper.is_due:
             self._update(stepper)  # the mask of the next forward pass is that of the weights it will see
-        self._counters.steps[stepper.announced] += 1
-        work = self._counters.work.setdefault(stepper.announced, [0] * len(self.layers))
-        for index, active in zip(stepper.layers, stepper.active, strict=True):
+        self._counters.steps[prepared.kind] += 1
+        work = self._counters.work.setdefault(prepared.kind, [0] * len(self.layers))
+        for index, active in zip(stepper.layers, prepared.active, strict=True):
             work[index] += active
-        stepper.announced = None
         stepper.step += 1
         self._expect_gradients([stepper])
 
@@ -751,7 +692,7 @@ class Sparsifier:
 
     # -- topology updates -----------------------------------------------------------------------------------------
 
-    def _update(self, stepper: _Stepper) -> bool:
+    def _update(self, stepper: OptimizerSteps) -> bool:
         """Rewire the optimizer's layers; False if the update had to be left out."""
         if not self._gradients_are_usable(stepper):
             self._counters.skipped += 1
@@ -763,7 +704,7 @@ class Sparsifier:
         fraction = method.fraction(step, stop) if replaces else 0.0
         surplus = None
         if method.surplus is not None and replaces:
-            surplus = 0.0 if step >= (self._settles_at(stepper) or 0) else method.surplus(step, stop)
+            surplus = 0.0 if step >= (stepper.settles_at or 0) else method.surplus(step, stop)
         is_set = self._set_density is not None
         moment = Moment(step, self.seed, self._density_at(stepper), fraction if replaces else None, surplus, is_set)
         grown = self._rewire(stepper, moment, method.scores(), born=step + method.replace_step)
@@ -774,7 +715,7 @@ class Sparsifier:
         self.last_update = Update(step, fraction, grown / max(1, active))
         return True
 
-    def _rewire(self, stepper: _Stepper, moment: Moment, scores: Mapping[str, Score], *, born: int) -> int:
+    def _rewire(self, stepper: OptimizerSteps, moment: Moment, scores: Mapping[str, Score], *, born: int) -> int:
         """Plan an update of the optimizer's layers, decide all rewirings, then apply them; returns how many grew.
 
         ``born`` is the step that first moves what grows.
@@ -839,7 +780,7 @@ class Sparsifier:
             update.forced_drops,
         )
 
-    def _density_at(self, stepper: _Stepper) -> float:
+    def _density_at(self, stepper: OptimizerSteps) -> float:
         if self._set_density is not None:
             return self._set_density
         return self.method.density_at(stepper.step, stepper.total)
@@ -860,11 +801,8 @@ class Sparsifier:
     def _generator(self, step: int, layer: SparseLayer, role: str) -> torch.Generator:
         return folded_generator(self.seed, role, step, layer.label)
 
-    def _perturb(self, stepper: _Stepper) -> None:
+    def _perturb(self, stepper: OptimizerSteps, perturb: Perturbation) -> None:
         """Add what the method adds to the gradients of active weights."""
-        perturb = self.method.perturb
-        if perturb is None or stepper.replaced or not self._sparsified:
-            return
         rates = {id(p): group["lr"] for group in stepper.optimizer.param_groups for p in group["params"]}
         for index in stepper.layers:
             layer = self.layers[index]
@@ -901,9 +839,7 @@ class Sparsifier:
                 f'backend="{self.method.backend}" stores a fixed number of connections; use backend="masked" to change it'
             )
         if not self._sparsified:
-            raise StateError(
-                f"training is dense until step {self._sparsify_step(self._steppers[0])}; set the density after it"
-            )
+            raise StateError(f"training is dense until step {self._steppers[0].mask_step}; set the density after it")
         layer_counts(self.method, self.layers, density)
         self._set_density = float(density)
         self._counters.settings += 1
@@ -938,10 +874,10 @@ class Sparsifier:
         """Compare the replicated masks of all processes."""
         self._storages.check_agreement(step, self._group)
 
-    def _observe(self, stepper: _Stepper) -> bool:
+    def _observe(self, stepper: OptimizerSteps) -> bool:
         """Show this step's weights and dense gradients to the scores that watch; whether any of them reads gradients."""
         observers = {role: cast(Observer, s) for role, s in self.method.scores().items() if s.observes}
-        if not observers or stepper.step >= self.method.clock.stop_step(stepper.total):
+        if not observers or not stepper.may_update:
             return False
         reads = any(score.needs_gradient for score in observers.values())
         usable = not reads or self._gradients_are_usable(stepper)
@@ -954,7 +890,7 @@ class Sparsifier:
                     self._buffers[key] = score.observe(view.buffer, view)
         return reads
 
-    def _gradients_are_usable(self, stepper: _Stepper, every_layer: bool = False) -> bool:
+    def _gradients_are_usable(self, stepper: OptimizerSteps, every_layer: bool = False) -> bool:
         """Whether all of the optimizer's gradients are finite, and its layers' present where ``every_layer``.
 
         Those of dense weights count too: a gradient scaler leaves the step out for any of them.
@@ -964,16 +900,12 @@ class Sparsifier:
                 f"{self._name(missing[0])} has no gradient, and {type(self.method.init).__name__} needs one; "
                 "exclude it, or let it take part in the loss"
             )
-        finite = self._are_finite(stepper)
+        finite = all(is_finite(local(gradient)) for gradient in stepper.gradients())
         finite = finite and self._storages.collected_is_finite(stepper.parameters)
         finite = all_agree(finite, self._group)
         if not finite:
             self._warn_once("gradients are not finite where the topology needs them; the update is left out")
         return finite
-
-    def _are_finite(self, stepper: _Stepper) -> bool:
-        groups = stepper.optimizer.param_groups
-        return all(is_finite(local(p.grad)) for group in groups for p in group["params"] if p.grad is not None)
 
     # -- saving and loading ---------------------------------------------------------------------------------------
 
@@ -1039,7 +971,7 @@ class Sparsifier:
             self._buffers[role, label] = buffer.to(self._storages.parameters[layer.parameter].device).clone()
         self._check_agreement(int(state["steps"][0]))
         for stepper, step, updated_at in zip(self._steppers, state["steps"], state["updated_at"], strict=True):
-            stepper.step, stepper.updated_at, stepper.announced = int(step), int(updated_at), None
+            stepper.step, stepper.updated_at, stepper.prepared = int(step), int(updated_at), None
         self._set_density = state["set_density"]
         several = len(self._steppers)
         for stepper, density in zip(
@@ -1110,19 +1042,6 @@ class Sparsifier:
 
     # -- small helpers --------------------------------------------------------------------------------------------
 
-    def _assign(self, optimizers: Sequence[Optimizer], totals: Sequence[int]) -> list[_Stepper]:
-        """Give each layer to the optimizer that holds its parameter."""
-        held = holders(optimizers, self._storages.parameters)
-        steppers = []
-        for i, optimizer in enumerate(optimizers):
-            mine = [k for k, layer in enumerate(self.layers) if held[layer.parameter] == i]
-            names = dict.fromkeys(self.layers[k].parameter for k in mine)
-            if mine:
-                steppers.append(
-                    _Stepper(optimizer, mine, [self._storages.parameters[name] for name in names], totals[i])
-                )
-        return steppers
-
     def _name(self, parameter: nn.Parameter) -> str:
         name = self._storages.name_of(parameter)
         assert name is not None
@@ -1150,8 +1069,3 @@ def _check_free(optimizers: Iterable[Optimizer]) -> None:
                     f"{type(optimizer).__name__} trains for another sparsifier already, {other!r}: finalize() that one "
                     "first, or build a new optimizer"
                 )
-
-
-def _fingerprint(parameters: Iterable[Tensor]) -> list[str]:
-    """What tells weights that have moved from weights that have not; as text, in which NaN equals itself."""
-    return [repr(float(local(p.detach()).sum(dtype=torch.float64))) for p in parameters]

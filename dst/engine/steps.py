@@ -1,0 +1,177 @@
+"""The steps of one optimizer: which layers it moves, how far it is, and what is due when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dst.engine.optimizers import holders
+from dst.method import Method
+from dst.pieces.durations import resolve_steps
+from dst.topology.layers import SparseLayer
+from dst.topology.sharding import local
+
+
+@dataclass(frozen=True)
+class PreparedStep:
+    """What ``before_step`` prepared; the optimizer's step takes it.
+
+    Attributes:
+        kind: What the step costs: ``"dense"``, ``"sparse"`` or ``"dense_gradient"``.
+        replaced: Whether the step has no gradients, because an update takes its place.
+        active: Active weights in its forward and backward passes, for each of the optimizer's layers.
+        seen: A fingerprint of the weights, where the step prepared before this one was not taken.
+        moves: How often the weights have changed since, with no step of this optimizer.
+    """
+
+    kind: str
+    replaced: bool
+    active: list[int]
+    seen: list[str] | None = None
+    moves: int = 0
+
+
+@dataclass
+class OptimizerSteps:
+    """The steps of an optimizer that holds sparse parameters.
+
+    Attributes:
+        method: The method.
+        optimizer: The optimizer.
+        layers: Indices of the layers that it moves.
+        parameters: Their parameters.
+        total: Its steps in the whole training.
+        step: Steps taken.
+        updated_at: The step of the last update. A step that was prepared and not taken is prepared again without one.
+        budget_density: The network's density that the budgets of its layers were split from.
+        prepared: The step to come, once ``before_step`` was called for it.
+        is_stepping: Whether ``optimizer.step()`` was entered and has not been counted.
+    """
+
+    method: Method
+    optimizer: Optimizer
+    layers: list[int]
+    parameters: list[nn.Parameter]
+    total: int
+    step: int = 0
+    updated_at: int = -1
+    budget_density: float | None = None
+    prepared: PreparedStep | None = None
+    is_stepping: bool = False
+
+    @property
+    def mask_step(self) -> int:
+        """The step at which the first mask is made."""
+        return resolve_steps(self.method.sparsify_at, self.total, "sparsify_at")
+
+    @property
+    def settles_at(self) -> int | None:
+        """The step of the last update of a budget that moves, from which on it is final; ``None`` if it never moves."""
+        method = self.method
+        if method.schedule is None and method.surplus is None:
+            return None
+        last = method.clock.stop_step(self.total)
+        if method.schedule is not None:
+            last = max(last, method.schedule.settles_at(self.total))
+        return min(last, self.total - 1)
+
+    @property
+    def ever_updates(self) -> bool:
+        """Whether an update falls within the training. One at step 0 moves a mask that nothing was trained under."""
+        fires = any(self.method.clock.fires(step, self.total) for step in range(1, self.total))
+        return fires or self.settles_at is not None or self.total <= 1
+
+    @property
+    def has_settled(self) -> bool:
+        """Whether the last update of a budget that moves was made."""
+        settles_at = self.settles_at
+        return settles_at is None or self.updated_at >= settles_at
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the step to come updates the topology, and has not done so in an earlier attempt."""
+        if self.updated_at == self.step:
+            return False
+        if self.method.clock.fires(self.step, self.total):
+            return True
+        settles_at = self.settles_at  # an update that was left out there is made up for
+        return settles_at is not None and self.updated_at < settles_at <= self.step
+
+    @property
+    def may_update(self) -> bool:
+        """Whether the clock fires at this step or a later one."""
+        return self.step < self.method.clock.stop_step(self.total)
+
+    @property
+    def moves_inactive(self) -> bool:
+        """Whether inactive weights are trained that may become active."""
+        return self.method.moves_inactive and self.may_update
+
+    def reads_inactive(self, is_sparse: bool) -> bool:
+        """Whether the step to come reads gradients of inactive weights.
+
+        Args:
+            is_sparse: Whether the first mask was made.
+        """
+        if not is_sparse or self.moves_inactive:
+            return True
+        if any(score.observes and score.needs_gradient for score in self.method.scores().values()):
+            return self.may_update
+        # An update that does not take the place of the step is followed by one that moves the grown weights.
+        return (not self.method.replace_step or self.method.reads_gradient) and self.is_due
+
+    def waits(self) -> tuple[bool, int]:
+        """Whether the step prepared last was not taken, and how often weights have moved in a row without one."""
+        if self.prepared is None:
+            return False, 0
+        if self.prepared.seen is None:
+            return True, 0
+        return True, self.prepared.moves + 1 if fingerprint(self.parameters) != self.prepared.seen else 0
+
+    def gradients(self) -> Iterable[Tensor]:
+        """The gradients of all parameters of the optimizer, dense ones included."""
+        return (p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None)
+
+    def drop_gradients(self) -> None:
+        """Set all gradients of the optimizer to ``None``."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+
+def assign(
+    method: Method,
+    optimizers: Sequence[Optimizer],
+    totals: Sequence[int],
+    layers: Sequence[SparseLayer],
+    parameters: Mapping[str, nn.Parameter],
+) -> list[OptimizerSteps]:
+    """Give each layer to the optimizer that holds its parameter.
+
+    Args:
+        method: The method.
+        optimizers: The optimizers.
+        totals: The number of steps of each.
+        layers: All sparse layers.
+        parameters: Name to parameter.
+
+    Returns:
+        The steps of those optimizers that hold sparse parameters.
+    """
+    held = holders(optimizers, parameters)
+    result = []
+    for i, optimizer in enumerate(optimizers):
+        mine = [k for k, layer in enumerate(layers) if held[layer.parameter] == i]
+        names = dict.fromkeys(layers[k].parameter for k in mine)
+        if mine:
+            result.append(OptimizerSteps(method, optimizer, mine, [parameters[name] for name in names], totals[i]))
+    return result
+
+
+def fingerprint(parameters: Iterable[Tensor]) -> list[str]:
+    """What tells weights that have moved from weights that have not; as text, in which NaN equals itself."""
+    return [repr(float(local(p.detach()).sum(dtype=torch.float64))) for p in parameters]
