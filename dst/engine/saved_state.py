@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,41 +10,28 @@ from torch import Tensor
 
 from dst.backends.saved import count, is_mask, is_union
 from dst.backends.storages import Storages
+from dst.engine.state import TrainingState
+from dst.engine.steps import STEP_KEYS, OptimizerSteps, check_steps
 from dst.engine.warmup import check_young
 from dst.errors import StateError
 from dst.method import Method, check_same
 from dst.pieces.protocols import LossInit
 from dst.topology.layers import SparseLayer
 
-logger = logging.getLogger("dst.engine.sparsifier")
-
 STATE_FORMAT = 1
-STEP_KINDS = ("dense", "sparse", "dense_gradient")
-KEYS = {
-    "format",
+_MAPPINGS = (
     "method",
-    "seed",
-    "total_steps",
-    "steps",
-    "updated_at",
-    "sparsified",
-    "updates",
-    "skipped",
-    "step_counts",
-    "last_update",
-    "set_density",
-    "budget_density",
-    "budgets",
-    "amount",
-    "work",
-    "warming",
-    "layers",
     "masks",
     "union",
     "buffers",
+    "step_counts",
     "collected",
+    "budgets",
+    "work",
+    "warming",
     "latent",
-}
+)
+KEYS = {"format", "seed", "layers", *_MAPPINGS} | STEP_KEYS | TrainingState.required()
 
 
 @dataclass(frozen=True)
@@ -55,20 +41,14 @@ class Expected:
     Attributes:
         method: Its method.
         seed: Its seed.
-        total_steps: Its length, for each optimizer with sparse parameters.
+        steppers: Its optimizers with sparse parameters.
         layers: Its sparse layers.
         storages: Its storages.
     """
 
     method: Method
     seed: int
-    total_steps: Sequence[int]
-
-    @property
-    def optimizers(self) -> int:
-        """Number of optimizers with sparse parameters."""
-        return len(self.total_steps)
-
+    steppers: Sequence[OptimizerSteps]
     layers: Sequence[SparseLayer]
     storages: Storages
 
@@ -83,18 +63,7 @@ def check_state(state: Mapping[str, Any], here: Expected) -> None:
         raise StateError("this is not the state of a dst Sparsifier, or it is damaged")
     if state["format"] != STATE_FORMAT:
         raise StateError(f"the state has format {state['format']}; this version of dst reads {STATE_FORMAT}")
-    for key in (
-        "method",
-        "masks",
-        "union",
-        "buffers",
-        "step_counts",
-        "collected",
-        "budgets",
-        "work",
-        "warming",
-        "latent",
-    ):
+    for key in _MAPPINGS:
         if not isinstance(state[key], Mapping):
             raise StateError(f"the state is damaged: {key} is no mapping")
     try:
@@ -109,77 +78,31 @@ def _check_contents(state: Mapping[str, Any], here: Expected) -> None:
     check_same(state["method"], here.method)  # every backend reads what another has saved
     if state["seed"] != here.seed:
         raise StateError(f"the checkpoint has seed {state['seed']}, this run {here.seed}: use the same")
-    if not _are_counts(state["steps"]) or not _are_counts([state["updates"], state["skipped"]]):
-        raise StateError("the state is damaged: steps and updates must be counts")
-    if state["step_counts"].keys() != set(STEP_KINDS) or not _are_counts(list(state["step_counts"].values())):
-        raise StateError("the state is damaged: step_counts must be counts of dense, sparse and dense_gradient steps")
-    if len(state["steps"]) != here.optimizers:
-        raise StateError(f"the checkpoint has {len(state['steps'])} optimizers, this run {here.optimizers}")
-    if len(state.get("budget_densities", state["steps"])) != len(state["steps"]):
-        raise StateError("the state is damaged: budget_densities and steps do not belong together")
-    _check_numbers(state)
+    TrainingState.check(state, [layer.label for layer in here.layers])
     check_masks(state["masks"], "the checkpoint", here.storages)
-    if unknown := sorted(set(state["collected"]) - set(here.storages.parameters)):
-        raise StateError(f"the checkpoint has collected gradients of {', '.join(unknown)}, which the model has not")
+    if state["union"] or (state["sparsified"] and here.method.is_dynamic and here.method.density < 1):
+        check_masks(state["union"], "the checkpoint's union of masks", here.storages, is_union)
+    _check_collected(state["collected"], here)
     _check_table(state, here)
-    _check_buffers(state, here)
+    _check_buffers(state["buffers"], here)
     _check_latent(state, here)
     check_young(state["warming"], {layer.label: layer for layer in here.layers})
-    saved = state["total_steps"]
-    if (saved if isinstance(saved, list) else [saved] * here.optimizers) != list(here.total_steps):
-        logger.warning(
-            "the checkpoint's schedules were laid out for %s steps and go on for %s",
-            saved,
-            ", ".join(map(str, here.total_steps)),
-        )
+    check_steps(state, here.steppers)
 
 
-def _check_numbers(state: Mapping[str, Any]) -> None:
-    """Values that are read without another look."""
-    last, totals = state["last_update"], state["total_steps"]
-    wrong = {
-        "sparsified": not isinstance(state["sparsified"], bool),
-        "amount": not _is_number(state["amount"]),
-        "last_update": last is not None
-        and not (isinstance(last, (list, tuple)) and len(last) == 3 and all(map(_is_number, last))),
-        "total_steps": not _are_counts(totals if isinstance(totals, list) else [totals])
-        or (isinstance(totals, list) and len(totals) != len(state["steps"])),
-        "updated_at": not isinstance(state["updated_at"], list)
-        or not all(isinstance(s, int) for s in state["updated_at"]),
-        "layers": not isinstance(state["layers"], list) or not all(isinstance(row, Mapping) for row in state["layers"]),
-        "budget_densities": not _are_densities(state.get("budget_densities", []), optional=True),
-        "splits": not _are_splits(state.get("splits", [])),
-        "settings": not _are_counts([state.get("settings", 0)]),
-    }
-    pairs = [pair for held in state["collected"].values() for pair in held]
+def _check_collected(collected: Mapping[str, Any], here: Expected) -> None:
+    """Compare the gradients of an accumulated step with the model's parameters."""
+    if unknown := sorted(collected.keys() - here.storages.parameters.keys()):
+        raise StateError(f"the checkpoint has collected gradients of {', '.join(unknown)}, which the model has not")
+    pairs = [pair for held in collected.values() for pair in held]
     if not all(isinstance(pair, (list, tuple)) and all(isinstance(t, Tensor) for t in pair) for pair in pairs):
-        wrong["collected"] = True
-    if damaged := [key for key, is_wrong in wrong.items() if is_wrong]:
-        raise StateError(f"the state is damaged: {', '.join(damaged)} cannot be such")
-
-
-def _are_densities(values: Any, *, optional: bool) -> bool:
-    return isinstance(values, list) and all((optional and v is None) or (_is_number(v) and 0 < v <= 1) for v in values)
-
-
-def _are_splits(splits: Any) -> bool:
-    """Lists of a density, the budgets of all layers, and numbers of optimizers."""
-    return isinstance(splits, list) and all(
-        isinstance(split, (list, tuple))
-        and len(split) == 3
-        and _are_densities([split[0]], optional=False)
-        and _are_counts(split[1])
-        and _are_counts(split[2])
-        for split in splits
-    )
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+        raise StateError("the state is damaged: collected cannot be such")
 
 
 def _check_table(state: Mapping[str, Any], here: Expected) -> None:
     """Compare the state's layers with this run's, and with the counts of its own masks."""
+    if not isinstance(state["layers"], list) or not all(isinstance(row, Mapping) for row in state["layers"]):
+        raise StateError("the state is damaged: layers cannot be such")
     saved = {row.get("name"): row.get("nonzero") for row in state["layers"]}
     masks = state["masks"]
     found = {
@@ -193,35 +116,18 @@ def _check_table(state: Mapping[str, Any], here: Expected) -> None:
         raise StateError(f"the state is damaged: masks of {', '.join(off)} are off their budget")
 
 
-def _check_buffers(state: Mapping[str, Any], here: Expected) -> None:
-    """What belongs to the masks: their union, once there are any that move, and the scores' buffers."""
-    if state["union"] or (state["sparsified"] and here.method.is_dynamic and here.method.density < 1):
-        check_masks(state["union"], "the checkpoint's union of masks", here.storages, is_union)
+def _check_buffers(buffers: Mapping[str, Tensor], here: Expected) -> None:
+    """Compare the scores' buffers with the layers, for the scores that the method has."""
     roles = [*here.method.scores(), *(["init"] if isinstance(here.method.init, LossInit) else [])]
     shapes = {f"{role}/{layer.label}": layer.shape for role in roles for layer in here.layers}
-    for key, buffer in state["buffers"].items():
-        if key not in shapes or not isinstance(buffer, Tensor) or tuple(buffer.shape) != shapes[key]:
+    for key, buffer in buffers.items():
+        if key not in shapes or tuple(buffer.shape) != shapes[key]:
             raise StateError(f"the checkpoint has a score buffer {key} that does not fit the model")
-    if state["budgets"].keys() != {layer.label for layer in here.layers} or not _are_counts(
-        list(state["budgets"].values())
-    ):
-        raise StateError("the state is damaged: budgets must be counts, one for every sparse layer")
-    work = list(state["work"].values())
-    if not state["work"].keys() <= set(STEP_KINDS) or any(
-        not _are_counts(w) or len(w) != len(here.layers) for w in work
-    ):
-        raise StateError("the state is damaged: work must hold a count for every sparse layer")
-    for density in (state["set_density"], state["budget_density"]):
-        if density is not None and not (isinstance(density, float) and 0 < density <= 1):
-            raise StateError("the state is damaged: densities must lie in (0, 1]")
-    if not isinstance(state["updated_at"], list) or len(state["updated_at"]) != len(state["steps"]):
-        raise StateError("the state is damaged: steps and updated_at do not belong together")
 
 
 def _check_latent(state: Mapping[str, Any], here: Expected) -> None:
-    """What storages keep beside the parameters has names and shapes that follow from the model and the method."""
-    masked = bool(state["sparsified"])
-    shapes = here.storages.latent_shapes(masked)
+    """Compare what storages keep beside the parameters with the names and shapes of the model and the method."""
+    shapes = here.storages.latent_shapes(state["sparsified"])
     saved = {n: tuple(t.shape) if isinstance(t, Tensor) else None for n, t in state["latent"].items()}
     if off := sorted(n for n in shapes.keys() | saved.keys() if shapes.get(n, ...) != saved.get(n, ...)):
         raise StateError(f"the checkpoint's latent weights do not fit the model: {', '.join(off)}")
@@ -261,7 +167,3 @@ def check_masks(
                 f"{source} has {count(mask)} connections in {name}, the model was prepared with {held}: "
                 "prepare it with the method of the checkpoint"
             )
-
-
-def _are_counts(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values)

@@ -6,7 +6,6 @@ import copy
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias, cast
 
@@ -22,8 +21,9 @@ from dst.backends.storage import is_finite
 from dst.engine import coverage
 from dst.engine.first_batch import FirstBatch
 from dst.engine.optimizers import as_optimizers, totals_of, unwrap_optimizer
-from dst.engine.saved_state import STATE_FORMAT, STEP_KINDS, Expected, check_masks, check_state
-from dst.engine.steps import OptimizerSteps, PreparedStep, assign, fingerprint
+from dst.engine.saved_state import STATE_FORMAT, Expected, check_masks, check_state
+from dst.engine.state import TrainingState, Update
+from dst.engine.steps import OptimizerSteps, PreparedStep, assign, fingerprint, load_steps, state_of_steps
 from dst.engine.warmup import WarmUp, check_whole
 from dst.errors import ConfigurationError, StateError
 from dst.method import Method, check_method
@@ -48,30 +48,6 @@ _REBUILT = (
     "was built anew (new.load_state_dict(old.state_dict()) goes on with its masks), and copy model, optimizer and "
     "sparsifier together"
 )
-
-
-@dataclass(frozen=True)
-class Update:
-    """What the last topology update did.
-
-    Attributes:
-        step: The optimizer step it happened at.
-        fraction: The drop fraction that the schedule gave.
-        churn: Share of the active connections that are new: grown / active, in [0, 1].
-    """
-
-    step: int
-    fraction: float
-    churn: float
-
-
-@dataclass
-class _Counters:
-    updates: int = 0
-    skipped: int = 0
-    settings: int = 0  # of the density, by the user
-    steps: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STEP_KINDS, 0))
-    work: dict[str, list[int]] = field(default_factory=dict)  # kind of step to active weights per layer, over steps
 
 
 class Sparsifier:
@@ -143,17 +119,13 @@ class Sparsifier:
         self._steppers = assign(method, optimizers, totals, self.layers, self._storages.parameters)
         _check_free(optimizers)
         self._group = process_group
-        self._buffers: dict[tuple[str, str], Tensor] = {}
-        self._counters = _Counters()
-        self._sparsified = method.density == 1
+        self._state = TrainingState(
+            sparsified=method.density == 1,
+            budgets={layer.label: layer.weights for layer in self.layers},
+            amount=method.amount.initial_state if method.amount is not None else 0.0,
+        )
         self._warned: set[str] = set()
-        self.last_update: Update | None = None
         self._originals: list[tuple[_Place, Tensor, Tensor, int]] = []  # what the first mask cut, as it was
-        self._set_density: float | None = None  # what a user set, instead of the method's schedule
-        self._budgets = {layer.label: layer.weights for layer in self.layers}  # what updates keep to
-        # The network's density to all layers' budgets at it, and which optimizers' layers have them.
-        self._splits: dict[float, tuple[tuple[int, ...], set[int]]] = {}
-        self._amount_state = method.amount.initial_state if method.amount is not None else 0.0
         if method.grown_warmup or method.perturb is not None:
             check_whole(self._storages.parameters, "grown_warmup" if method.grown_warmup else "perturb")
         self._warming = WarmUp(method.grown_warmup) if method.grown_warmup else None
@@ -172,11 +144,11 @@ class Sparsifier:
                 f"{len(self._steppers)} optimizers; use another init, or one optimizer"
             )
         self._first_batch: FirstBatch | None = None
-        if not self._sparsified and isinstance(method.init, (LossInit, CallInit)):
+        if not self._state.sparsified and isinstance(method.init, (LossInit, CallInit)):
             self._first_batch = FirstBatch(model, self.layers, method.init, self._mask_is_due, process_group)
             self._first_batch.watch()
         self._warn_of_what_will_not_happen()
-        makes_mask = not self._sparsified and self._steppers[0].mask_step == 0
+        makes_mask = not self._state.sparsified and self._steppers[0].mask_step == 0
         if makes_mask and not waits_for_batch(method.init):
             if not self._storages.any_prepared:
                 nothing = torch.Generator()
@@ -257,9 +229,9 @@ class Sparsifier:
     def shortfall(self) -> str | None:
         """What the training has not reached, in words, were it to end now; ``None`` where it ends as it was planned."""
         target = self.method.density
-        if target == 1 or self._set_density is not None or not any(self.steps):
+        if target == 1 or self._state.set_density is not None or not any(self.steps):
             return None
-        reached = self._sparsified and all(stepper.has_settled for stepper in self._steppers)
+        reached = self._state.sparsified and all(stepper.has_settled for stepper in self._steppers)
         if reached or abs(self.density - target) <= 0.01 * target:
             return None
         taken = ", ".join(f"{stepper.step:,} of {stepper.total:,}" for stepper in self._steppers)
@@ -271,12 +243,12 @@ class Sparsifier:
     @property
     def updates(self) -> int:
         """Topology updates made."""
-        return self._counters.updates
+        return self._state.updates
 
     @property
     def skipped(self) -> int:
         """Updates that were due and left out because a gradient was not finite."""
-        return self._counters.skipped
+        return self._state.skipped
 
     @property
     def step_counts(self) -> dict[str, int]:
@@ -284,7 +256,7 @@ class Sparsifier:
 
         ``dense``, ``sparse``, or ``dense_gradient`` (sparse, but with the dense gradient computed on purpose).
         """
-        return dict(self._counters.steps)
+        return dict(self._state.step_counts)
 
     @property
     def work(self) -> dict[str, dict[str, int]]:
@@ -294,7 +266,7 @@ class Sparsifier:
         counts with the connections that it began with: its forward and backward passes precede an update.
         """
         labels = [layer.label for layer in self.layers]
-        return {kind: dict(zip(labels, active, strict=True)) for kind, active in self._counters.work.items()}
+        return {kind: dict(zip(labels, active, strict=True)) for kind, active in self._state.work.items()}
 
     @property
     def backends(self) -> dict[str, str]:
@@ -304,12 +276,12 @@ class Sparsifier:
     @property
     def is_sparse(self) -> bool:
         """Whether the mask has been made (False in the dense phase of methods that have one)."""
-        return self._sparsified
+        return self._state.sparsified
 
     @property
     def mask_version(self) -> int:
         """A number that is new whenever the masks may be: 0 before the first, then one more with every change of them."""
-        return self._counters.updates + self._counters.settings + self._sparsified
+        return self._state.updates + self._state.settings + self._state.sparsified
 
     @property
     def active(self) -> int:
@@ -325,14 +297,19 @@ class Sparsifier:
         return self.active / sum(layer.weights for layer in self.layers)
 
     @property
+    def last_update(self) -> Update | None:
+        """What the last topology update did; ``None`` before the first."""
+        return self._state.last_update
+
+    @property
     def churn(self) -> float:
         """Share of the active connections that the last update made new."""
-        return self.last_update.churn if self.last_update else 0.0
+        return self._state.last_update.churn if self._state.last_update else 0.0
 
     @property
     def drop_fraction(self) -> float:
         """The drop fraction of the last update."""
-        return self.last_update.fraction if self.last_update else 0.0
+        return self._state.last_update.fraction if self._state.last_update else 0.0
 
     @property
     def exploration_rate(self) -> float:
@@ -369,13 +346,13 @@ class Sparsifier:
         every step.
         """
         return next(s for s in self._steppers if any(p is parameter for p in s.parameters)).reads_inactive(
-            self._sparsified
+            self._state.sparsified
         )
 
     def _expect_gradients(self, steppers: Iterable[OptimizerSteps] | None = None) -> None:
         """Tell the storages what the coming step of the optimizers (by default all) needs to see."""
         for stepper in self._steppers if steppers is None else steppers:
-            expected = self.method.density < 1 and stepper.reads_inactive(self._sparsified)
+            expected = self.method.density < 1 and stepper.reads_inactive(self._state.sparsified)
             self._storages.expect_dense_gradient(stepper.parameters, expected)
 
     # -- the training loop ----------------------------------------------------------------------------------------
@@ -394,13 +371,13 @@ class Sparsifier:
         """
         if self._first_batch is None or not isinstance(self.method.init, LossInit) or not self._mask_is_due():
             return
-        if not any(role == "init" for role, _ in self._buffers):
+        if not any(role == "init" for role, _ in self._state.buffers):
             scores = self._first_batch.scores_of_loss(loss)
-            self._buffers.update({("init", label): score for label, score in scores.items()})
+            self._state.buffers.update({("init", label): score for label, score in scores.items()})
 
     def _mask_is_due(self) -> bool:
         """Whether the step to come makes the first mask."""
-        return not self._sparsified and self._steppers[0].step >= self._steppers[0].mask_step
+        return not self._state.sparsified and self._steppers[0].step >= self._steppers[0].mask_step
 
     @torch.no_grad()
     def before_step(self, optimizer: Optimizer | None = None) -> None:
@@ -427,7 +404,7 @@ class Sparsifier:
             active = [self._active(self.layers[i]) for i in stepper.layers]
             kind, replaced = self._prepare(stepper, active)
             self._storages.mask_gradients(stepper.parameters)
-            if self.method.perturb is not None and self._sparsified and not replaced:
+            if self.method.perturb is not None and self._state.sparsified and not replaced:
                 self._perturb(stepper, self.method.perturb)
             # What was kept for this step is used; should it not be taken, the next attempt begins anew.
             self._expect_gradients([stepper])
@@ -478,18 +455,18 @@ class Sparsifier:
                 raise ConfigurationError(
                     f"{self.layers[index].parameter} has a sparse gradient; build its module with sparse=False"
                 )
-        if not self._sparsified and stepper.step >= stepper.mask_step:
+        if not self._state.sparsified and stepper.step >= stepper.mask_step:
             if waits_for_batch(self.method.init):
                 usable = self._gradients_are_usable(stepper, every_layer=self.method.init.needs_gradient)
                 given = self._scores_of_first_batch() if usable else None
                 # What a batch that cannot be used has left is for nothing; the next one is measured anew.
-                self._buffers = {key: buffer for key, buffer in self._buffers.items() if key[0] != "init"}
+                self._state.buffers = {key: buffer for key, buffer in self._state.buffers.items() if key[0] != "init"}
                 if not usable or (given is not None and not all(is_finite(score) for score in given.values())):
                     return "dense", False
                 self._sparsify(stepper.step, given)
                 return "dense", True
             self._sparsify(stepper.step)
-        if not self._sparsified:
+        if not self._state.sparsified:
             return "dense", False
         observing = self._observe(stepper)
         reads = observing or stepper.moves_inactive
@@ -548,10 +525,10 @@ class Sparsifier:
                 "optimizer.step() ran without sparsifier.before_step(): call it between backward() and step(), "
                 "or finalize() the sparsifier when sparse training is over"
             )
-        if self._sparsified and self.method.updates_after_step and stepper.is_due:
+        if self._state.sparsified and self.method.updates_after_step and stepper.is_due:
             self._update(stepper)  # the mask of the next forward pass is that of the weights it will see
-        self._counters.steps[prepared.kind] += 1
-        work = self._counters.work.setdefault(prepared.kind, [0] * len(self.layers))
+        self._state.step_counts[prepared.kind] += 1
+        work = self._state.work.setdefault(prepared.kind, [0] * len(self.layers))
         for index, active in zip(stepper.layers, prepared.active, strict=True):
             work[index] += active
         stepper.step += 1
@@ -604,8 +581,8 @@ class Sparsifier:
                 self._storages.rescale(layer)
         self.mask_optimizer_state()
         self._check_agreement(step)
-        self._budgets = {layer.label: self._active(layer) for layer in self.layers}
-        self._sparsified = True
+        self._state.budgets = {layer.label: self._active(layer) for layer in self.layers}
+        self._state.sparsified = True
         self._watch_first_batch()
         if self.method.is_dynamic:
             self._storages.explore()
@@ -613,7 +590,7 @@ class Sparsifier:
     def _watch_first_batch(self) -> None:
         """Watch the model's calls exactly as long as there is no mask."""
         if self._first_batch is not None:
-            self._first_batch.close() if self._sparsified else self._first_batch.watch()
+            self._first_batch.close() if self._state.sparsified else self._first_batch.watch()
 
     def _scores_of_first_batch(self) -> dict[str, Tensor] | None:
         """Layer label to scores, where the init scores the network as a whole, else ``None``."""
@@ -623,7 +600,7 @@ class Sparsifier:
             return self._first_batch.scores_of_call(
                 lambda scores, progress: masks_on_the_way(self.method, self.layers, scores, progress, seed=self.seed)
             )
-        scores = {label: buffer for (role, label), buffer in self._buffers.items() if role == "init"}
+        scores = {label: buffer for (role, label), buffer in self._state.buffers.items() if role == "init"}
         if not scores:
             raise StateError(
                 f"{type(self.method.init).__name__} needs the loss with its graph: call "
@@ -695,7 +672,7 @@ class Sparsifier:
     def _update(self, stepper: OptimizerSteps) -> bool:
         """Rewire the optimizer's layers; False if the update had to be left out."""
         if not self._gradients_are_usable(stepper):
-            self._counters.skipped += 1
+            self._state.skipped += 1
             return False
         step, method = stepper.step, self.method
         stop = method.clock.stop_step(stepper.total)
@@ -705,14 +682,14 @@ class Sparsifier:
         surplus = None
         if method.surplus is not None and replaces:
             surplus = 0.0 if step >= (stepper.settles_at or 0) else method.surplus(step, stop)
-        is_set = self._set_density is not None
+        is_set = self._state.set_density is not None
         moment = Moment(step, self.seed, self._density_at(stepper), fraction if replaces else None, surplus, is_set)
         grown = self._rewire(stepper, moment, method.scores(), born=step + method.replace_step)
         self._check_agreement(step)
-        self._counters.updates += 1
+        self._state.updates += 1
         active = sum(self._active(self.layers[i]) for i in stepper.layers)
         stepper.updated_at = step
-        self.last_update = Update(step, fraction, grown / max(1, active))
+        self._state.last_update = Update(step, fraction, grown / max(1, active))
         return True
 
     def _rewire(self, stepper: OptimizerSteps, moment: Moment, scores: Mapping[str, Score], *, born: int) -> int:
@@ -720,9 +697,9 @@ class Sparsifier:
 
         ``born`` is the step that first moves what grows.
         """
-        moves = self.method.schedule is not None or self._set_density is not None
+        moves = self.method.schedule is not None or self._state.set_density is not None
         number = self._steppers.index(stepper)
-        split, users = self._splits.get(moment.density, ((), set[int]()))
+        split, users = self._state.splits.get(moment.density, ((), set[int]()))
         plan = plan_update(
             self.method,
             moment,
@@ -731,17 +708,17 @@ class Sparsifier:
             scores,
             moves=moves and moment.density != stepper.budget_density,
             split=split if users and number not in users else None,
-            amount_state=self._amount_state,
+            amount_state=self._state.amount,
         )
-        self._budgets |= plan.budgets
-        self._amount_state = plan.amount_state
+        self._state.budgets |= plan.budgets
+        self._state.amount = plan.amount_state
         if plan.split is not None:
             stepper.budget_density = moment.density
             if len(self._steppers) > 1:
                 # Others come to the same densities, later perhaps: the last one and the final one are kept for them.
                 users = {number} if number in users else {*users, number}
-                kept = {d: held for d, held in self._splits.items() if d == self.method.density}
-                self._splits = {**kept, moment.density: (plan.split, users)}
+                kept = {d: held for d, held in self._state.splits.items() if d == self.method.density}
+                self._state.splits = {**kept, moment.density: (plan.split, users)}
         rewirings = []
         for update in plan.layers:
             layer = update.layer
@@ -763,17 +740,17 @@ class Sparsifier:
                 self._generator(step, layer, role),
                 gradient=gradient,
                 # Layers are measured by the growth score's own mean, where it keeps one.
-                buffer=self._buffers.get(("grow" if role == "redistribute" else role, layer.label)),
+                buffer=self._state.buffers.get(("grow" if role == "redistribute" else role, layer.label)),
             )
 
-        return LayerFacts(layer, self._active(layer), self._budgets[layer.label], view)
+        return LayerFacts(layer, self._active(layer), self._state.budgets[layer.label], view)
 
     def _draft(self, update: LayerUpdate, step: int, scores: Mapping[str, Score]) -> Draft:
         return Draft(
             update.drop,
             update.grow,
             scores,
-            {role: b for (role, label), b in self._buffers.items() if label == update.layer.label},
+            {role: b for (role, label), b in self._state.buffers.items() if label == update.layer.label},
             partial(self._generator, step, update.layer),
             update.regrow_dropped,
             update.pattern,
@@ -781,8 +758,8 @@ class Sparsifier:
         )
 
     def _density_at(self, stepper: OptimizerSteps) -> float:
-        if self._set_density is not None:
-            return self._set_density
+        if self._state.set_density is not None:
+            return self._state.set_density
         return self.method.density_at(stepper.step, stepper.total)
 
     def _lowest_density(self) -> float:
@@ -795,7 +772,7 @@ class Sparsifier:
             layer,
             folded_generator(self.seed, role, step, layer.label),
             gradient=score.needs_gradient,
-            buffer=self._buffers.get((role, layer.label)),
+            buffer=self._state.buffers.get((role, layer.label)),
         )
 
     def _generator(self, step: int, layer: SparseLayer, role: str) -> torch.Generator:
@@ -811,7 +788,7 @@ class Sparsifier:
                 view = self._storages.view(
                     layer,
                     self._generator(stepper.step, layer, "perturb"),
-                    buffer=self._buffers.get(("drop", layer.label)),
+                    buffer=self._state.buffers.get(("drop", layer.label)),
                 )
                 added = perturb(view, float(rates[id(parameter)])).masked_fill(~view.mask, 0)
                 layer.part(parameter.grad).add_(added.to(parameter.grad.dtype))
@@ -838,19 +815,19 @@ class Sparsifier:
             raise ConfigurationError(
                 f'backend="{self.method.backend}" stores a fixed number of connections; use backend="masked" to change it'
             )
-        if not self._sparsified:
+        if not self._state.sparsified:
             raise StateError(f"training is dense until step {self._steppers[0].mask_step}; set the density after it")
         layer_counts(self.method, self.layers, density)
-        self._set_density = float(density)
-        self._counters.settings += 1
+        self._state.set_density = float(density)
+        self._state.settings += 1
         step = self.step
-        self._splits = {}
+        self._state.splits = {}
         chosen: dict[str, Score] = {"drop": Magnitude(), "grow": Random()}
         for role, score in self.method.scores().items():
             if all(can_score(score, self._view(layer, role, step, score)) for layer in self.layers):
                 chosen[role] = score
         for stepper in self._steppers:
-            moment = Moment(step, self.seed, self._set_density, None, is_set=True)
+            moment = Moment(step, self.seed, self._state.set_density, None, is_set=True)
             self._rewire(stepper, moment, chosen, born=stepper.step)
         self._check_agreement(step)
 
@@ -887,7 +864,7 @@ class Sparsifier:
                 key = (role, layer.label)
                 view = self._view(layer, role, stepper.step, score)
                 if not score.needs_gradient or (usable and view.gradient is not None):
-                    self._buffers[key] = score.observe(view.buffer, view)
+                    self._state.buffers[key] = score.observe(view.buffer, view)
         return reads
 
     def _gradients_are_usable(self, stepper: OptimizerSteps, every_layer: bool = False) -> bool:
@@ -911,36 +888,16 @@ class Sparsifier:
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resume needs, as plain values and tensors (loadable with ``weights_only=True``)."""
-        stored = self._storages.state()
         return {
             "format": STATE_FORMAT,
             "method": self.method.spec(),
             "seed": self.seed,
-            "total_steps": self.total_steps if len(self._steppers) == 1 else [s.total for s in self._steppers],
-            "steps": [stepper.step for stepper in self._steppers],
-            "updated_at": [stepper.updated_at for stepper in self._steppers],
-            "sparsified": self._sparsified,
-            "updates": self._counters.updates,
-            "skipped": self._counters.skipped,
-            "settings": self._counters.settings,
-            "step_counts": dict(self._counters.steps),
-            "last_update": None
-            if self.last_update is None
-            else [self.last_update.step, self.last_update.fraction, self.last_update.churn],
-            "set_density": self._set_density,
-            "budget_density": self._steppers[0].budget_density,
-            "budget_densities": [stepper.budget_density for stepper in self._steppers],
-            "splits": [[d, list(counts), sorted(users)] for d, (counts, users) in self._splits.items()],
-            "budgets": dict(self._budgets),
-            "amount": self._amount_state,
-            "work": {kind: list(active) for kind, active in self._counters.work.items()},
+            **state_of_steps(self._steppers),
+            **self._state.save(),
             "warming": {} if self._warming is None else self._warming.state(),
             "layers": self.layer_table(),
-            "masks": stored["masks"],
-            "union": stored["union"],
-            "buffers": {role + "/" + label: b.clone() for (role, label), b in self._buffers.items()},
+            **self._storages.state(),
             "collected": self._storages.collected_state(),
-            "latent": stored["latent"],
         }
 
     @torch.no_grad()
@@ -961,38 +918,15 @@ class Sparsifier:
             if tensor._version == version:
                 tensor.copy_(original)
         self._originals, self._before_first_step = [], []
-        self._sparsified = bool(state["sparsified"])
+        devices = {layer.label: self._storages.parameter(layer).device for layer in self.layers}
+        self._state = TrainingState.load(state, devices)
         self._watch_first_batch()
         self._storages.load(state, int(state["steps"][0]))
-        self._buffers = {}
-        for key, buffer in state["buffers"].items():
-            role, _, label = key.partition("/")
-            layer = next(layer for layer in self.layers if layer.label == label)
-            self._buffers[role, label] = buffer.to(self._storages.parameters[layer.parameter].device).clone()
         self._check_agreement(int(state["steps"][0]))
-        for stepper, step, updated_at in zip(self._steppers, state["steps"], state["updated_at"], strict=True):
-            stepper.step, stepper.updated_at, stepper.prepared = int(step), int(updated_at), None
-        self._set_density = state["set_density"]
-        several = len(self._steppers)
-        for stepper, density in zip(
-            self._steppers, state.get("budget_densities", [state["budget_density"]] * several), strict=True
-        ):
-            stepper.budget_density = density
-        self._splits = {d: (tuple(counts), set(users)) for d, counts, users in state.get("splits", [])}
-        self._budgets, self._amount_state = dict(state["budgets"]), float(state["amount"])
+        load_steps(self._steppers, state)
         if self._warming is not None:
-            self._warming.load(
-                state["warming"], {layer.label: layer for layer in self.layers}, self._storages.parameters
-            )
-        self._counters = _Counters(
-            int(state["updates"]),
-            int(state["skipped"]),
-            int(state.get("settings", 0)),
-            dict(state["step_counts"]),
-            {kind: list(active) for kind, active in state["work"].items()},
-        )
-        last = state["last_update"]
-        self.last_update = None if last is None else Update(int(last[0]), float(last[1]), float(last[2]))
+            layers = {layer.label: layer for layer in self.layers}
+            self._warming.load(state["warming"], layers, self._storages.parameters)
         self._expect_gradients()
         self._storages.load_collected(state["collected"])
 
@@ -1035,7 +969,7 @@ class Sparsifier:
         return Expected(
             self.method,
             self.seed,
-            [stepper.total for stepper in self._steppers],
+            self._steppers,
             self.layers,
             self._storages,
         )

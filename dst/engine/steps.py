@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dst.engine.optimizers import holders
+from dst.engine.state import are_counts, are_densities
+from dst.errors import StateError
 from dst.method import Method
 from dst.pieces.durations import resolve_steps
 from dst.topology.layers import SparseLayer
 from dst.topology.sharding import local
+
+logger = logging.getLogger("dst.engine.sparsifier")
 
 
 @dataclass(frozen=True)
@@ -175,3 +181,57 @@ def assign(
 def fingerprint(parameters: Iterable[Tensor]) -> list[str]:
     """What tells weights that have moved from weights that have not; as text, in which NaN equals itself."""
     return [repr(float(local(p.detach()).sum(dtype=torch.float64))) for p in parameters]
+
+
+def state_of_steps(steppers: Sequence[OptimizerSteps]) -> dict[str, Any]:
+    """What a checkpoint holds of the optimizers' steps, as plain values."""
+    totals, densities = [s.total for s in steppers], [s.budget_density for s in steppers]
+    return {
+        "total_steps": totals[0] if len(totals) == 1 else totals,
+        "steps": [s.step for s in steppers],
+        "updated_at": [s.updated_at for s in steppers],
+        "budget_density": densities[0],
+        "budget_densities": densities,
+    }
+
+
+STEP_KEYS = {"total_steps", "steps", "updated_at", "budget_density"}
+"""The keys of ``state_of_steps`` that every saved state has."""
+
+
+def check_steps(state: Mapping[str, Any], steppers: Sequence[OptimizerSteps]) -> None:
+    """Raise ``StateError`` for what ``state_of_steps`` cannot have returned for as many optimizers.
+
+    Args:
+        state: A saved state.
+        steppers: The optimizers of this run.
+    """
+    steps, totals, updated_at = state["steps"], state["total_steps"], state["updated_at"]
+    if not are_counts(steps):
+        raise StateError("the state is damaged: steps must be counts")
+    if len(steps) != len(steppers):
+        raise StateError(f"the checkpoint has {len(steps)} optimizers, this run {len(steppers)}")
+    first, densities = state["budget_density"], state.get("budget_densities", [None] * len(steps))
+    several = isinstance(totals, list)
+    wrong = {
+        "total_steps": not are_counts(totals if several else [totals]) or (several and len(totals) != len(steps)),
+        "updated_at": not isinstance(updated_at, list)
+        or len(updated_at) != len(steps)
+        or not all(isinstance(s, int) for s in updated_at),
+        "budget_density": first is not None and not (isinstance(first, float) and 0 < first <= 1),
+        "budget_densities": not are_densities(densities, optional=True) or len(densities) != len(steps),
+    }
+    if damaged := [key for key, is_wrong in wrong.items() if is_wrong]:
+        raise StateError(f"the state is damaged: {', '.join(damaged)} cannot be such")
+    here = [s.total for s in steppers]
+    if (totals if several else [totals] * len(here)) != here:
+        logger.warning(
+            "the checkpoint's schedules were laid out for %s steps and go on for %s", totals, ", ".join(map(str, here))
+        )
+
+
+def load_steps(steppers: Sequence[OptimizerSteps], state: Mapping[str, Any]) -> None:
+    """Continue from ``state_of_steps``, over the lengths of this run."""
+    densities = state.get("budget_densities", [state["budget_density"]] * len(steppers))
+    for s, step, updated_at, density in zip(steppers, state["steps"], state["updated_at"], densities, strict=True):
+        s.step, s.updated_at, s.budget_density, s.prepared = int(step), int(updated_at), density, None
