@@ -1,56 +1,25 @@
-"""The compiled engine: the C interface of ``spmm.cpp`` behind tensors."""
+"""The compiled engine: the kernels of ``spmm.cpp`` for tensors."""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_double, c_float, c_int, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int64
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dst.kernels.chain import ChainLayer, CompiledChain
+from dst.kernels.library import ISA, open_library
 from dst.kernels.pattern import Pattern, split_flat
-
-ABI = 6
-_threads = torch.get_num_threads
-ISA = ("portable", "avx2", "avx512")
-_SIGNATURES = {
-    "dst_forward": [
-        c_int,
-        c_int,
-        c_int64,
-        c_int64,
-        *[c_void_p] * 4,
-        c_int64,
-        c_void_p,
-        c_int64,
-        c_int64,
-        c_void_p,
-        c_int,
-        c_int,
-    ],
-    "dst_backward": [
-        *[c_int, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64],
-        *[c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int],
-    ],
-    "dst_gradient": [c_int, c_int64, c_int64, c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int],
-    "dst_gather": [c_int, c_int64, c_void_p, c_void_p, c_void_p, c_int],
-    "dst_transpose_pattern": [c_int, c_int64, c_int64, *[c_void_p] * 5],
-    "dst_match_patterns": [c_int, c_int64, *[c_void_p] * 7],
-    "dst_run_chain": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64],
-    "dst_merge": [c_int64, c_void_p, c_int64, c_void_p, c_void_p],
-    "dst_grow_update": [c_int, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 4, *[c_void_p] * 5],
-    "dst_grow_finish": [c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
-}
 
 
 class Kernels:
     """Compiled kernels for float32 and float64 on the CPU.
 
     Activations are ``[batch, features]`` tensors whose storage is feature-major (strides ``(1, batch)``), so that a
-    chain of layers never copies. Results depend neither on the number of threads nor on their timing.
+    chain of layers never copies. Results do not depend on the number of threads or their timing.
     """
 
     name = "compiled"
@@ -59,17 +28,10 @@ class Kernels:
         """Load the library at ``path``.
 
         Raises:
-            OSError: not a loadable library, or one with another interface.
+            OSError: The file cannot be loaded, or has another interface.
         """
-        # torch is imported above: its OpenMP run-time is in the process first, so both use one pool of threads.
-        self._library = ctypes.CDLL(str(path))
+        self._library = open_library(path)
         self.path = path
-        if not hasattr(self._library, "dst_abi") or self._library.dst_abi() != ABI:
-            raise OSError(f"{path} was built from another version of the kernels; run python -m dst.kernels.build")
-        for name, types in _SIGNATURES.items():
-            function = getattr(self._library, name)
-            function.argtypes = types
-            function.restype = c_int64 if name == "dst_run_chain" else None
         self._forward = self._library.dst_forward
         self._backward = self._library.dst_backward
         self._gradient = self._library.dst_gradient
@@ -141,7 +103,7 @@ class Kernels:
         """Return ``W x + bias`` (then ReLU) as ``[batch, rows]``, strides ``(1, batch)``.
 
         Args:
-            pattern: where the non-zeros are.
+            pattern: positions of the non-zeros.
             row_values: the values in row order, ``[nnz]``.
             x: ``[columns, batch]`` from `feature_major`.
             bias: ``[rows]``, contiguous, or None.
@@ -162,13 +124,13 @@ class Kernels:
         """Return the gradients of input, values and bias, and the output gradient used.
 
         Args:
-            pattern: where the non-zeros are.
+            pattern: positions of the non-zeros.
             values: the values in column order, ``[nnz]``.
             x: ``[columns, batch]``, as given to `forward`.
             g: gradient of the output, ``[batch, rows]``, any strides.
-            y: the output where ReLU was applied, else None.
-            input: whether the input's gradient is wanted.
-            bias: whether the bias's gradient is wanted.
+            y: the output if ReLU was applied, else None.
+            input: compute the gradient of the input.
+            bias: compute the gradient of the bias.
 
         Returns:
             Input gradient ``[batch, columns]`` with strides ``(1, batch)`` or None, values' gradient ``[nnz]``, bias
@@ -198,103 +160,13 @@ class Kernels:
         )  # fmt: skip
         return gx, gv, gb, gt
 
-    def plan(self, layers: Sequence[ChainLayer]) -> Plan:
+    def chain(self, layers: Sequence[ChainLayer]) -> CompiledChain:
         """Prepare forward passes through ``layers``; their tensors must not be resized or moved while it is used."""
-        return Plan(self._library, layers)
+        return CompiledChain(self._library, layers)
 
     def top_k(self, k: int, dtype: torch.dtype, key: int) -> NativeTopK:
         """Return an empty running top-k for tiles of ``dtype``, its ties broken by ``key``."""
         return NativeTopK(self._library, k, dtype, key)
-
-
-class ChainLayer(NamedTuple):
-    """One layer of a `Plan`, sparse or dense, computing ``W x + bias`` and then ReLU where asked.
-
-    Attributes:
-        rows: output features.
-        columns: input features.
-        pattern: where the non-zeros are; None for a dense layer.
-        values: of a sparse layer its values in row order, ``[nnz]``; of a dense one its weight, ``[rows, columns]``.
-        bias: ``[rows]`` or None. All tensors are contiguous, detached and of one type, float32 or float64.
-        relu: apply ReLU.
-    """
-
-    rows: int
-    columns: int
-    pattern: Pattern | None
-    values: Tensor
-    bias: Tensor | None
-    relu: bool
-
-
-class _LayerFields(ctypes.Structure):
-    _fields_ = (
-        *((name, c_int64) for name in ("sparse", "wide", "rows", "columns", "relu")),
-        *((name, c_void_p) for name in ("pointers", "indices", "values", "bias")),
-    )
-
-
-class _ChainFields(ctypes.Structure):
-    _fields_ = (("is_double", c_int64), ("count", c_int64), ("layers", c_void_p))
-
-
-def _fields(layer: ChainLayer) -> _LayerFields:
-    pattern = layer.pattern
-    return _LayerFields(
-        pattern is not None, pattern is not None and pattern.wide, layer.rows, layer.columns, layer.relu,
-        None if pattern is None else pattern.row_pointers.data_ptr(),
-        None if pattern is None else pattern.column_indices.data_ptr(),
-        layer.values.data_ptr(), None if layer.bias is None else layer.bias.data_ptr(),
-    )  # fmt: skip
-
-
-class Plan:
-    """The forward pass through a chain of layers in one call, with as little around the arithmetic as Python allows.
-
-    Weights and biases are read where they are when it runs: changes in place are seen, except that values in row order
-    are the owner's to refresh.
-    """
-
-    def __init__(self, library: ctypes.CDLL, layers: Sequence[ChainLayer]):
-        # The memory lives as long as the plan, even where a parameter was given other storage since.
-        self._keep = tuple(layers)
-        self._dtype = layers[0].values.dtype
-        self._columns, self._rows = layers[0].columns, layers[-1].rows
-        self._fields = (_LayerFields * len(layers))(*map(_fields, layers))
-        self._chain = _ChainFields(self._dtype is torch.float64, len(layers), ctypes.addressof(self._fields))
-        self._address = ctypes.addressof(self._chain)
-        self._call = library.dst_run_chain
-
-    def run(self, x: Tensor) -> Tensor | None:
-        """Return the output ``[batch, rows]``, strides ``(1, batch)``.
-
-        Args:
-            x: ``[batch, columns]``, any strides.
-
-        Returns:
-            The output, or None where ``x`` is of another shape, type or device.
-
-        Raises:
-            MemoryError: no memory for the activations.
-        """
-        # With nothing in the caches every function of torch that is called costs microseconds, so there are few here.
-        if type(x) is not Tensor or x.dtype is not self._dtype or not x.is_cpu:
-            return None
-        shape = x.shape
-        if len(shape) != 2 or shape[1] != self._columns:
-            return None
-        batch, columns = shape
-        stride, across = x.stride()
-        batch_major = 1
-        if across != 1:
-            if stride == 1 and across >= batch > 1:
-                stride, batch_major = across, 0
-            else:
-                x, stride = x.contiguous(), columns
-        y = x.new_empty_strided((batch, self._rows), (1, batch or 1))
-        if self._call(self._address, x.data_ptr(), stride, batch_major, batch, y.data_ptr(), _threads()):
-            raise MemoryError(f"no memory for the activations of {batch} examples")
-        return y
 
 
 class NativeTopK:

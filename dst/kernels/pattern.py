@@ -1,4 +1,4 @@
-"""Where the non-zeros of a weight matrix are, in both orders."""
+"""Positions of the non-zeros of a weight matrix, in both orders."""
 
 from __future__ import annotations
 
@@ -7,20 +7,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dst.errors import ConfigurationError
+
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """The positions of the non-zeros of a ``[rows, columns]`` matrix; values in column order belong to it.
+    """The positions of the non-zeros of a ``[rows, columns]`` matrix; its values are kept in column order.
 
-    "Position" is a non-zero's place in column order (by column, then by row); "flat" is its row-major index
+    The *position* of a non-zero is its place in column order (by column, then by row). Its *flat* index is row-major:
     ``row * columns + column``.
 
     Attributes:
         rows: rows of the matrix (output features).
         columns: columns of the matrix (input features).
-        column_pointers: int32 ``[columns + 1]``, where each column starts in column order.
-        row_indices: ``[nnz]``, the rows in column order; uint16 where they fit and the engine reads it, else int32.
-        row_pointers: int32 ``[rows + 1]``, where each row starts in row order.
+        column_pointers: int32 ``[columns + 1]``, start of each column in column order.
+        row_indices: ``[nnz]``, the rows in column order; uint16 if they fit and the engine reads it, else int32.
+        row_pointers: int32 ``[rows + 1]``, start of each row in row order.
         column_indices: ``[nnz]``, the columns in row order; type as ``row_indices``.
         permutation: int32 ``[nnz]``, row order → column order.
     """
@@ -76,3 +78,23 @@ def split_flat(flat: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     edges = torch.arange(rows + 1, dtype=torch.int64).mul_(columns)
     pointers = torch.searchsorted(flat, edges).to(torch.int32)
     return pointers, flat.remainder(columns) if columns else flat
+
+
+def check_flat(flat: Tensor, rows: int, columns: int) -> None:
+    """Check that ``flat`` holds sorted distinct flat indices of a ``[rows, columns]`` matrix.
+
+    Raises:
+        ConfigurationError: Another dtype or shape, too many non-zeros, or indices out of range, unsorted or repeated.
+    """
+    if flat.dtype != torch.int64 or flat.dim() != 1:
+        raise ConfigurationError(f"indices is {flat.dtype} {tuple(flat.shape)}; a 1-D int64 tensor is needed")
+    if flat.numel() >= 1 << 31 or max(columns, rows) >= (1 << 31) - 1:
+        raise ConfigurationError(f"a layer with {flat.numel()} non-zeros exceeds 32-bit positions; split it")
+    if flat.numel():
+        if int(flat[0]) < 0 or int(flat[-1]) >= rows * columns:
+            raise ConfigurationError(
+                f"indices reach from {int(flat[0])} to {int(flat[-1])}; "
+                f"a {rows}x{columns} layer has positions 0 to {rows * columns - 1}"
+            )
+        if not bool((flat[1:] > flat[:-1]).all()):
+            raise ConfigurationError("indices are not strictly increasing; pass indices.unique()")

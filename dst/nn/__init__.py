@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dst.nn.activations import ActivationFactory, KWinners, TopKReLU, k_winners, relu, top_k_relu, updated_duty_cycle
+from dst.nn.feature_major import FeatureMajorLinear
 from dst.nn.inference import InferenceChain, optimize_for_inference
 from dst.nn.moe import FeedForward, SwitchFeedForward, auxiliary_losses, load_balancing_loss
 from dst.nn.sparse_conv import SparseConv2d
-from dst.nn.sparse_linear import FeatureMajorLinear, SparseLinear, remap
+from dst.nn.sparse_linear import SparseLinear, remap
 
 __all__ = [
     "ActivationFactory",

@@ -1,123 +1,91 @@
-"""A linear layer that stores, trains and saves only its non-zero weights."""
+"""A linear layer that stores, trains and saves only its non-zero weights: one public class with its documentation.
+
+What it keeps is owned elsewhere: `dst.nn.row_copy`, `dst.nn.gradient_collector`, `dst.nn.saved_pattern`, `dst.nn.watched`.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias, cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.hooks import RemovableHandle
 
 from dst.errors import ConfigurationError
-from dst.kernels import Engine, Kernels, Pattern, engine
-from dst.kernels.native import ChainLayer, Plan
+from dst.kernels import ChainLayer, Engine, Kernels, Pattern, engine
+from dst.kernels.pattern import check_flat
+
+# FeatureMajorLinear was defined here: pickled models name it by this module.
+from dst.nn.feature_major import FeatureMajorLinear as FeatureMajorLinear
+from dst.nn.gradient_collector import TILE_ROWS, GradientCollector, gradient_at, largest_gradients
+from dst.nn.row_copy import RowCopy
+from dst.nn.saved_pattern import NAMES, flat_of_masked, flat_of_saved, saved_pattern
+from dst.nn.watched import CopyKey, WatchedChain, readable, unchanged, watch
 from dst.topology.rewiring import without
 from dst.topology.selection import random_indices
 
 _COMPUTED = (torch.float32, torch.float64)
 
-# Fast in evaluation, where calls cost more than arithmetic; torch has no public form of the second that is.
+# Called at every evaluation, where calls cost more than arithmetic; torch has no public form of the second that is fast.
 is_grad_enabled = torch.is_grad_enabled
 is_autocast: Callable[[], bool] = getattr(
     torch._C, "_is_any_autocast_enabled", lambda: torch.is_autocast_enabled("cpu")
 )
 
 
-class RowKey:
-    """Which values a copy by rows was made from.
-
-    Attributes:
-        source: an alias of the values, which keeps their address from being used for others.
-        address: where they were.
-        version: autograd's version of them.
-        valid: whether the copy still holds them, as far as the layer was told.
-    """
-
-    __slots__ = ("address", "source", "valid", "version")
-
-    def __init__(self, values: Tensor):
-        self.source, self.address, self.version, self.valid = values.detach(), values.data_ptr(), values._version, True
-
-
-# Parameters of a module, the name of one, its address or None, and the key of the copy that was made of it if any.
-Watched: TypeAlias = tuple[Mapping[str, Tensor | None], str, int | None, RowKey | None]
-
-
-def watch(module: nn.Module, name: str, key: RowKey | None = None) -> Watched:
-    """Note where a parameter is, for `unchanged`; with ``key`` also what a copy was made from."""
-    held = module._parameters[name]
-    return module._parameters, name, None if held is None else held.data_ptr(), key
-
-
-def unchanged(watched: Iterable[Watched]) -> bool:
-    """Whether all parameters are where they were, and those that were copied are as they were."""
-    for parameters, name, address, key in watched:
-        held = parameters[name]
-        if held is None or address is None:
-            if held is not address:
-                return False
-        elif held.data_ptr() != address or (key is not None and not (key.valid and held._version == key.version)):
-            return False
-    return True
-
-
-_TILE_ROWS = 256
-
-
 class _Apply(torch.autograd.Function):
+    """``W x + bias``, then ReLU if the layer has it; the backward pass gives its pair to the layer's collector."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear) -> Tensor:
         kernels, pattern = layer._engine, layer._pattern
         xt = kernels.feature_major(x)
         values = values.contiguous()
-        y = kernels.forward(pattern, layer._row_ordered(values, fresh=True), xt, bias, layer.relu)
+        y = kernels.forward(pattern, layer._rows.of(values, pattern, kernels, fresh=True), xt, bias, layer.relu)
         ctx.save_for_backward(xt, values, y if layer.relu else None)
-        ctx.layer, ctx.pattern, ctx.has_bias = layer, pattern, bias is not None
+        ctx.kernels, ctx.pattern, ctx.collector, ctx.has_bias = kernels, pattern, layer._collector, bias is not None
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         xt, values, y = ctx.saved_tensors
-        layer = ctx.layer
-        gx, gv, gb, gt = layer._engine.backward(
+        gx, gv, gb, gt = ctx.kernels.backward(
             ctx.pattern, values, xt, grads[0], y, input=ctx.needs_input_grad[0],
             bias=ctx.has_bias and ctx.needs_input_grad[2],
         )  # fmt: skip
-        if layer._stash is not None:
-            layer._stash.append((xt.detach(), gt.detach()))
+        ctx.collector.add(xt, gt)
         return gx, gv, gb, None
 
 
 class SparseLinear(nn.Module):
     """``y = x Wᵀ + b`` where only the non-zeros of ``W`` exist.
 
-    The values are kept by columns (first by column, then by row): that is the order of `values`, of its gradient and
-    of the optimizer's state. A copy by rows, refreshed in every training step, serves the forward pass. A non-zero
-    costs at most 28 bytes with its gradient and one momentum (24 where both sides are at most 65,536); row and
-    column pointers come to 4 bytes a row and a column.
+    `values`, its gradient and the optimizer's state are in column order (by column, then by row). The forward pass reads a
+    copy in row order, refreshed in every training step. A non-zero takes at most 28 bytes with its gradient and one
+    momentum (24 if both sides are at most 65,536). Row and column pointers add 4 bytes per row and per column.
 
     Outputs are ``[batch, out]`` tensors whose storage is feature-major, so element-wise operations and further
     sparse layers never copy them.
 
-    In evaluation the copy by rows follows `values` by autograd's version counter and is renewed on `train` and
-    `eval`. Code that writes through ``values.data`` within one stretch of evaluation calls `refresh` afterwards.
+    In evaluation the copy is renewed when autograd's version of `values` changes, and on `train` and `eval`. Code that
+    writes through ``values.data`` in evaluation has to call `refresh` afterwards.
 
     Args:
         in_features: size of an input.
         out_features: size of an output.
         indices: row-major flat positions ``row * in_features + column`` of the non-zeros: int64, sorted, distinct.
-        values: their values, in the order of ``indices``; if None they are drawn as `reset_parameters` says.
+        values: their values, in the order of ``indices``; None to draw them as `reset_parameters` does.
         bias: whether to add a bias.
         relu: whether to apply ReLU to the output, in the same pass.
         dtype: float32, float64, or a 16-bit type (computed in float32); that of ``values`` or torch's default if None.
         generator: source of the random values.
 
     Attributes:
-        pattern_seed: the seed that the first pattern was drawn with, where `dst.prepare` drew it at random.
+        pattern_seed: Seed of the first pattern if `dst.prepare` drew it at random.
 
     Shape:
         - Input: ``(*, in_features)``.
@@ -149,13 +117,8 @@ class SparseLinear(nn.Module):
             raise ConfigurationError(f"dtype={dtype}: weights are floating-point numbers")
         self._engine: Engine = engine()
         self._pattern = self._new_pattern(indices)
-        self._row_values: Tensor | None = None
-        self._row_key: RowKey | None = None
-        self._plan: Plan | None = None
-        self._watched: tuple[Watched, ...] = ()
-        self._stash: list[tuple[Tensor, Tensor]] | None = None
-        self._stashed = 0
-        self._stash_hook: RemovableHandle | None = None
+        self._rows, self._collector = RowCopy(), GradientCollector()
+        self._chain: WatchedChain | None = None
         self.pattern_seed: int | None = None
         self.values = nn.Parameter(torch.empty(self.nnz, dtype=dtype))
         if bias:
@@ -205,7 +168,7 @@ class SparseLinear(nn.Module):
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> SparseLinear:
-        """Draw exactly ``nnz`` positions uniformly, without ever holding the dense matrix when few are wanted.
+        """Draw exactly ``nnz`` positions uniformly, without holding the dense matrix if they are few.
 
         Args:
             in_features: size of an input.
@@ -220,7 +183,7 @@ class SparseLinear(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw values and bias uniformly within ``1/sqrt(f)``, f the mean number of inputs an output has.
 
-        It is the bound of ``nn.Linear`` with the fan-in of the sparse layer.
+        This is the bound of ``nn.Linear`` for the fan-in of the sparse layer.
         """
         bound = 1 / math.sqrt(max(1.0, self.nnz / max(1, self.out_features)))
         with torch.no_grad():
@@ -229,19 +192,7 @@ class SparseLinear(nn.Module):
                 self.bias.uniform_(-bound, bound, generator=generator)
 
     def _new_pattern(self, indices: Tensor) -> Pattern:
-        size = self.in_features * self.out_features
-        if indices.dtype != torch.int64 or indices.dim() != 1:
-            raise ConfigurationError(f"indices is {indices.dtype} {tuple(indices.shape)}; a 1-D int64 tensor is needed")
-        if indices.numel() >= 1 << 31 or max(self.in_features, self.out_features) >= (1 << 31) - 1:
-            raise ConfigurationError(f"a layer with {indices.numel()} non-zeros exceeds 32-bit positions; split it")
-        if indices.numel():
-            if int(indices[0]) < 0 or int(indices[-1]) >= size:
-                raise ConfigurationError(
-                    f"indices reach from {int(indices[0])} to {int(indices[-1])}; "
-                    f"a {self.out_features}x{self.in_features} layer has positions 0 to {size - 1}"
-                )
-            if not bool((indices[1:] > indices[:-1]).all()):
-                raise ConfigurationError("indices are not strictly increasing; pass indices.unique()")
+        check_flat(indices, self.out_features, self.in_features)
         return self._engine.pattern(indices.contiguous(), self.out_features, self.in_features)
 
     # ------------------------------------------------------------------------------------------ views of the weight
@@ -252,7 +203,7 @@ class SparseLinear(nn.Module):
 
     @property
     def pattern(self) -> Pattern:
-        """Where the non-zeros are; immutable, replaced by `set_pattern`."""
+        """Positions of the non-zeros; immutable, replaced by `set_pattern`."""
         return self._pattern
 
     @property
@@ -297,10 +248,15 @@ class SparseLinear(nn.Module):
 
     # ------------------------------------------------------------------------------------------ computing
     def refresh(self) -> None:
-        """Forget the copy by rows; only needed after writing through ``values.data`` during evaluation."""
-        if self._row_key is not None:
-            self._row_key.valid = False
-        self._row_key = self._plan = None
+        """Renew the copy by rows at the next use; only needed after writing through ``values.data`` in evaluation."""
+        self._rows.outdate()
+        self._chain = None
+
+    def _set_pattern(self, pattern: Pattern) -> None:
+        # The old copy by rows is freed first: at the peak there is one copy less.
+        self._chain = None
+        self._rows.free()
+        self._pattern = pattern
 
     @property
     def relu(self) -> bool:
@@ -317,29 +273,11 @@ class SparseLinear(nn.Module):
         self.refresh()
         return super().train(mode)
 
-    def _row_ordered(self, values: Tensor, *, fresh: bool) -> Tensor:
-        # `fresh`: weights change in every training step, and not all who change them leave a trace (`values.data`).
-        # Weights made inside inference mode carry no version.
-        fresh = fresh or values.is_inference()
-        held = self._row_values
-        if held is None or held.shape != values.shape or held.dtype != values.dtype:
-            # Outside inference mode even if called inside it: training will write to this memory.
-            with torch.inference_mode(False):
-                held = torch.empty(values.shape, dtype=values.dtype)
-            self._row_values = held
-            self.refresh()
-        key = self._row_key
-        if fresh or key is None or (key.address, key.version) != (values.data_ptr(), values._version):
-            self.refresh()
-            self._engine.refresh(self._pattern, values, held)
-            self._row_key = None if fresh else RowKey(values)
-        return held
-
-    def chain_layer(self) -> tuple[ChainLayer, RowKey] | None:
-        """Prepare the layer for a `dst.kernels.native.Plan`.
+    def chain_layer(self) -> tuple[ChainLayer, CopyKey] | None:
+        """Prepare the layer for a `dst.kernels.CompiledChain`.
 
         Returns:
-            The plan's layer and what tells when it is outdated; None where the layer has to be computed by `forward`: in
+            The layer, and the key that tells when it is outdated. None if only `forward` can compute the layer: in
             training, without compiled kernels, in 16-bit types, and for values or a bias that the kernels cannot read.
         """
         values, bias = self._parameters["values"], self._parameters["bias"]
@@ -350,24 +288,24 @@ class SparseLinear(nn.Module):
             return None
         if bias is not None and not (readable(bias, (self.out_features,)) and bias.dtype is values.dtype):
             return None
-        rows = self._row_ordered(values.detach(), fresh=False)
+        rows = self._rows.of(values.detach(), self._pattern, self._engine, fresh=False)
         shift = None if bias is None else bias.detach()
         layer = ChainLayer(self.out_features, self.in_features, self._pattern, rows, shift, self.relu)
-        return layer, cast(RowKey, self._row_key)
+        return layer, cast(CopyKey, self._rows.key)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(*, in_features)``."""
-        plan = self._plan
-        if plan is not None and not (is_grad_enabled() or is_autocast()) and unchanged(self._watched):
-            planned = plan.run(x)
-            if planned is not None:
-                return planned
+        prepared = self._chain
+        if prepared is not None and not (is_grad_enabled() or is_autocast()) and unchanged(prepared.watched):
+            y = prepared.chain.run(x)
+            if y is not None:
+                return y
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the last dimension of the input is {x.shape[-1]}; this layer takes {self.in_features}")
         values: Tensor = self.values
         bias: Tensor | None = self.bias
         if torch.is_autocast_enabled("cpu"):
-            # Computed in the weights' own precision; only the type of the result follows autocast.
+            # Computed in the precision of the weights; only the dtype of the result follows autocast.
             wanted = torch.get_autocast_dtype("cpu")
             with torch.autocast("cpu", enabled=False):
                 return self.forward(x.to(values.dtype)).to(wanted)
@@ -397,84 +335,69 @@ class SparseLinear(nn.Module):
         return y if y.dtype == wanted else y.to(wanted)
 
     def _evaluate(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        # Converted values are new memory at every call: their version says nothing about the weights.
+        # Converted values are new memory at every call: their version does not follow the weights.
         converted = values.dtype is not self.values.dtype
-        if self._plan is None or not unchanged(self._watched):
-            prepared = None if converted else self.chain_layer()
-            self._plan = None
-            if prepared is not None:
-                self._watched = watch(self, "values", prepared[1]), watch(self, "bias")
-                self._plan = cast(Kernels, self._engine).plan([prepared[0]])
-        y = None if self._plan is None else self._plan.run(x)
+        if self._chain is None or not unchanged(self._chain.watched):
+            self._chain = None if converted else self._prepared_chain()
+        y = None if self._chain is None else self._chain.chain.run(x)
         if y is None:
-            rows = self._row_ordered(values, fresh=self.training or converted)
+            rows = self._rows.of(values, self._pattern, self._engine, fresh=self.training or converted)
             y = self._engine.forward(self._pattern, rows, self._engine.feature_major(x), bias, self.relu)
         return y
 
-    # ------------------------------------------------------------------------------------------ topology
-    def collect_dense_gradient(self, collect: bool = True) -> None:
-        """Keep (or stop keeping and forget) the inputs and output gradients of coming backward passes.
+    def _prepared_chain(self) -> WatchedChain | None:
+        self._chain = None  # frees an outdated copy before the new one is made
+        prepared = self.chain_layer()
+        if prepared is None:
+            return None
+        layer, key = prepared
+        chain = cast(Kernels, self._engine).chain([layer])
+        return WatchedChain(chain, [watch(self, "values", key), watch(self, "bias")])
 
-        They stand for the dense gradient of the weight, summed over all backward passes since the call, or since the
+    # ------------------------------------------------------------------------------------------ dense gradient
+    def collect_dense_gradient(self, collect: bool = True) -> None:
+        """Start or stop keeping the inputs and output gradients of backward passes.
+
+        They stand for the dense gradient of the weight, summed over the backward passes since the call, or since the
         gradient of `values` was last set to None. Call it with True before the first micro-batch of a step that ends in
         growth by gradient, with False after it.
         """
-        self._stash, self._stashed = [] if collect else None, 0
-        if collect and self._stash_hook is None:
-            self._stash_hook = self.values.register_hook(self._end_of_backward)
-        elif not collect and self._stash_hook is not None:
-            self._stash_hook.remove()
-            self._stash_hook = None
+        if collect:
+            self._collector.start(self.values)
+        else:
+            self._collector.stop()
+
+    @property
+    def is_collecting(self) -> bool:
+        """Whether the dense gradient is being collected."""
+        return self._collector.active
 
     @property
     def collected(self) -> Sequence[tuple[Tensor, Tensor]]:
         """Feature-major inputs and output gradients of the backward passes collected so far."""
-        return self._stash or ()
+        return self._collector.pairs
 
     def restore_collected(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Go on from an earlier `collected`, if the gradient is being collected."""
-        if self._stash is not None:
-            self._stash, self._stashed = list(pairs), len(pairs)
-
-    def _end_of_backward(self, gradient: Tensor) -> None:
-        # Called once per backward pass, before `values.grad` takes it up: where that holds nothing, what was collected
-        # earlier belongs to a gradient that was discarded.
-        if self._stash is not None:
-            if self.values.grad is None:
-                del self._stash[: self._stashed]
-            self._stashed = len(self._stash)
+        """Continue from an earlier `collected`, if the gradient is being collected."""
+        self._collector.restore(pairs)
 
     def collected_gradient(self) -> Tensor:
-        """Return the gradient collected, at the non-zeros of the present pattern: ``[nnz]``, in the order of `values`.
+        """Return the collected gradient at the non-zeros of the present pattern: ``[nnz]``, in the order of `values`.
 
-        After `rewire` that includes connections which did not exist in the backward pass.
+        After `rewire` it includes connections that did not exist in the backward pass.
         """
-        total = torch.zeros_like(self.values.detach())
-        for x, g in self.collected:
-            values = self.values.detach().to(x.dtype).contiguous()
-            total += self._engine.backward(self._pattern, values, x, g.t(), None, input=False, bias=False)[1]
-        return total
+        return gradient_at(self._pattern, self.values.detach(), self.collected, self._engine)
 
-    def gradient_tiles(self, rows: int = _TILE_ROWS) -> Any:
+    def gradient_tiles(self, rows: int = TILE_ROWS) -> Iterator[tuple[int, Tensor]]:
         """Yield ``(first row, tile)`` of the dense gradient collected, tile ``[<= rows, in_features]`` by tile.
 
         The micro-batches are summed in each tile. Every tile is the same memory. Without a backward pass it is zero.
 
         Raises:
-            ConfigurationError: nothing is being collected.
+            ConfigurationError: No gradient is being collected.
         """
-        if self._stash is None:
-            raise ConfigurationError(
-                "no gradient was collected: call collect_dense_gradient(True) before the forward and backward pass"
-            )
         dtype = self.values.dtype if self.values.dtype in _COMPUTED else torch.float32
-        buffer = torch.zeros(min(rows, self.out_features), self.in_features, dtype=dtype)
-        for first in range(0, self.out_features, rows):
-            last = min(first + rows, self.out_features)
-            tile = buffer[: last - first]
-            for i, (x, g) in enumerate(self._stash):
-                torch.addmm(tile, g[first:last], x.t(), beta=float(i > 0), out=tile)
-            yield first, tile
+        return self._collector.tiles((self.out_features, self.in_features), dtype, rows)
 
     def dense_gradient(self) -> Tensor:
         """Return the whole gradient collected, ``[out_features, in_features]``: for small layers."""
@@ -490,41 +413,30 @@ class SparseLinear(nn.Module):
     ) -> Tensor:
         """Return the k positions with the largest absolute gradient, without ever holding the dense gradient.
 
-        The gradient is summed over the micro-batches before its absolute value is taken. Ties, those at zero too, are
-        broken by `dst.topology.selection.tie_order`.
+        The gradient is summed over the micro-batches before its absolute value is taken. Ties, including those at zero,
+        are broken by `dst.topology.selection.tie_order`.
 
         Args:
-            k: how many positions.
-            exclude: sorted row-major flat indices that may not be chosen: those kept. All non-zeros if None.
-            reduce: called on every tile, in the same order everywhere, to average it over processes in place.
-            key: of ``tie_order``.
+            k: Number of positions.
+            exclude: Sorted row-major flat indices that may not be chosen, such as those kept. All non-zeros if None.
+            reduce: Called on every tile, in the same order in every process, to average it over processes in place.
+            key: Key of ``tie_order``.
 
         Returns:
             Sorted row-major flat indices, int64 ``[k]``.
 
         Raises:
-            ConfigurationError: fewer than k positions may be chosen, or nothing is being collected.
+            ConfigurationError: Fewer than k positions may be chosen, or no gradient is being collected.
         """
         exclude = self._pattern.flat() if exclude is None else exclude.contiguous()
-        edges = torch.arange(0, self.out_features + _TILE_ROWS, _TILE_ROWS).clamp_(max=self.out_features)
-        cuts = torch.searchsorted(exclude, edges * self.in_features).tolist()
-        free = self.in_features * self.out_features - exclude.numel()
-        if k > free:
-            raise ConfigurationError(f"cannot grow {k} connections: only {free} positions are not excluded")
-        best = None
-        with torch.no_grad():
-            for i, (first, tile) in enumerate(self.gradient_tiles()):
-                if reduce is not None:
-                    reduce(tile)
-                best = best or self._engine.top_k(k, tile.dtype, key)
-                best.update(tile, first * self.in_features, exclude[cuts[i] : cuts[i + 1]])
-        chosen = torch.empty(0, dtype=torch.int64) if best is None else best.finish()
-        if chosen.numel() != k:
-            raise ConfigurationError(f"cannot grow {k} connections: the gradient is NaN at all but {chosen.numel()}")
-        return chosen
+        shape = self.out_features, self.in_features
+        return largest_gradients(
+            k, self.gradient_tiles(), shape, exclude, self._engine, reduce=reduce, key=key
+        )  # fmt: skip
 
+    # ------------------------------------------------------------------------------------------ topology
     def row_major(self, entries: Tensor) -> Tensor:
-        """Bring entries, ``[nnz]`` in the order of `values`, into that of their flat indices."""
+        """Reorder entries, ``[nnz]`` in the order of `values`, by their flat indices."""
         return entries.detach()[self._pattern.permutation]
 
     def rewire(self, grown: Tensor, dropped: Tensor) -> Tensor:
@@ -532,21 +444,20 @@ class SparseLinear(nn.Module):
         return self.set_pattern(self._engine.merge(without(self._pattern.flat(), dropped), grown))
 
     def set_pattern(self, indices: Tensor) -> Tensor:
-        """Change where the non-zeros are. Survivors keep their values, new ones are zero, the gradient is cleared.
+        """Change the positions of the non-zeros.
+
+        Connections that stay keep their values, new ones are zero, the gradient is cleared.
 
         Args:
-            indices: sorted distinct row-major flat indices, int64; their number may change.
+            indices: Sorted distinct row-major flat indices, int64; their number may change.
 
         Returns:
-            int64 ``[new nnz]``: for each new position its old position, or -1 where it is new. ``remap`` carries
-            per-position state, such as an optimizer's, by it.
+            int64 ``[new nnz]``: the old position of each new position, or -1 where it is new. `remap` carries per-position
+            state, such as an optimizer's, over by it.
         """
         new = self._new_pattern(indices)
         source = self._engine.match(self._pattern, new)
-        # Memory of the old row copy goes first: at the peak there is one copy less.
-        self.refresh()
-        self._row_values = None
-        self._pattern = new
+        self._set_pattern(new)
         self.values.grad = None
         self.values.data = remap(self.values.data, source)
         return source
@@ -554,9 +465,7 @@ class SparseLinear(nn.Module):
     # ------------------------------------------------------------------------------------------ state
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # The pattern by columns is enough: the order by rows follows from it.
-        destination[prefix + "column_pointers"] = self._pattern.column_pointers
-        destination[prefix + "row_indices"] = self._pattern.row_indices.to(torch.int32)
+        destination.update({prefix + name: tensor for name, tensor in saved_pattern(self._pattern).items()})
 
     def _load_from_state_dict(
         self,
@@ -568,11 +477,18 @@ class SparseLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        names = [prefix + "column_pointers", prefix + "row_indices"]
+        names = [prefix + name for name in NAMES]
         dense = state_dict.get(prefix + "weight")
         if dense is not None and prefix + "values" not in state_dict:
-            if message := self._adopt(dense):
-                error_msgs.append(f"{prefix}weight: {message}")
+            if dense.shape != self.shape:
+                error_msgs.append(
+                    f"{prefix}weight: saved with shape {tuple(dense.shape)}, this layer stands for {tuple(self.shape)}"
+                )
+                return
+            try:
+                self._set_pattern(self._new_pattern(flat_of_masked(dense, self._pattern)))
+            except ValueError as error:
+                error_msgs.append(f"{prefix}weight: {error}")
                 return
             state_dict = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
             state_dict[prefix + "values"], names = self.from_dense(dense), []
@@ -580,15 +496,13 @@ class SparseLinear(nn.Module):
         if strict:
             missing_keys.extend(absent)
         if names and not absent:
-            pointers, rows = (state_dict[name].to(torch.int64) for name in names)
-            message = self._damage(pointers, rows)
-            if message:
-                error_msgs.append(f"{prefix}row_indices: {message}")
+            pointers, rows = (state_dict[name] for name in names)
+            try:
+                flat = flat_of_saved(pointers, rows, (self.out_features, self.in_features))
+            except ValueError as error:
+                error_msgs.append(f"{prefix}row_indices: {error}")
                 return
-            columns = torch.repeat_interleave(torch.arange(self.in_features), pointers.diff())
-            self._pattern = self._new_pattern((rows * self.in_features + columns).sort().values)
-            self.refresh()
-            self._row_values = None
+            self._set_pattern(self._new_pattern(flat))
             if self.values.numel() != self.nnz:
                 self.values.grad = None
                 self.values.data = self.values.data.new_zeros(self.nnz)
@@ -596,107 +510,33 @@ class SparseLinear(nn.Module):
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self.refresh()
 
-    def _adopt(self, dense: Tensor) -> str | None:
-        """Take over the positions of a masked weight's non-zeros, or say why that cannot be.
-
-        A connection may hold a zero, which the weight does not tell from an inactive one: positions of the present
-        pattern make up for the number. A sparsifier's state, loaded afterwards, sets them right.
-        """
-        if dense.shape != self.shape:
-            return f"saved with shape {tuple(dense.shape)}, this layer stands for {tuple(self.shape)}"
-        found = dense.detach().reshape(-1).nonzero().squeeze(1).cpu()
-        spare = self.nnz - found.numel()
-        if spare < 0:
-            return (
-                f"saved with {found.numel()} non-zeros, this layer holds {self.nnz}; load weights of a dense model before "
-                "dst.prepare"
-            )
-        present = self._pattern.flat()
-        unused = present[~torch.isin(present, found)][:spare]
-        self._pattern = self._new_pattern(torch.cat([found, unused]).sort().values)
-        self._row_values = self._row_key = self._plan = None
-        return None
-
-    def _damage(self, pointers: Tensor, rows: Tensor) -> str | None:
-        """Say what is wrong with a saved pattern, or None."""
-        if pointers.shape != (self.in_features + 1,):
-            return f"saved for {pointers.numel() - 1} inputs, this layer has {self.in_features}"
-        counts = pointers.diff()
-        if int(pointers[0]) != 0 or bool((counts < 0).any()) or int(pointers[-1]) != rows.numel():
-            return "the saved column pointers are damaged"
-        if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < self.out_features:
-            return f"saved rows reach {int(rows.max())}, this layer has {self.out_features} outputs"
-        columns = torch.repeat_interleave(torch.arange(self.in_features), counts)
-        by_column = columns * self.out_features + rows
-        if not bool((by_column.diff() > 0).all()):
-            return "the saved row indices are not sorted within their columns"
-        return None
-
     def state_bytes(self) -> int:
-        """Bytes of values, both orders and all indices; gradient and optimizer state come on top."""
+        """Bytes of the values in both orders and of all indices, without gradient and optimizer state."""
         return 2 * self.values.numel() * self.values.element_size() + self._pattern.nbytes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLinear:
-        import copy
-
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        # The pattern is immutable and the engine is the process's: both are shared. The copy by rows is made anew.
+        # The pattern is immutable and the engine is the process's: both are shared. What is derived is made anew.
         shared = {"_pattern", "_engine"}
-        fresh = {
-            "_row_values": None, "_row_key": None, "_plan": None, "_watched": (), "_stash": None, "_stash_hook": None,
-        }  # fmt: skip
+        derived = {"_rows": RowCopy(), "_collector": GradientCollector(), "_chain": None}
         for key, value in self.__dict__.items():
-            new.__dict__[key] = fresh[key] if key in fresh else value if key in shared else copy.deepcopy(value, memo)
+            new.__dict__[key] = (
+                derived[key] if key in derived else value if key in shared else copy.deepcopy(value, memo)
+            )
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = dict.fromkeys(("_engine", "_row_values", "_row_key", "_plan", "_stash", "_stash_hook"))
-        # Flat indices travel: pickle knows no 16-bit unsigned tensors, and another machine may have another engine.
-        return {**self.__dict__, **derived, "_watched": (), "_pattern": self._pattern.flat()}
+        derived = {"_engine", "_rows", "_collector", "_chain"}
+        kept = {key: value for key, value in self.__dict__.items() if key not in derived}
+        # Flat indices are pickled: pickle has no 16-bit unsigned tensors, and another machine may have another engine.
+        return {**kept, "_pattern": self._pattern.flat()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._engine = engine()
         self._pattern = self._new_pattern(state["_pattern"])
-
-
-class FeatureMajorLinear(nn.Linear):
-    """A dense ``nn.Linear`` that computes feature-major, for the dense head after sparse layers.
-
-    Same parameters, state_dict and results as ``nn.Linear``; input and its gradient keep the feature-major storage
-    that sparse layers use, so neither is transposed.
-    """
-
-    @classmethod
-    def from_linear(cls, linear: nn.Linear) -> FeatureMajorLinear:
-        """Take over the parameters (the same objects) of ``linear``."""
-        new = cls.__new__(cls)
-        nn.Module.__init__(new)
-        new.__dict__.update(linear.__dict__)
-        return new
-
-    def to_linear(self) -> nn.Linear:
-        """Return an ``nn.Linear`` with the same parameters (the same objects)."""
-        new = nn.Linear.__new__(nn.Linear)
-        nn.Module.__init__(new)
-        new.__dict__.update(self.__dict__)
-        return new
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``(*, in_features)``."""
-        if x.dim() != 2 or x.stride(0) != 1 or x.shape[0] < 2:
-            return super().forward(x)
-        if self.bias is None:
-            return torch.mm(self.weight, x.t()).t()
-        return torch.addmm(self.bias.unsqueeze(1), self.weight, x.t()).t()
-
-
-def readable(tensor: Tensor | None, shape: tuple[int, ...]) -> bool:
-    """Whether the kernels can read ``tensor`` where it is, as a contiguous one of this shape."""
-    return type(tensor) in (Tensor, nn.Parameter) and bool(
-        tensor is not None and tensor.is_cpu and tensor.shape == shape and tensor.is_contiguous()
-    )
+        self._rows, self._collector, self._chain = RowCopy(), GradientCollector(), None
 
 
 def remap(entries: Tensor, source: Tensor) -> Tensor:
@@ -704,10 +544,10 @@ def remap(entries: Tensor, source: Tensor) -> Tensor:
 
     Args:
         entries: ``[old nnz]`` values, gradient or optimizer state.
-        source: what `SparseLinear.set_pattern` returned, ``[new nnz]``.
+        source: The return value of `SparseLinear.set_pattern`, ``[new nnz]``.
 
     Returns:
-        ``[new nnz]``: the survivors' entries, zero for the grown.
+        ``[new nnz]``: old entries, zero at newly grown positions.
     """
     if entries.numel() == 0:
         return entries.new_zeros(source.numel())

@@ -618,7 +618,7 @@ def test_clock_and_masks_are_those_of_the_dense_names():
     assert run.sparsifier.needs_dense_gradient(run.model.first.values)
     assert isinstance(run.sparsifier.method.clock, Every)
     run.sparsifier.finalize()
-    assert run.model.first._stash is None
+    assert not run.model.first.is_collecting
 
 
 def test_the_plan_tells_where_weights_will_live():

@@ -14,8 +14,8 @@ from torch.nn import functional
 
 from dst import kernels
 from dst.errors import ConfigurationError
-from dst.kernels import TorchKernels
-from dst.kernels.native import ISA, Plan
+from dst.kernels import CompiledChain, TorchKernels
+from dst.kernels.native import ISA
 from dst.models import MLP
 from dst.nn import FeatureMajorLinear, SparseLinear, optimize_for_inference, sparse_linear
 
@@ -27,7 +27,7 @@ needs_compiler = pytest.mark.skipif(COMPILED is None, reason="no compiler on thi
 def calls(monkeypatch):
     """The numbers of layers of the plans that ran and gave a result."""
     seen = []
-    run = Plan.run
+    run = CompiledChain.run
 
     def recorded(self, x):
         y = run(self, x)
@@ -35,7 +35,7 @@ def calls(monkeypatch):
             seen.append(len(self._keep))
         return y
 
-    monkeypatch.setattr(Plan, "run", recorded)
+    monkeypatch.setattr(CompiledChain, "run", recorded)
     return seen
 
 

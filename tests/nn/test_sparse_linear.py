@@ -275,7 +275,7 @@ def test_gradient_is_kept_only_when_asked():
     assert layer.grow_candidates(1).numel() == 1
     assert len(layer.collected) == 1
     layer.collect_dense_gradient(False)
-    assert layer._stash is None
+    assert not layer.is_collecting
     assert layer.collected == ()
 
 
@@ -382,7 +382,7 @@ def test_copies_are_independent():
             other.values.zero_()
         other.set_pattern(torch.tensor([0]))
         assert torch.equal(layer.dense_weight(), before)
-        assert other._stash is None
+        assert not other.is_collecting
 
 
 def test_state_is_small(engine):
@@ -391,7 +391,7 @@ def test_state_is_small(engine):
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     optimizer.step()
     momentum = optimizer.state[layer.values]["momentum_buffer"]
-    held = [layer.values, layer.values.grad, momentum, layer._row_values]
+    held = [layer.values, layer.values.grad, momentum, layer._rows.values]
     held += [v for v in vars(layer.pattern).values() if isinstance(v, torch.Tensor)]
     total = sum(t.numel() * t.element_size() for t in held)
     assert total == layer.state_bytes() + 8 * layer.nnz
