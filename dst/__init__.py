@@ -1,6 +1,45 @@
 """dst: dynamic sparse training for PyTorch.
 
 Networks whose weights are mostly zero from the first step, with connections that move to where they help.
+
+Training:
+
+- `Sparsifier`: makes a model sparse and updates its topology during training.
+- `Method`: a composition of pieces; `methods` has the published ones.
+- `plan`, `Plan`: the dry run: what a method will do to a model.
+- `lightning`: the callback for Lightning's ``Trainer``. Needs lightning.
+
+Backends and files:
+
+- `prepare`, `to_dense`: swap a model's layers for sparse ones before training, and back.
+- `dense_state_dict`, `dense_optimizer_state`, `sparse_optimizer_state`: convert saved states between backends.
+- `save_masks`, `load_masks`: mask files.
+
+Pieces of a method:
+
+- `allocation`: how the budget is split over layers.
+- `amounts`: how many weights an update drops.
+- `init`: how the first mask is chosen.
+- `patterns`: which weights share one bit of the mask.
+- `perturbations`: changes to the weights at an update.
+- `redistribute`: moving budget between layers.
+- `relaxations`: latent weights and learned masks.
+- `schedules`: clocks, density schedules and fraction schedules.
+- `scores`: drop scores and grow scores.
+- `types`: the protocols of all pieces, for pieces of your own.
+
+Networks, data and measuring:
+
+- `nn`: sparse layers, sparse activations, mixtures of experts.
+- `models`: small models.
+- `data`: small data sets as Lightning data modules. Needs lightning.
+- `metrics`: FLOPs, memory and diagnostics.
+
+Errors:
+
+- `ConfigurationError`, `DataError`, `StateError`.
+
+The core needs torch and numpy alone. Names are imported when they are first used.
 """
 
 from __future__ import annotations
@@ -92,13 +131,22 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: `dst --help` needs no torch, and a plain loop no Lightning."""
+    """Import a public name when it is first asked for: `dst --help` needs no torch, a plain loop no Lightning."""
     if name in _NAMES:
         value = getattr(importlib.import_module(_NAMES[name]), name)
         globals()[name] = value
         return value
     if name in __all__:
-        return importlib.import_module(f"dst.{name}")
+        try:
+            return importlib.import_module(f"dst.{name}")
+        except ModuleNotFoundError as error:
+            missing = (error.name or "dst").partition(".")[0]
+            if missing == "dst":
+                raise
+            raise ModuleNotFoundError(
+                f"dst.{name} needs {missing}, which is not installed; reinstalling dst installs all it needs",
+                name=error.name,
+            ) from error
     raise AttributeError(f"module 'dst' has no attribute {name!r}")
 
 

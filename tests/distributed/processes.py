@@ -71,6 +71,14 @@ def close() -> None:
     forkserver._forkserver._stop()
 
 
+def check_server() -> None:
+    """Assert, on Linux, that the server has one thread: a fork of more can hang in its first parallel region."""
+    threads = Path(f"/proc/{forkserver._forkserver._forkserver_pid}/task")
+    if threads.is_dir():
+        count = len(list(threads.iterdir()))
+        assert count == 1, f"the server of processes has {count} threads: one of its imports starts threads"
+
+
 class _Pool:
     def __init__(self, world: int) -> None:
         pipes = [_context.Pipe() for _ in range(world)]
@@ -83,6 +91,7 @@ class _Pool:
             process.start()
         for _, theirs in pipes:
             theirs.close()
+        check_server()
 
     def call(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
         deadline = time.monotonic() + LIMIT
