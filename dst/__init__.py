@@ -21,9 +21,9 @@ Pieces of a method:
 - `amounts`: how many weights an update drops.
 - `init`: how the first mask is chosen.
 - `patterns`: which weights share one bit of the mask.
-- `perturbations`: changes to the weights at an update.
+- `perturbations`: additions to the gradients of active weights.
 - `redistribute`: moving budget between layers.
-- `relaxations`: latent weights and learned masks.
+- `relaxations`: how effective weights follow from latent weights.
 - `schedules`: clocks, density schedules and fraction schedules.
 - `scores`: drop scores and grow scores.
 - `types`: the protocols of all pieces, for pieces of your own.

@@ -1,4 +1,12 @@
-"""Protocols of a method's pieces, for pieces of your own."""
+"""Protocols of a method's pieces, for pieces of your own.
+
+- `Allocation`: the densities of layers. `Init`, `LossInit`, `CallInit`: first masks.
+- `Score`, `Observer`: drop and grow scores, and what they observe. `Sampler`: how positions are drawn by a score.
+- `Clock`, `Fraction`, `DensitySchedule`: schedules. `Duration`: a number of steps or a fraction of training.
+- `Amount`: drop counts. `Redistribution`: moving budget between layers.
+- `Pattern`: groups and scopes. `Perturbation`: changes to gradients of active weights.
+- `LayerView`, `LayerStat`: what pieces are told of a layer.
+"""
 
 from dst.pieces.durations import Duration, check_duration, resolve_steps
 from dst.pieces.protocols import (

@@ -1,4 +1,8 @@
-"""Downloads that are complete and verified, or leave nothing behind."""
+"""Downloads that are complete and verified, or leave nothing behind.
+
+``torch.hub.download_url_to_file`` does part of this: it checks a prefix of SHA-256, while the data sets publish MD5 sums. It has
+no mirrors and no timeout.
+"""
 
 from __future__ import annotations
 
