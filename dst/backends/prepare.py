@@ -7,17 +7,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dst.backends.saved import as_positions
 from dst.backends.servable import owners_of, unsupported_reasons
 from dst.backends.swap import Dense, exchange, sparse_module
-from dst.errors import ConfigurationError, StateError
+from dst.errors import ConfigurationError
 from dst.method import Method
 from dst.nn import SparseLinear
 from dst.pieces.init import FromFile
 from dst.pieces.protocols import LayerView
-from dst.planning.first_mask import first_positions
+from dst.planning.first_mask import first_positions, positions_in_file
 from dst.topology.layers import SparseLayer, find_layers, sparse_modules
-from dst.topology.mask_file import load_masks
 
 
 def prepare(
@@ -71,15 +69,13 @@ def _first(
     modules: Mapping[str, SparseLinear],
 ) -> Iterable[tuple[SparseLayer, Tensor | None]]:
     """Layers and their first positions, ``None`` for those that are sparse modules already."""
-    if isinstance(method.init, FromFile):
-        masks, named = load_masks(method.init.path), dict(model.named_parameters())
-        for layer in layers:
-            shape = layer.shape if layer.parameter in modules else tuple(named[layer.parameter].shape)
-            if layer.parameter not in masks or masks[layer.parameter].shape != shape:
-                raise StateError(f"the mask file {method.init.path} has no {layer.parameter} of shape {shape}")
-            yield layer, None if layer.parameter in modules else as_positions(layer.part(masks[layer.parameter]))
-        return
     named = dict(model.named_parameters())
+    if isinstance(method.init, FromFile):
+        whole = {x.parameter: x.shape if x.parameter in modules else tuple(named[x.parameter].shape) for x in layers}
+        found = positions_in_file(method, layers, method.init.path, whole)
+        for layer in layers:
+            yield layer, None if layer.parameter in modules else found[layer.label]
+        return
 
     def view(layer: SparseLayer, generator: torch.Generator) -> LayerView:
         if layer.parameter in modules:
@@ -93,6 +89,6 @@ def _first(
             weight = layer.part(named[layer.parameter].detach())
         return LayerView(weight, torch.ones_like(weight, dtype=torch.bool), None, None, generator)
 
-    placed = [layer.label for layer in layers if layer.parameter in modules]
-    for layer, _, positions in first_positions(method, layers, view, seed=seed, placed=placed):
+    prepared = [layer.label for layer in layers if layer.parameter in modules]
+    for layer, _, positions in first_positions(method, layers, view, seed=seed, prepared=prepared):
         yield layer, positions

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from dst.errors import StateError
 from dst.method import Method, check_same
 from dst.pieces.protocols import LossInit
 from dst.topology.layers import SparseLayer
+from dst.topology.mask_file import check_masks
 
 STATE_FORMAT = 1
 _MAPPINGS = (
@@ -79,9 +80,11 @@ def _check_contents(state: Mapping[str, Any], here: Expected) -> None:
     if state["seed"] != here.seed:
         raise StateError(f"the checkpoint has seed {state['seed']}, this run {here.seed}: use the same")
     TrainingState.check(state, [layer.label for layer in here.layers])
-    check_masks(state["masks"], "the checkpoint", here.storages)
+    shapes = {name: here.storages.shape(name) for name in here.storages.parameters}
+    check_masks(state["masks"], shapes, "the checkpoint", is_mask)
+    check_prepared(state["masks"], "the checkpoint", here.storages)
     if state["union"] or (state["sparsified"] and here.method.is_dynamic and here.method.density < 1):
-        check_masks(state["union"], "the checkpoint's union of masks", here.storages, is_union)
+        check_masks(state["union"], shapes, "the checkpoint's union of masks", is_union)
     _check_collected(state["collected"], here)
     _check_table(state, here)
     _check_buffers(state["buffers"], here)
@@ -133,36 +136,17 @@ def _check_latent(state: Mapping[str, Any], here: Expected) -> None:
         raise StateError(f"the checkpoint's latent weights do not fit the model: {', '.join(off)}")
 
 
-def check_masks(
-    masks: Mapping[str, Tensor],
-    source: str,
-    storages: Storages,
-    fits: Callable[[Tensor, tuple[int, ...]], bool] = is_mask,
-) -> None:
-    """Compare saved masks (or unions of such) with a model's sparse parameters.
+def check_prepared(masks: Mapping[str, Tensor], source: str, storages: Storages) -> None:
+    """Raise ``StateError`` where masks have other counts than the layers were prepared with.
 
     Args:
-        masks: Name to saved mask.
+        masks: Name to saved mask: a bool tensor, or positions.
         source: Where they come from, for messages.
         storages: The model's storages.
-        fits: Says whether one has the form and shape.
-
-    Raises:
-        StateError: Masks that are missing, too many, or of other shapes.
     """
-    names = storages.parameters.keys()
-    if masks.keys() != names:
-        missing, extra = sorted(names - masks.keys()), sorted(masks.keys() - names)
-        raise StateError(
-            f"{source} does not fit the model: "
-            + "; ".join(t for t in (missing and f"lacks {missing}", extra and f"has unknown {extra}") if t)
-        )
-    for name, parameter in storages.parameters.items():
-        mask, shape, held = masks[name], storages.shape(name), parameter.numel()
-        if not isinstance(mask, Tensor) or not fits(mask, shape):
-            found = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-            raise StateError(f"{source} has {name} as {found}, the model as {shape}")
-        if fits is is_mask and storages.is_prepared(name) and count(mask) != held:
+    for name, mask in masks.items():
+        held = storages.parameters[name].numel()
+        if storages.is_prepared(name) and count(mask) != held:
             raise StateError(
                 f"{source} has {count(mask)} connections in {name}, the model was prepared with {held}: "
                 "prepare it with the method of the checkpoint"

@@ -20,8 +20,9 @@ from dst.backends.servable import unsupported_reasons
 from dst.backends.storage import is_finite
 from dst.engine import coverage
 from dst.engine.first_batch import FirstBatch
+from dst.engine.first_mask import choose_first_mask
 from dst.engine.optimizers import as_optimizers, totals_of, unwrap_optimizer
-from dst.engine.saved_state import STATE_FORMAT, Expected, check_masks, check_state
+from dst.engine.saved_state import STATE_FORMAT, Expected, check_state
 from dst.engine.state import TrainingState, Update
 from dst.engine.steps import OptimizerSteps, PreparedStep, assign, fingerprint, load_steps, state_of_steps
 from dst.engine.warmup import WarmUp, check_whole
@@ -30,10 +31,9 @@ from dst.method import Method, check_method
 from dst.pieces import init as inits
 from dst.pieces.protocols import CallInit, LayerView, LossInit, Observer, Perturbation, Score, waits_for_batch
 from dst.pieces.scores import Magnitude, Random
-from dst.planning.first_mask import first_positions, layer_counts, masks_on_the_way
+from dst.planning.first_mask import layer_counts, masks_on_the_way
 from dst.planning.update import LayerFacts, LayerUpdate, Moment, can_score, plan_update
 from dst.topology.layers import Selector, SparseLayer, find_layers
-from dst.topology.mask_file import load_masks
 from dst.topology.optimizer_state import per_weight_state
 from dst.topology.seeding import folded_generator
 from dst.topology.sharding import all_agree, local
@@ -570,10 +570,15 @@ class Sparsifier:
 
     def _sparsify(self, step: int, given: Mapping[str, Tensor] | None = None) -> None:
         """Make the first mask, from the weights, gradients or file of this moment, or from the scores that are given."""
-        first = (
-            self._first_from_file(self.method.init.path)
-            if isinstance(self.method.init, inits.FromFile)
-            else self._first_by_score(step, given)
+        first = choose_first_mask(
+            self.method,
+            self.layers,
+            self._storages,
+            seed=self.seed,
+            step=step,
+            total_steps=self.total_steps,
+            given=given,
+            unsupported=self._unsupported,
         )
         self._storages.set_mask(first)
         if self.method.rescale_init:
@@ -607,65 +612,6 @@ class Sparsifier:
                 "sparsifier.before_backward(loss) before loss.backward()"
             )
         return scores
-
-    def _first_by_score(self, step: int, given: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        """Layer label to first positions, of layers that are not placed already."""
-        placed = [layer.label for layer in self.layers if self._storages.is_prepared(layer.parameter)]
-        found = {}
-        for layer, wanted, positions in first_positions(
-            self.method,
-            self.layers,
-            lambda layer, generator: self._storages.view(layer, generator, gradient=self.method.init.needs_gradient),
-            seed=self.seed,
-            step=step,
-            density=self.method.density_at(step, self._steppers[0].total),
-            placed=placed,
-            given=given,
-        ):
-            if positions is not None:
-                self._check_storage(layer, wanted)
-                found[layer.label] = positions
-            elif not self.method.allocation.needs_scores and wanted != self._active(layer):
-                raise ConfigurationError(
-                    f"{layer.parameter} was prepared with {self._active(layer)} connections, and the method gives it "
-                    f"{wanted}: pass the same method, include and exclude to dst.prepare"
-                )
-        return found
-
-    def _check_storage(self, layer: SparseLayer, count: int) -> None:
-        """Refuse to train masked what should have been prepared."""
-        if count < layer.weights and self._unsupported.get(layer.label, "") is None:
-            raise ConfigurationError(
-                f'{layer.parameter} has ordinary weights, and the method has backend="{self.method.backend}": call '
-                "model = dst.prepare(model, method) before the optimizer is built, with the same include and exclude"
-            )
-
-    def _first_from_file(self, path: str) -> dict[str, Tensor]:
-        masks = load_masks(path)
-        check_masks(masks, f"mask file {path}", self._storages)
-        total = sum(layer.weights for layer in self.layers)
-        parts = {layer.label: layer.part(masks[layer.parameter]).reshape(-1) for layer in self.layers}
-        kept = sum(int(part.sum()) for part in parts.values())
-        density = self.method.density
-        pattern = self.method.pattern_at(density)
-        slack = 0
-        for layer in self.layers:
-            mask = layer.part(masks[layer.parameter])
-            if pattern.unsupported_reason(layer) is None and not pattern.holds(layer, mask) and not bool(mask.all()):
-                raise ConfigurationError(
-                    f"the mask of {layer.label} in {path} has not the pattern {type(self.method.pattern).__name__}"
-                )
-            slack += pattern.fit(layer, 1) if pattern.unsupported_reason(layer) is None else layer.weights
-        if abs(kept - density * total) > slack:
-            raise ConfigurationError(
-                f"the masks in {path} have density {kept / total:.6g}, the method {self.method.density:.6g}; "
-                f"pass density={kept / total:.6g}"
-            )
-        found = {label: part.nonzero().squeeze(1) for label, part in parts.items()}
-        for layer in self.layers:
-            if not self._storages.is_prepared(layer.parameter):
-                self._check_storage(layer, found[layer.label].numel())
-        return found
 
     # -- topology updates -----------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from dst.pieces.allocation import planned_counts
 from dst.pieces.protocols import Allocation, LayerView, as_sampler
 from dst.topology.counts import count_active
 from dst.topology.layers import SparseLayer, check_orientation
+from dst.topology.mask_file import check_masks, load_masks
 from dst.topology.seeding import folded_generator
 from dst.topology.selection import top_indices
 
@@ -72,7 +73,7 @@ def first_positions(
     seed: int,
     step: int = 0,
     density: float | None = None,
-    placed: Collection[str] = (),
+    prepared: Collection[str] = (),
     given: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[SparseLayer, int, Tensor | None]]:
     """Choose the first connections of all layers, one layer at a time.
@@ -87,11 +88,11 @@ def first_positions(
         seed: Seeds random choices.
         step: The optimizer step.
         density: The network's density; by default the method's.
-        placed: Labels of layers whose connections exist already.
+        prepared: Labels of layers whose connections ``dst.prepare`` has chosen.
         given: Layer label to scores that are known already, of inits that score the network as a whole.
 
     Yields:
-        Layer, number of connections, and their sorted row-major positions; ``None`` for a layer that is placed.
+        Layer, number of connections, and their sorted row-major positions; ``None`` for a layer that was prepared.
     """
     init, sampler = method.init, as_sampler(method.init)
 
@@ -108,7 +109,7 @@ def first_positions(
     counts = layer_counts(method, layers, density, scores, allocation)
     assert counts is not None
     for i, (layer, count) in enumerate(zip(layers, counts, strict=True)):
-        if layer.label in placed:
+        if layer.label in prepared:
             yield layer, count, None
         elif pattern.is_grouped and count < layer.weights:
             ties = folded_generator(seed, "init ties", step, layer.label)
@@ -121,6 +122,48 @@ def first_positions(
             values = (scores[i] if scores is not None else score(layer)).reshape(-1)
             ties = folded_generator(seed, "init ties", step, layer.label)
             yield layer, count, top_indices(values, count, ties)
+
+
+def positions_in_file(
+    method: Method, layers: Sequence[SparseLayer], path: str, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """Read the first active weights of all layers from a mask file.
+
+    Args:
+        method: The method, whose density and pattern the masks must have.
+        layers: All sparse layers.
+        path: The file, written by ``dst.save_masks``.
+        shapes: Name of every sparse parameter to its dense shape.
+
+    Returns:
+        Layer label to sorted positions, int64, on the CPU.
+
+    Raises:
+        ConfigurationError: Masks of another density or pattern.
+        StateError: No such file, or one that does not fit the model.
+    """
+    masks = load_masks(path)
+    check_masks(masks, shapes, f"mask file {path}")
+    pattern, density = method.pattern_at(method.density), method.density
+    kept = slack = 0
+    found = {}
+    for layer in layers:
+        mask = layer.part(masks[layer.parameter])
+        fits = pattern.unsupported_reason(layer) is None
+        if fits and not pattern.holds(layer, mask) and not bool(mask.all()):
+            raise ConfigurationError(
+                f"the mask of {layer.label} in {path} has not the pattern {type(method.pattern).__name__}"
+            )
+        slack += pattern.fit(layer, 1) if fits else layer.weights
+        found[layer.label] = mask.reshape(-1).nonzero().squeeze(1)
+        kept += found[layer.label].numel()
+    total = sum(layer.weights for layer in layers)
+    if abs(kept - density * total) > slack:
+        raise ConfigurationError(
+            f"the masks in {path} have density {kept / total:.6g}, the method {density:.6g}; "
+            f"pass density={kept / total:.6g}"
+        )
+    return found
 
 
 def masks_on_the_way(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -45,3 +45,38 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     ):
         raise StateError(f"{path} does not hold masks (a dict of parameter name to bool tensor)")
     return masks
+
+
+def is_whole(mask: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a bool mask of a shape."""
+    return mask.dtype == torch.bool and mask.shape == shape
+
+
+def check_masks(
+    masks: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    source: str,
+    fits: Callable[[Tensor, tuple[int, ...]], bool] = is_whole,
+) -> None:
+    """Compare masks with a model's sparse parameters.
+
+    Args:
+        masks: Name to mask.
+        shapes: Name of every sparse parameter to its dense shape.
+        source: Where the masks come from, for messages.
+        fits: Whether one has the form and shape.
+
+    Raises:
+        StateError: Masks that are missing, too many, or of other shapes.
+    """
+    if masks.keys() != shapes.keys():
+        missing, extra = sorted(shapes.keys() - masks.keys()), sorted(masks.keys() - shapes.keys())
+        raise StateError(
+            f"{source} does not fit the model: "
+            + "; ".join(t for t in (missing and f"lacks {missing}", extra and f"has unknown {extra}") if t)
+        )
+    for name, shape in shapes.items():
+        mask = masks[name]
+        if not isinstance(mask, Tensor) or not fits(mask, shape):
+            found = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise StateError(f"{source} has {name} as {found}, the model as {shape}")
