@@ -1,4 +1,4 @@
-"""Modules that were elsewhere: their old names still import, so that scripts and YAML files keep working."""
+"""Old names of modules that have moved: they still import, so that scripts and YAML files keep working."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOVED = {
 
 
 class _Redirect(MetaPathFinder, Loader):
-    """Answers an import of an old name with the module under its new one."""
+    """Imports the module under its new name when an old name is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -42,11 +42,11 @@ class _Redirect(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """The module has run under its new name, and keeps the spec that it has there."""
+        """Keep the spec of the new name: the module has already been executed under it."""
         module.__spec__ = self._spec
 
 
 def install() -> None:
-    """Let old names be imported."""
+    """Make old names importable."""
     if not any(isinstance(finder, _Redirect) for finder in sys.meta_path):
         sys.meta_path.append(_Redirect())

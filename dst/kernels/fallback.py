@@ -1,4 +1,4 @@
-"""The engine for machines without a compiler: the same interface from torch's own CSR operations."""
+"""The engine for machines without a compiler: the interface of the compiled engine on torch's CSR operations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TorchKernels:
     name = "torch"
 
     def __init__(self) -> None:
-        """Get torch's announcement that CSR is in beta, made once a process, out of the way."""
+        """Suppress torch's warning that CSR is in beta, which is given once per process."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Sparse CSR tensor support is in beta.*")
             _csr(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))

@@ -1,4 +1,4 @@
-"""Sparse activations: only the k largest units of a layer pass on what they compute.
+"""Sparse activations: only the k largest activations of a layer are kept, all others are zero.
 
 Activations are ``(N, units)`` after linear layers and ``(N, channels, …)`` after convolutions. The k winners of a sample
 are chosen among all its entries, channels and positions together.
@@ -27,11 +27,11 @@ def k_winners(activations: Tensor, k: int, duty_cycle: Tensor | None = None, boo
 
     Unit i is boosted by ``exp(β (k/n - d_i))``, for n entries in a sample and the duty cycle d of its unit (Ahmad &
     Scheinkman 2019, "How Can We Be So Dense? The Benefits of Using Highly Sparse Representations", section 3.2). Boosting
-    decides who wins; winners pass on their own value. The gradient reaches winners alone, and boosting has none.
+    decides which entries win; winners keep their own value. The gradient flows to winners only, not through boosting.
 
     Args:
         activations: ``(N, units)`` or ``(N, channels, …)``, floating point, n entries a sample.
-        k: Winners of a sample, in 1..n. Exactly so many are kept; ties go as ``torch.topk`` has them.
+        k: Winners of a sample, in 1..n. Exactly k are kept; ties are broken by ``torch.topk``.
         duty_cycle: How often each unit (channel) won lately: ``(units,)``, in [0, 1]. Only used with a ``boost``.
         boost: β >= 0; 0 for none.
 
@@ -46,13 +46,13 @@ def k_winners(activations: Tensor, k: int, duty_cycle: Tensor | None = None, boo
 
 
 def top_k_relu(activations: Tensor, k: int) -> Tensor:
-    """ReLU, of which only the k largest entries of every sample stay.
+    """ReLU that keeps only the k largest entries of every sample.
 
     k-sparse autoencoders (Makhzani & Frey 2014) keep the k largest linear activations; here negative ones are zero, too.
 
     Args:
         activations: ``(N, units)`` or ``(N, channels, …)``, floating point, n entries a sample.
-        k: Entries of a sample that stay, in 1..n; fewer where fewer are positive.
+        k: Entries of a sample that are kept, in 1..n; fewer if fewer are positive.
 
     Returns:
         A tensor of the shape and dtype of ``activations``.
@@ -86,7 +86,7 @@ def updated_duty_cycle(duty_cycle: Tensor, won: Tensor, seen: int | Tensor, peri
 
 
 class KWinners(nn.Module):
-    """k-winners with boosting by duty cycle (Ahmad & Scheinkman 2019, section 3.2), in the place of ReLU.
+    """k-winners with boosting by duty cycle (Ahmad & Scheinkman 2019, section 3.2), as a replacement for ReLU.
 
     The share ``density`` of a layer's entries stays in training, ``inference_factor`` times as much in evaluation.
     Units that win less often than the average are boosted, so that all take part. The duty cycle and the number
@@ -139,7 +139,7 @@ class KWinners(nn.Module):
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     def forward(self, activations: Tensor) -> Tensor:
-        """Keep the winners of ``(N, units)`` or ``(N, channels, …)``; in training, note who won."""
+        """Keep the winners of ``(N, units)`` or ``(N, channels, …)``; in training, update the duty cycle."""
         _check_units(activations, self.units)
         k = _count(activations, self.density if self.training else min(1.0, self.density * self.inference_factor))
         winners = _winners(_boosted(activations.detach(), k, self.duty_cycle, self.boost), k)

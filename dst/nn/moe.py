@@ -44,7 +44,7 @@ class SwitchFeedForward(nn.Module):
     token may displace later ones, never earlier ones: causal models stay causal.
 
     In training the layer leaves its load-balancing loss, already multiplied by ``balance``, in ``auxiliary_loss``, until
-    `auxiliary_losses` takes it away.
+    `auxiliary_losses` removes it.
 
     Deviations from the authors' code: capacities are rounded up and have no minimum of 4; tokens are routed over the
     whole batch of a process instead of groups; expert dropout is not offered; the router computes in float32 under
@@ -108,8 +108,7 @@ class SwitchFeedForward(nn.Module):
         if self.training:
             self.auxiliary_loss = self.balance * load_balancing_loss(probabilities, chosen)
         count, capacity = len(self.experts), self.capacity(len(tokens))
-        # Row i·capacity + p holds the p-th token of expert i; the row behind all experts', what is dropped, for
-        # which it comes back as zeros.
+        # Row i·capacity + p holds the p-th token of expert i. The last row takes the dropped tokens, and returns zeros.
         sent = functional.one_hot(chosen, count)
         place = (sent.cumsum(0) * sent).sum(1) - 1
         row = torch.where(place < capacity, chosen * capacity + place, count * capacity)
@@ -131,7 +130,7 @@ class SwitchFeedForward(nn.Module):
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A loss that nobody took away is part of a graph, which can be neither copied nor pickled.
+        # A remaining loss is part of a graph, which can be neither copied nor pickled.
         return {**self.__dict__, "auxiliary_loss": None}
 
 
@@ -152,7 +151,7 @@ def load_balancing_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
 
 
 def auxiliary_losses(model: nn.Module) -> list[Tensor]:
-    """Take away what the modules of a model want added to the loss of the last forward pass.
+    """Remove and return the auxiliary losses that the modules of a model set in the last forward pass.
 
     A module takes part by an attribute ``auxiliary_loss``, a scalar that it sets in ``forward`` in training.
 

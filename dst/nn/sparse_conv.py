@@ -13,7 +13,7 @@ from dst.nn.sparse_linear import SparseLinear
 class SparseConv2d(SparseLinear):
     """A 1×1 convolution where only the non-zeros of its weight ``[out, in, 1, 1]`` exist.
 
-    It is a `SparseLinear` over channels, applied at every position of every image. Larger kernels are not served:
+    It is a `SparseLinear` over channels, applied at every position of every image. Larger kernels are not supported:
     unfolding an image for them costs more than the non-zeros save.
 
     Args:
@@ -26,7 +26,7 @@ class SparseConv2d(SparseLinear):
 
     Shape:
         - Input: ``(N, in_channels, H, W)`` or ``(in_channels, H, W)``.
-        - Output: contiguous ``(N, out_channels, ceil(H / stride), ceil(W / stride))``, or that without ``N``.
+        - Output: contiguous ``(N, out_channels, ceil(H / stride), ceil(W / stride))``, without ``N`` for an input without it.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class SparseConv2d(SparseLinear):
         images = x[..., :: self.stride[0], :: self.stride[1]]
         images = images.unsqueeze(0) if x.dim() == 3 else images
         n, _, height, width = images.shape
-        # Positions of all images side by side: the storage that the kernels take as it is.
+        # Channels by positions of all images: the feature-major storage that the kernels read without a copy.
         y = super().forward(images.transpose(0, 1).reshape(self.in_features, n * height * width).t())
         y = y.t().view(self.out_features, n, height, width).transpose(0, 1).contiguous()
         return y.squeeze(0) if x.dim() == 3 else y
