@@ -14,7 +14,7 @@ from dst.backends.csr import Csr
 from dst.backends.latent import Latent
 from dst.backends.masked import Masked
 from dst.backends.prepare import prepare as prepare_csr
-from dst.backends.storage import Draft, Storage
+from dst.backends.storage import Scoring, Storage
 from dst.backends.storages import Storages
 from dst.errors import ConfigurationError
 from dst.method import Method, check_method
@@ -23,9 +23,9 @@ from dst.topology.layers import Selector, SparseLayer, sparse_modules
 
 __all__ = [
     "Csr",
-    "Draft",
     "Latent",
     "Masked",
+    "Scoring",
     "Storage",
     "Storages",
     "dense_optimizer_state",

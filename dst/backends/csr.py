@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 
 from dst.backends.explored import Explored
 from dst.backends.saved import as_positions, narrow, union_as_bits
-from dst.backends.storage import Draft, Storage, is_finite
+from dst.backends.storage import Scoring, Storage, is_finite
 from dst.errors import ConfigurationError
 from dst.nn import SparseLinear, remap
 from dst.pieces.protocols import LayerView, as_sampler
+from dst.planning.update import LayerUpdate
 from dst.topology.layers import SparseLayer, sparse_modules
 from dst.topology.optimizer_state import per_weight_state
 from dst.topology.rewiring import Rewiring, rewire
@@ -76,10 +77,10 @@ class Csr(Storage):
         scale = (module.in_features / counts.clamp(min=1)).sqrt().to(module.values.dtype)
         module.values.detach().mul_(scale[module.pattern.row_indices.to(torch.int64)])
 
-    def decide(self, layer: SparseLayer, draft: Draft) -> Rewiring | None:
+    def decide(self, update: LayerUpdate, scoring: Scoring) -> Rewiring | None:
         """See ``Storage``; scores see the active connections alone, as vectors in the order of their positions."""
-        module = self._modules[layer.parameter]
-        drop, grow, ties = draft.scores["drop"], draft.scores["grow"], draft.generator("ties")
+        layer, module = update.layer, self._modules[update.layer.parameter]
+        drop, grow, ties = scoring.scores["drop"], scoring.scores["grow"], scoring.generator("ties")
         sampler = as_sampler(grow)
         gradient = module.values.grad if drop.needs_gradient else None
         if drop.needs_gradient and gradient is None:
@@ -94,23 +95,23 @@ class Csr(Storage):
                 torch.ones_like(weight, dtype=torch.bool),
                 None if gradient is None else module.row_major(gradient),
                 None,
-                draft.generator("drop"),
+                scoring.generator("drop"),
             )
         )
 
         def choose(count: int, excluded: Tensor) -> Tensor:
             if sampler is not None:
-                return sampler.sample(layer.weights, excluded, count, draft.generator("grow"))
+                return sampler.sample(layer.weights, excluded, count, scoring.generator("grow"))
             return module.grow_candidates(count, exclude=excluded, reduce=self._reduce, key=tie_key(ties))
 
         return rewire(
             active,
             ranking,
             layer.weights,
-            draft.drop,
-            draft.grow,
+            update.drop,
+            update.grow,
             choose,
-            regrow_dropped=draft.regrow_dropped,
+            regrow_dropped=update.regrow_dropped,
             generator=ties,
         )
 

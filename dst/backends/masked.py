@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dst.backends.saved import as_mask, union_as_mask
-from dst.backends.storage import Draft, Storage
+from dst.backends.storage import Scoring, Storage
 from dst.errors import ConfigurationError
 from dst.pieces.protocols import LayerView, as_sampler
+from dst.planning.update import LayerUpdate
 from dst.topology.layers import SparseLayer
 from dst.topology.optimizer_state import clear_state, mask_state
 from dst.topology.rewiring import Rewiring, fill_at_, rewire
@@ -157,36 +158,39 @@ class Masked(Storage):
         layer.part(scale).mul_((fan_in / active.clamp(min=1)).sqrt().to(scale.dtype))
         local(parameter.detach()).mul_(part_of(scale, parameter))
 
-    def decide(self, layer: SparseLayer, draft: Draft) -> Rewiring | None:
+    def decide(self, update: LayerUpdate, scoring: Scoring) -> Rewiring | None:
         """See ``Storage``."""
+        layer = update.layer
         mask, views = self._whole_mask(layer), {}
-        needed = draft.scores if draft.grow else {"drop": draft.scores["drop"]}
+        needed = scoring.scores if update.grow else {"drop": scoring.scores["drop"]}
         for role, score in needed.items():
             view = views[role] = self.view(
                 layer,
-                draft.generator(role),
+                scoring.generator(role),
                 gradient=score.needs_gradient,
                 mask=mask,
-                buffer=draft.buffers.get(role),
+                buffer=scoring.buffers.get(role),
             )
             if score.needs_gradient and (view.buffer if score.observes else view.gradient) is None:
                 return None
-        ties = draft.generator("ties")
-        drop_scores = draft.scores["drop"](views["drop"])
-        if draft.forced_drops is not None:
-            drop_scores = fill_at_(drop_scores.clone(), draft.forced_drops.to(mask.device), -math.inf)
-        if draft.pattern.is_grouped:
+        ties = scoring.generator("ties")
+        drop_scores = scoring.scores["drop"](views["drop"])
+        if update.forced_drops is not None:
+            drop_scores = fill_at_(drop_scores.clone(), update.forced_drops.to(mask.device), -math.inf)
+        if update.pattern.is_grouped:
             # Where nothing is to grow, scopes that have lost more than others get back the best of their own.
             lowest = torch.finfo(drop_scores.dtype).min
-            grow_scores = draft.scores["grow"](views["grow"]) if draft.grow else drop_scores.masked_fill(~mask, lowest)
-            return draft.pattern.rewire(
+            grow_scores = (
+                scoring.scores["grow"](views["grow"]) if update.grow else drop_scores.masked_fill(~mask, lowest)
+            )
+            return update.pattern.rewire(
                 layer,
                 mask,
                 drop_scores,
                 grow_scores,
-                draft.drop,
-                draft.grow,
-                regrow_dropped=draft.regrow_dropped,
+                update.drop,
+                update.grow,
+                regrow_dropped=update.regrow_dropped,
                 generator=ties,
             )
         active = mask.reshape(-1).nonzero().squeeze(1)
@@ -194,12 +198,12 @@ class Masked(Storage):
         def choose(count: int, excluded: Tensor) -> Tensor:
             if count == 0:
                 return excluded[:0]
-            grow = draft.scores["grow"]
+            grow = scoring.scores["grow"]
             sampler = as_sampler(grow)
             if sampler is not None:
                 return sampler.sample(layer.weights, excluded, count, views["grow"].generator)
             view = views["grow"]
-            if getattr(grow, "after_drop", False) and draft.regrow_dropped:  # what is excluded is what was kept
+            if getattr(grow, "after_drop", False) and update.regrow_dropped:  # what is excluded is what was kept
                 view = replace(view, mask=fill_at_(torch.zeros_like(mask), excluded, 1))
             return best_free(grow(view), count, excluded, ties)
 
@@ -207,10 +211,10 @@ class Masked(Storage):
             active,
             drop_scores.take(active),
             layer.weights,
-            draft.drop,
-            draft.grow,
+            update.drop,
+            update.grow,
             choose,
-            regrow_dropped=draft.regrow_dropped,
+            regrow_dropped=update.regrow_dropped,
             generator=ties,
         )
 

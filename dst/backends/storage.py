@@ -11,34 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dst.pieces.protocols import LayerView, Pattern, Score
+from dst.pieces.protocols import LayerView, Score
+from dst.planning.update import LayerUpdate
 from dst.topology.layers import SparseLayer
 from dst.topology.rewiring import Rewiring
 
 
 @dataclass(frozen=True)
-class Draft:
-    """An update of one layer, before it is decided.
+class Scoring:
+    """What a storage scores the weights of one layer with.
 
     Attributes:
-        drop: Connections to drop.
-        grow: Connections to grow then.
-        scores: ``drop``, and ``grow`` where connections ever grow.
+        scores: ``drop``, and ``grow`` where weights ever grow.
         buffers: Role to what the score's ``observe`` returned last; only of scores that observe.
         generator: Role, or ``"ties"``, to a fresh CPU generator folded from seed, step, layer and it.
-        regrow_dropped: As in ``dst.topology.rewiring.rewire``.
-        pattern: Which weights live and die together.
-        forced_drops: Sorted positions of active connections that are dropped before any other, int64, or ``None``.
     """
 
-    drop: int
-    grow: int
     scores: Mapping[str, Score]
     buffers: Mapping[str, Tensor]
     generator: Callable[[str], torch.Generator]
-    regrow_dropped: bool
-    pattern: Pattern
-    forced_drops: Tensor | None = None
 
 
 class Storage(ABC):
@@ -92,8 +83,8 @@ class Storage(ABC):
     # -- a topology update ----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def decide(self, layer: SparseLayer, draft: Draft) -> Rewiring | None:
-        """Decide an update and change nothing; ``None`` where a gradient that it needs is missing."""
+    def decide(self, update: LayerUpdate, scoring: Scoring) -> Rewiring | None:
+        """Select what an update of a layer drops and grows, and change nothing; ``None`` where a gradient that it needs is missing."""
 
     @abstractmethod
     def apply(self, layer: SparseLayer, rewiring: Rewiring, optimizer: Optimizer) -> None:

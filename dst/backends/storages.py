@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from dst.backends.storage import Draft, Storage
+from dst.backends.storage import Scoring, Storage
 from dst.pieces.protocols import LayerView
+from dst.planning.update import LayerUpdate
 from dst.topology.layers import SparseLayer
 from dst.topology.rewiring import Rewiring
 from dst.topology.sharding import check_equal_masks
@@ -88,9 +89,9 @@ class Storages:
         """How many weights of a layer have ever been active."""
         return self.of(layer).explored(layer)
 
-    def decide(self, layer: SparseLayer, draft: Draft) -> Rewiring | None:
+    def decide(self, update: LayerUpdate, scoring: Scoring) -> Rewiring | None:
         """Select what an update of a layer drops and grows; ``None`` where a gradient is missing."""
-        return self.of(layer).decide(layer, draft)
+        return self.of(update.layer).decide(update, scoring)
 
     def apply(self, layer: SparseLayer, rewiring: Rewiring, optimizer: Optimizer) -> None:
         """Make an update of a layer."""

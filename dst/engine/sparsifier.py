@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from dst.backends import Draft, open_storages
+from dst.backends import Scoring, open_storages
 from dst.backends.servable import unsupported_reasons
 from dst.backends.storage import is_finite
 from dst.engine import coverage
@@ -25,6 +25,7 @@ from dst.engine.optimizers import as_optimizers, totals_of, unwrap_optimizer
 from dst.engine.saved_state import STATE_FORMAT, Expected, check_state
 from dst.engine.state import TrainingState, Update
 from dst.engine.steps import OptimizerSteps, PreparedStep, assign, fingerprint, load_steps, state_of_steps
+from dst.engine.update import apply_plan
 from dst.engine.warmup import WarmUp, check_whole
 from dst.errors import ConfigurationError, StateError
 from dst.method import Method, check_method
@@ -32,7 +33,7 @@ from dst.pieces import init as inits
 from dst.pieces.protocols import CallInit, LayerView, LossInit, Observer, Perturbation, Score, waits_for_batch
 from dst.pieces.scores import Magnitude, Random
 from dst.planning.first_mask import layer_counts, masks_on_the_way
-from dst.planning.update import LayerFacts, LayerUpdate, Moment, can_score, plan_update
+from dst.planning.update import LayerFacts, Moment, can_score, plan_update
 from dst.topology.layers import Selector, SparseLayer, find_layers
 from dst.topology.optimizer_state import per_weight_state
 from dst.topology.seeding import folded_generator
@@ -665,19 +666,18 @@ class Sparsifier:
                 users = {number} if number in users else {*users, number}
                 kept = {d: held for d, held in self._state.splits.items() if d == self.method.density}
                 self._state.splits = {**kept, moment.density: (plan.split, users)}
-        rewirings = []
+        rewirings = apply_plan(
+            plan, self._storages, stepper.optimizer, lambda layer: self._scoring(layer, moment.step, scores)
+        )
         for update in plan.layers:
-            layer = update.layer
-            rewiring = self._storages.decide(layer, self._draft(update, moment.step, scores))
+            rewiring = rewirings.get(update.layer.label)
             if rewiring is None:
-                self._warn_once(f"{layer.parameter} had no gradient at a topology update and keeps its connections")
-            else:
-                rewirings.append((layer, rewiring))
-        for layer, rewiring in rewirings:
-            self._storages.apply(layer, rewiring, stepper.optimizer)
-            if self._warming is not None:
-                self._warming.follow(layer, rewiring, born)
-        return sum(rewiring.grown.numel() for _, rewiring in rewirings)
+                self._warn_once(
+                    f"{update.layer.parameter} had no gradient at a topology update and keeps its connections"
+                )
+            elif self._warming is not None:
+                self._warming.follow(update.layer, rewiring, born)
+        return sum(rewiring.grown.numel() for rewiring in rewirings.values())
 
     def _facts(self, layer: SparseLayer, step: int) -> LayerFacts:
         def view(role: str, gradient: bool) -> LayerView:
@@ -691,17 +691,9 @@ class Sparsifier:
 
         return LayerFacts(layer, self._active(layer), self._state.budgets[layer.label], view)
 
-    def _draft(self, update: LayerUpdate, step: int, scores: Mapping[str, Score]) -> Draft:
-        return Draft(
-            update.drop,
-            update.grow,
-            scores,
-            {role: b for (role, label), b in self._state.buffers.items() if label == update.layer.label},
-            partial(self._generator, step, update.layer),
-            update.regrow_dropped,
-            update.pattern,
-            update.forced_drops,
-        )
+    def _scoring(self, layer: SparseLayer, step: int, scores: Mapping[str, Score]) -> Scoring:
+        buffers = {role: buffer for (role, label), buffer in self._state.buffers.items() if label == layer.label}
+        return Scoring(scores, buffers, partial(self._generator, step, layer))
 
     def _density_at(self, stepper: OptimizerSteps) -> float:
         if self._state.set_density is not None:
