@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import io
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -32,6 +34,15 @@ def test_every_method_takes_its_density_first(name):
     assert method.target_density == (1.0 if name == "dense" else 0.25)
     assert method.name == name.rstrip("_")
     assert method == getattr(methods, name)(density=0.25)
+
+
+@pytest.mark.parametrize("name", methods.__all__)
+def test_help_describes_every_parameter_of_a_method_once(name):
+    method = getattr(methods, name)
+    described = re.findall(r"^    (\w+): \S", inspect.getdoc(method).partition("\nArgs:\n")[2], re.MULTILINE)
+    assert [parameter for parameter in described if parameter != "ConfigurationError"] == list(
+        inspect.signature(method).parameters
+    )
 
 
 def test_published_compositions():

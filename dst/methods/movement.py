@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dst.errors import ConfigurationError
 from dst.method import Method
+from dst.methods.shared import documented
 from dst.pieces import init as inits
 from dst.pieces import scores
 from dst.pieces.allocation import Global, Uniform
@@ -14,6 +15,7 @@ from dst.pieces.relaxations import Movement
 from dst.pieces.schedules import Constant, Cubic, Every
 
 
+@documented
 def movement(
     density: float = 0.1,
     *,
@@ -25,31 +27,30 @@ def movement(
     threshold: float | None = None,
     penalty: float | None = None,
     allocation: Allocation | None = None,
-    pattern: Pattern | None = None,
+    pattern: Pattern = Unstructured(),
 ) -> Method:
     """Movement pruning (Sanh et al. 2020, https://arxiv.org/abs/2005.07683): keep the weights that move away from zero.
 
-    Scores S are learned with the gradient dL/dW' ⊙ W. Hard: active are the best scores of every layer, chosen anew every
-    step, as many as a cubic schedule says that is dense until ``start`` and at the target from ``stop`` on. Soft: active is where sigmoid(S) exceeds ``threshold``.
+    Scores S are learned with the gradient dL/dW' ⊙ W. Hard: every step activates the best scores of every layer, as
+    many as a cubic schedule allows that is dense until ``start`` and at the target from ``stop`` on. Soft: a weight is
+    active where sigmoid(S) exceeds ``threshold``.
 
-    Deviations: soft, the authors choose the penalty and take what
-    results; here S is pushed, by the same amount everywhere, so that the density follows a cubic schedule, and at
-    ``stop`` the mask is fixed: the best scores of the network, exactly as many as the budget has.
+    Deviations, soft: the authors choose the penalty and take the density that results. Here S is shifted, by the same
+    amount everywhere, so that the density follows a cubic schedule. At ``stop`` the mask is fixed: the best scores of
+    the network, exactly as many as the budget allows.
 
     Args:
-        density: Target density, in (0, 1].
-        soft: The variant with a threshold.
-        update_every: Steps between selections, of the hard variant alone; 1 by default.
-        start: Where the hard variant's density begins to fall; 0.1 by default.
-        stop: Where it has reached the target, and the mask is fixed.
-        learning_rate: Adam's, of S.
-        threshold: The soft variant's, on sigmoid(S), in (0, 0.5); 0.1 by default.
-        penalty: The soft variant's λ, times the mean of sigmoid(S) of each layer, >= 0; 1 by default.
-        allocation: How the budget is split; by default uniformly for the hard variant, one threshold for the soft one.
-        pattern: Which weights live and die together; every weight for itself by default.
+        soft: Whether to use the variant with a threshold.
+        update_every: Hard variant: steps between selections; ``None`` for 1.
+        start: Hard variant: where the density begins to fall; ``None`` for 0.1.
+        stop: Where the density reaches the target, and the mask is fixed.
+        learning_rate: Adam's, for S.
+        threshold: Soft variant: threshold on sigmoid(S), in (0, 0.5); ``None`` for 0.1.
+        penalty: Soft variant: λ, times the mean of sigmoid(S) of each layer, >= 0; ``None`` for 1.
+        allocation: How the budget is split over layers; ``None`` for uniform (hard) or one global threshold (soft).
 
     Raises:
-        ConfigurationError: A setting of the variant that is not chosen.
+        ConfigurationError: A setting of the other variant.
     """
     of_the_other = (
         {"update_every": update_every, "start": start} if soft else {"threshold": threshold, "penalty": penalty}
@@ -69,7 +70,7 @@ def movement(
             relaxation=Movement(
                 learning_rate, 0.1 if threshold is None else threshold, 1.0 if penalty is None else penalty
             ),
-            pattern=pattern if pattern is not None else Unstructured(),
+            pattern=pattern,
         )
     start = 0.1 if start is None else start
     return Method(
@@ -84,5 +85,5 @@ def movement(
         schedule=Cubic(1.0, start, stop),
         replace_step=False,
         relaxation=Movement(learning_rate),
-        pattern=pattern if pattern is not None else Unstructured(),
+        pattern=pattern,
     )

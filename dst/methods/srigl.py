@@ -3,69 +3,41 @@
 from __future__ import annotations
 
 from dst.method import Method
+from dst.methods.shared import compose, documented
 from dst.pieces import init as inits
 from dst.pieces import scores
 from dst.pieces.allocation import ERK
 from dst.pieces.durations import Duration
 from dst.pieces.patterns import FanIn
 from dst.pieces.protocols import Allocation, Fraction, Init, Pattern, Score
-from dst.pieces.schedules import Cosine, Every
+from dst.pieces.schedules import Cosine
 
 
+@documented
 def srigl(
     density: float = 0.1,
     *,
     update_every: Duration = 100,
     start: Duration = 0,
     stop: Duration = 0.75,
-    fraction: Fraction | None = None,
-    allocation: Allocation | None = None,
-    init: Init | None = None,
-    drop: Score | None = None,
-    grow: Score | None = None,
+    fraction: Fraction = Cosine(0.3),
+    allocation: Allocation = ERK(),
+    init: Init = inits.Random(),
+    drop: Score = scores.Magnitude(),
+    grow: Score = scores.Gradient(),
     replace_step: bool = True,
     regrow_dropped: bool = True,
     rescale_init: bool = False,
-    pattern: Pattern | None = None,
+    pattern: Pattern = FanIn(ablate=0.3),
     backend: str = "masked",
 ) -> Method:
-    """SRigL: every output has the same number of inputs, and outputs of little importance are removed.
+    """SRigL: RigL with constant fan-in, and with ablation of outputs that have few salient weights.
 
-    Lasby et al. 2024 (https://arxiv.org/abs/2305.02299): RigL, whose growth gives every output the same fan-in. The
-    smallest weights of the layer are dropped; outputs fewer of whose connections than γ_sal · fan-in are salient are ablated,
-    and the others grow, by gradient, to the fan-in that shares out the layer's budget.
+    Lasby et al. 2024 (https://arxiv.org/abs/2305.02299). Every output has the same number of inputs. The smallest
+    weights of the layer are dropped; outputs with fewer than γ_sal · fan-in salient connections are ablated (γ_sal =
+    0.3 by default). The other outputs grow, by gradient, to the fan-in that uses up the layer's budget.
 
     Deviations: see ``dst.patterns.FanIn``; ties as in ``dst.methods.rigl``. The authors scale initial weights to the
     active fan-in ("sparse initialisation"): pass ``rescale_init=True``.
-
-    Args:
-        density: Target density, in (0, 1].
-        update_every: ΔT, steps between updates.
-        start: First step that may update.
-        stop: First step that may not.
-        fraction: Share of the connections replaced; ``Cosine(0.3)`` by default.
-        allocation: How the budget is split; ERK by default.
-        init: First mask; random by default.
-        drop: Drop score; magnitude by default.
-        grow: Grow score; gradient by default.
-        replace_step: Whether an update takes the place of a step.
-        regrow_dropped: Whether just-dropped connections are candidates for growth.
-        rescale_init: Scale initial weights to the active fan-in.
-        pattern: ``FanIn(ablate=0.3)`` by default, γ_sal = 0.3.
-        backend: Where weights live.
     """
-    return Method(
-        name="srigl",
-        density=density,
-        allocation=allocation if allocation is not None else ERK(),
-        init=init if init is not None else inits.Random(),
-        drop=drop if drop is not None else scores.Magnitude(),
-        grow=grow if grow is not None else scores.Gradient(),
-        clock=Every(update_every, start, stop),
-        fraction=fraction if fraction is not None else Cosine(0.3),
-        replace_step=replace_step,
-        regrow_dropped=regrow_dropped,
-        rescale_init=rescale_init,
-        pattern=pattern if pattern is not None else FanIn(ablate=0.3),
-        backend=backend,
-    )
+    return compose("srigl", **locals())
