@@ -45,6 +45,14 @@ def test_help_describes_every_parameter_of_a_method_once(name):
     )
 
 
+@pytest.mark.parametrize("name", methods.__all__)
+def test_none_in_the_place_of_a_piece_is_the_default(name):
+    method = getattr(methods, name)
+    parameters = inspect.signature(method).parameters.values()
+    pieces = [p.name for p in parameters if dataclasses.is_dataclass(p.default)]
+    assert method(**dict.fromkeys(pieces)) == method()
+
+
 def test_published_compositions():
     rigl = methods.rigl(0.2)
     assert (rigl.drop, rigl.grow, rigl.clock) == (MagnitudeScore(), Gradient(), Every(100, 0, 0.75))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from dataclasses import is_dataclass
+from typing import Any, TypeVar, cast
 
 from dst.method import Method
 from dst.pieces.durations import Duration
@@ -39,21 +41,33 @@ M = TypeVar("M", bound=Callable[..., Method])
 
 
 def documented(method: M) -> M:
-    """Complete a method's docstring: its ``Args`` then describe every parameter, in the order of the signature.
+    """Complete a method: its docstring, and ``None`` (``null`` in YAML) in the place of a piece, which is the default.
 
-    A docstring describes only what is the method's own; the rest comes from ``SHARED``.
+    A docstring describes only what is the method's own; the rest comes from ``SHARED``, so that ``Args`` describes every
+    parameter in the order of the signature.
 
     Raises:
         KeyError: A parameter that neither describes.
     """
+    parameters = inspect.signature(method).parameters
+    pieces = {name for name, parameter in parameters.items() if is_dataclass(parameter.default)}
+
+    @functools.wraps(method)
+    def made(*args: Any, **settings: Any) -> Method:
+        return method(*args, **{k: v for k, v in settings.items() if v is not None or k not in pieces})
+
+    _complete_docstring(made, parameters)
+    return cast(M, made)
+
+
+def _complete_docstring(method: Callable[..., Method], parameters: Iterable[str]) -> None:
     if method.__doc__ is None:  # python -OO
-        return method
+        return
     text, _, rest = inspect.cleandoc(method.__doc__).partition("\n\nArgs:\n")
     own, *sections = rest.split("\n\n")
     descriptions = SHARED | dict(_ENTRY.findall(own))
-    arguments = [f"    {name}: {descriptions[name]}" for name in inspect.signature(method).parameters]
+    arguments = [f"    {name}: {descriptions[name]}" for name in parameters]
     method.__doc__ = "\n\n".join([text, "\n".join(["Args:", *arguments]), *sections])
-    return method
 
 
 def compose(name: str, *, update_every: Duration, start: Duration, stop: Duration, **settings: Any) -> Method:

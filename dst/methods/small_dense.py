@@ -17,8 +17,9 @@ def small_dense(density: float = 0.1, *, match: str = "parameters", backend: str
     density and FLOPs relative to the full-size network. A ``Sparsifier`` with this method trains the model that it is
     given, and logs that.
 
-    Args: density: Share of the full-size model that the narrow one has, in (0, 1]. match: Quantity that ``density`` is
-        a share of: ``"parameters"``, the weights that would be sparse, or ``"flops"``, the
+    Args:
+        density: Share of the full-size model that the narrow one has, in (0, 1].
+        match: What ``density`` is a share of: ``"parameters"``, the weights that would be sparse, or ``"flops"``, the
             cost of inference.
     """
     return Method(name="small_dense", density=1.0, narrow=Narrow(density, match), backend=backend)
