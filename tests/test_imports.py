@@ -48,11 +48,14 @@ from dst.cli.main import main
 assert main(["--help"]) == main(["--version"]) == main(["methods", "--help"]) == 0
 slow = {{"torch", "numpy", "rich", "hydra", "omegaconf", "lightning"}}
 print(sorted(slow & set(sys.modules)), file=sys.stderr)
+import torch
+before = torch.get_rng_state()
 dst.Sparsifier, dst.prepare, dst.methods.rigl(0.1)
 slow = {{"lightning", "hydra", "rich", "sklearn", "scipy", "torchmetrics", "wandb", "torch.distributed.tensor", "sympy"}}
 print(sorted(slow & set(sys.modules)), file=sys.stderr)
 for name in {CORE}:
     importlib.import_module(name)
+print(torch.equal(before, torch.get_rng_state()), file=sys.stderr)  # imports draw no random numbers
 heavy = {{"lightning", "pytorch_lightning", "hydra", "omegaconf", "torchmetrics", "wandb", "sklearn"}}
 print(sorted(heavy & {{name.partition(".")[0] for name in sys.modules}}), file=sys.stderr)
 from importlib.machinery import PathFinder
@@ -82,6 +85,7 @@ print([name for name in dst.__all__ if getattr(dst, name, None) is None], file=s
     assert result.stderr.splitlines() == [
         "[]",
         "[]",
+        "True",
         "[]",
         "dst.data needs rich, which is not installed; reinstalling dst installs all it needs",
         "[]",

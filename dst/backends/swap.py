@@ -15,7 +15,7 @@ Dense: TypeAlias = nn.Linear | nn.Conv2d
 """Modules that may become sparse ones."""
 
 
-_HOOKS = tuple(name for name in nn.Linear(1, 1).__dict__ if name.endswith("_hooks") and "state_dict" not in name)
+_HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks") and "state_dict" not in name)
 
 
 def exchange(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) -> nn.Module:
