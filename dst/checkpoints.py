@@ -1,11 +1,13 @@
-"""Checkpoint files: written in one move, read without executing anything that they bring."""
+"""Files of a run. Writing replaces a file in one move; reading a checkpoint executes nothing in it."""
 
 from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -13,21 +15,37 @@ from dst.errors import StateError
 
 
 def save_atomically(value: Any, path: str | os.PathLike[str]) -> None:
-    """Write a file with ``torch.save``, so that it is at any moment the old one or the new one, and whole.
+    """Write a file with ``torch.save``. At any moment the file is the old one or the new one, and complete.
 
-    The file is completed under another name in the same folder, forced to the disk, and moved. A process that is killed
-    meanwhile may leave the unfinished one behind: its name ends in ``.part``, and nothing reads it.
+    The new content is written under another name in the same folder, synchronised with the disk, and moved into place. A
+    process that is killed in between may leave the unfinished file behind. Its name ends in ``.part``, and nothing reads it.
 
     Args:
-        value: What ``torch.save`` takes.
-        path: The file; folders are made.
+        value: Anything that ``torch.save`` accepts.
+        path: The file; missing folders are created.
     """
-    path = Path(path)
+    with _replacing(Path(path)) as file:
+        torch.save(value, file)
+
+
+def write_atomically(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file as `save_atomically` writes a checkpoint.
+
+    Args:
+        path: The file; missing folders are created.
+        text: Its new content, written as UTF-8.
+    """
+    with _replacing(Path(path)) as file:
+        file.write(text.encode("utf-8"))
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with partial.open("wb") as file:
-            torch.save(value, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -16,8 +16,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from dst.checkpoints import write_atomically
 from dst.errors import ConfigurationError
-from dst.report.summary import SUMMARY_FILE, Summary, number, percent, show, write_atomically
+from dst.report.summary import SUMMARY_FILE, Summary, number, percent, show
 
 CONFIG_FILE = "finished.yaml"
 ERROR_FILE = "error.txt"

@@ -28,17 +28,19 @@ from dst.data.module import Task, image_task
 from dst.errors import ConfigurationError, DataError, StateError
 from dst.lightning.best_checkpoint import SELECTIONS, BestCheckpoint
 from dst.lightning.callback import SparseTraining
-from dst.lightning.costs import MIB, Prediction, Spent, sum_energy, time_passes
 from dst.lightning.lottery_levels import run_lottery
 from dst.lightning.progress import Progress
 from dst.lightning.recorder import Recorder
+from dst.lightning.spent import Spent
 from dst.method import Method, check_same
 from dst.metrics.conventions import Convention, convention_of
 from dst.metrics.counting import Operations, count_operations
-from dst.metrics.energy import Energy
+from dst.metrics.energy import Energy, sum_energy
 from dst.metrics.flops import flops_table
+from dst.metrics.latency import time_passes
 from dst.metrics.memory import PeakMemory
 from dst.metrics.meter import FlopsMeter, TrainingFlops
+from dst.metrics.prediction import Prediction
 from dst.models.classifier import Classifier
 from dst.models.narrowing import build_on_meta, check_takes_width_factor, narrow
 from dst.planning.first_mask import layer_counts
@@ -47,6 +49,8 @@ from dst.report.summary import Density, EnergyUse, Flops, Latency, MemoryUse, Qu
 from dst.topology.layers import SparseLayer, find_layers
 
 logger = logging.getLogger(__name__)
+
+MIB = 2**20
 
 LAST, PREVIOUS = "last", "previous"
 

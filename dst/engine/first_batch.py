@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dst.errors import ConfigurationError, StateError
 from dst.pieces.protocols import CallInit, LossInit
+from dst.topology.evaluation import evaluation_mode
 from dst.topology.layers import SparseLayer
 from dst.topology.sharding import is_sharded, mean_over_processes, of_first_process
 from dst.topology.wrapping import drop_hooks
@@ -268,12 +269,6 @@ def _is_batch(leaf: Any) -> bool:
 @contextmanager
 def _evaluating(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Run a module without leaving a trace: in evaluation mode, full precision and a random stream of its own."""
-    modes = {m: m.training for m in module.modules()}
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.autocast(device.type, enabled=False):
-        module.eval()
-        try:
-            yield
-        finally:
-            for m, mode in modes.items():
-                m.training = mode
+    with torch.random.fork_rng(devices), torch.autocast(device.type, enabled=False), evaluation_mode(module):
+        yield

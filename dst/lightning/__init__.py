@@ -10,12 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dst.lightning.callback import AtomicCheckpointIO, SparseTraining
+    from dst.lightning.callback import SparseTraining
+    from dst.lightning.checkpoint_io import AtomicCheckpointIO
     from dst.lightning.lottery_levels import run_lottery
     from dst.lightning.recorder import Recorder
 
 _NAMES = {
-    "AtomicCheckpointIO": "dst.lightning.callback",
+    "AtomicCheckpointIO": "dst.lightning.checkpoint_io",
     "Recorder": "dst.lightning.recorder",
     "SparseTraining": "dst.lightning.callback",
     "run_lottery": "dst.lightning.lottery_levels",

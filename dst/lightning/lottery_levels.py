@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.optim import Optimizer
 
-from dst.checkpoints import load_checkpoint, save_atomically
+from dst.checkpoints import load_checkpoint, save_atomically, write_atomically
 from dst.engine.lottery import level_densities, prune, rewind_rates
 from dst.errors import ConfigurationError, StateError
 from dst.lightning.callback import SparseTraining
@@ -153,7 +153,7 @@ def run_lottery(
             sparse.sparsifier.layer_table(),
             metrics.saved | metrics.of(trainer),
         )
-        _write_atomically(record, json.dumps(asdict(result), indent=2))
+        write_atomically(record, json.dumps(asdict(result), indent=2))
         if trainer.is_global_zero:
             (place / "start.ckpt").unlink(missing_ok=True)
         results.append(result)
@@ -276,9 +276,3 @@ class _Snapshot(Callback):
 def _weights(checkpoint: Path, names: Iterable[str]) -> dict[str, torch.Tensor]:
     state = load_checkpoint(checkpoint)["state_dict"]
     return {name: state[name] for name in names}
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_suffix(".part")
-    partial.write_text(text)
-    os.replace(partial, path)

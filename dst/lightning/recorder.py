@@ -7,8 +7,7 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,22 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
+from dst.checkpoints import write_atomically
 from dst.engine.sparsifier import Sparsifier
 from dst.errors import ConfigurationError
 from dst.lightning.callback import SparseTraining
-from dst.metrics.health import dead_inputs, dead_outputs, effective_masks
-from dst.metrics.topology import in_degrees
+from dst.metrics.health import effective_masks
+from dst.metrics.recorded import (
+    LEAST_ACTIVE,
+    DeadCounts,
+    dead_units,
+    degree_histogram,
+    input_picture,
+    is_disconnecting,
+    whole_masks,
+)
 from dst.metrics.training import loss_spikes
-from dst.report.summary import write_atomically
 from dst.report.topology_file import TOPOLOGY_FILE, read_rows
-from dst.topology.layers import SparseLayer
 from dst.topology.sharding import whole
 
 logger = logging.getLogger(__name__)
@@ -41,91 +47,7 @@ RECORD_EVERY = 10
 WINDOW = 10
 """Steps before and after an update whose losses are compared."""
 
-_LIVE = 0.05
-_BINS = 24
 _PICTURES = 10
-
-
-@dataclass(frozen=True)
-class DeadUnits:
-    """Units without connections, by layer in the order of ``Sparsifier.layers``."""
-
-    inputs: list[int]
-    outputs: list[int]
-
-
-def dead_units(sparsifier: Sparsifier) -> DeadUnits:
-    """Count each layer's inputs and outputs that no connection touches.
-
-    Of a grouped convolution, an input counts as dead if it is in every group. Where parameters are spread over processes
-    this is a collective.
-
-    Args:
-        sparsifier: Whose masks to look at.
-
-    Returns:
-        The counts; 0 for layers that are dense.
-    """
-    counts = []
-    for layer, mask in _masks(sparsifier):
-        counts += [dead_inputs(mask, layer.output_dim).sum(), dead_outputs(mask, layer.output_dim).sum()]
-    flat = torch.stack([count.to(counts[0].device) for count in counts]).tolist()  # one transfer for all
-    return DeadUnits(flat[::2], flat[1::2])
-
-
-def is_disconnecting(layer: SparseLayer, dead: int, outputs: bool) -> bool:
-    """Whether so few of a layer's inputs or outputs are alive (5%, or one) that it is about to pass nothing.
-
-    Args:
-        layer: The layer.
-        dead: Its dead inputs or outputs.
-        outputs: Which of them.
-
-    Returns:
-        The answer; False where there is one unit, which a layer with any connection keeps alive.
-    """
-    units = layer.shape[layer.output_dim if outputs else 1 - layer.output_dim]
-    return units > 1 and units - dead <= max(1, _LIVE * units)
-
-
-def degree_histogram(mask: Tensor, output_dim: int = 0, bins: int = _BINS) -> dict[str, Any]:
-    """How many outputs have how many incoming connections, in bins of equal width.
-
-    Args:
-        mask: Bool tensor of shape (out, in, ...).
-        output_dim: Dimension of the outputs.
-        bins: Most bins wanted, at least 1.
-
-    Returns:
-        ``first``, the least degree; ``width`` of a bin, an int; ``counts`` of outputs, from the first bin on.
-    """
-    degrees = in_degrees(mask, output_dim)
-    first = int(degrees.min())
-    width = math.ceil((int(degrees.max()) - first + 1) / bins)
-    return {"first": first, "width": width, "counts": torch.bincount((degrees - first) // width).tolist()}
-
-
-def input_picture(layer: SparseLayer, mask: Tensor, input_shape: Sequence[int]) -> dict[str, Any] | None:
-    """How many connections each place of the input has, if the layer reads the input.
-
-    Args:
-        layer: The network's first sparse layer.
-        mask: Its mask.
-        input_shape: Of one sample: (channels, height, width).
-
-    Returns:
-        ``kind``, "pixels" for a linear layer that reads all values, "kernel" for a convolution (whose kernel visits every
-        pixel); and ``counts``, rows of ints, channels summed. None for a layer that reads something else.
-    """
-    if len(input_shape) != 3:
-        return None
-    channels, height, width = input_shape
-    if mask.ndim == 2 and mask.shape[1] == channels * height * width:
-        counts = mask.sum(0).unflatten(0, (channels, height, width)).sum(0)
-        return {"kind": "pixels", "counts": counts.tolist()}
-    if mask.ndim == 4 and layer.output_dim == 0 and mask.shape[1] == channels:
-        return {"kind": "kernel", "counts": mask.sum((0, 1)).tolist()}
-    return None
 
 
 class Recorder(Callback):
@@ -182,7 +104,7 @@ class Recorder(Callback):
         self._masks = 0  # rows for masks
         self._epoch_step = -1
         self._explored = (-2, 0.0)
-        self._dead: DeadUnits | None = None
+        self._dead: DeadCounts | None = None
         self._looked_at = (-1, -1)  # masks seen by then, and the step
         self._effective_at = -1
         self._step = -1
@@ -254,7 +176,7 @@ class Recorder(Callback):
         sparsifier = self._sparsifier
         self._look(trainer, sparsifier, due=True)
         histograms, picture = [], None
-        for i, (layer, mask) in enumerate(_masks(sparsifier)):
+        for i, (layer, mask) in enumerate(whole_masks(sparsifier)):
             histograms.append(degree_histogram(mask, layer.output_dim))
             if i == 0 and self.input_shape is not None:
                 picture = input_picture(layer, mask, self.input_shape)
@@ -288,7 +210,7 @@ class Recorder(Callback):
             return
         for name in ("rows", "seen", "masks", "epoch_step", "effective_at", "update", "pictures"):
             setattr(self, f"_{name}", state_dict[name])
-        self._dead = None if state_dict["dead"] is None else DeadUnits(*state_dict["dead"])
+        self._dead = None if state_dict["dead"] is None else DeadCounts(*state_dict["dead"])
         self._looked_at = (state_dict["looked_at"][0], state_dict["looked_at"][1])
         self._batches, self._update_before, self._after = (
             _tensors(state_dict[name]) for name in ("batches", "update_before", "after")
@@ -425,7 +347,7 @@ class Recorder(Callback):
         found = effective_masks(module, masks, self.input_shape)
         shares = [int(x.part(found[x.parameter]).sum()) / x.weights for x in sparsifier.layers]
         for layer, row, share in zip(sparsifier.layers, sparsifier.layer_table(), shares, strict=True):
-            if share <= _LIVE * row["density"] and layer.label not in self._warned:
+            if share <= LEAST_ACTIVE * row["density"] and layer.label not in self._warned:
                 self._warned.add(layer.label)
                 logger.warning(
                     "%s is about to disconnect: of its density %.4g, %.4g lies on a path from input to output at step %d",
@@ -446,7 +368,7 @@ class Recorder(Callback):
         targets = [x for x in trainer.loggers if isinstance(x, (TensorBoardLogger, WandbLogger))]
         if not targets or self.input_shape is None:
             return
-        layer, mask = next(_masks(sparsifier))
+        layer, mask = next(whole_masks(sparsifier))
         picture = input_picture(layer, mask, self.input_shape)
         if picture is None or not trainer.is_global_zero:
             return
@@ -457,13 +379,6 @@ class Recorder(Callback):
                 target.log_image("masks/input", [grey], step=sparsifier.step)
             else:
                 target.experiment.add_image("masks/input", grey, sparsifier.step, dataformats="HW")
-
-
-def _masks(sparsifier: Sparsifier) -> Iterator[tuple[SparseLayer, Tensor]]:
-    """Each layer with its whole mask; a collective where parameters are spread over processes."""
-    masks = sparsifier.masks
-    for layer in sparsifier.layers:
-        yield layer, layer.part(whole(masks[layer.parameter]))
 
 
 def _sparsifier(trainer: lightning.Trainer) -> Sparsifier:

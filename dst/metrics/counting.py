@@ -7,8 +7,8 @@ cost is unknown is listed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from dst.errors import ConfigurationError
+from dst.metrics.module_rules import attention_products, module_operations, rule_weights
+from dst.metrics.passes import Example, forward_arguments, undisturbed
 
 _NORMS = (
     nn.LayerNorm,
@@ -30,7 +32,6 @@ _NORMS = (
     nn.modules.instancenorm._InstanceNorm,
     nn.RMSNorm,
 )
-_FREE_WEIGHTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
 # Operators that conventions leave out, beside views and what PyTorch itself tags as pointwise or as a reduction.
 _FREE_NAMES = """
@@ -104,10 +105,6 @@ class Operations:
         """Say in words what is in no total; empty where everything is known."""
         lines = [f"{name} ran {n}× and is not counted: its cost is unknown" for name, n in self.unknown.items()]
         return lines + [f"{name} was read by no operator and is not counted" for name in self.unread]
-
-
-Example = Tensor | Sequence[Any] | Mapping[str, Any]
-"""Shape of one sample; or a batched tensor; or positional arguments of ``forward``; or keyword arguments by name."""
 
 
 def count_operations(model: nn.Module, example: Example, *, batch_size: int | None = None) -> Operations:
@@ -225,7 +222,7 @@ class _Tally:
         """Hook a module, so that operators know where they run and known modules are counted by their shapes."""
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            weights = [weight for _, weight in _rule_weights(module)]
+            weights = [weight for _, weight in rule_weights(module)]
             covered = frozenset(self.names[id(w)] for w in weights if id(w) in self.names)
             # A reparametrised weight is computed, not a parameter: its product is then seen as an operator.
             known = bool(weights) and all(id(w) in self.names for w in weights)
@@ -235,13 +232,13 @@ class _Tally:
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if not self.running.pop().covered:
                 return
-            for part, weight, macs, outputs in _module_operations(module, args, kwargs, output):
+            for part, weight, macs, outputs in module_operations(module, args, kwargs, output):
                 parameter = self.names[id(weight)]
                 self.read.add(parameter)
                 size = weight.numel() // (3 if part else 1)
                 self.add_weight(parameter + (f"[{part}]" if part else ""), parameter, size, macs, outputs)
             if isinstance(module, nn.MultiheadAttention):
-                for what, macs in _attention_products(module, args, kwargs).items():
+                for what, macs in attention_products(module, args, kwargs).items():
                     key = f"{name}: {what}" if name else what
                     self.products[key] = self.products.get(key, 0) + macs
 
@@ -339,113 +336,9 @@ def _check_divisible(name: str, macs: int, samples: int) -> None:
         )
 
 
-def _rule_weights(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The weights that `_module_operations` tells about; empty for modules that it does not know."""
-    if isinstance(module, (nn.Linear, nn.Bilinear, _ConvNd)):
-        return [("weight", module.weight)]
-    if isinstance(module, nn.MultiheadAttention):
-        names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
-        inner = [(name, getattr(module, name)) for name in names if getattr(module, name) is not None]
-        return [*inner, ("out_proj.weight", module.out_proj.weight)]
-    if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        return [(n, w) for n, w in module.named_parameters(recurse=False) if n.startswith("weight")]
-    if isinstance(module, _FREE_WEIGHTS):
-        return list(module.named_parameters(recurse=False))
-    return []
-
-
-def _module_operations(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Iterator[tuple[str, Tensor, int, int]]:
-    """Yield part, weight, MACs and outputs of this one call of ``module`` itself, over the whole batch."""
-
-    def used(weight: Tensor, positions: int, part: str = "") -> tuple[str, Tensor, int, int]:
-        share = 3 if part else 1
-        return part, weight, weight.numel() // share * positions, weight.shape[0] // share * positions
-
-    if isinstance(module, (nn.Linear, nn.Bilinear)):
-        yield used(module.weight, output.numel() // module.out_features)
-    elif isinstance(module, _ConvTransposeNd):
-        inputs = _named(("input",), args, kwargs)["input"]
-        macs = module.weight.numel() * (inputs.numel() // module.in_channels)
-        yield "", module.weight, macs, output.numel()
-    elif isinstance(module, _ConvNd):
-        yield used(module.weight, output.numel() // module.out_channels)
-    elif isinstance(module, nn.MultiheadAttention):
-        call = _named(("query", "key", "value"), args, kwargs)
-        queries = call["query"].numel() // module.embed_dim
-        keys, values = call["key"].numel() // module.kdim, call["value"].numel() // module.vdim
-        if module.in_proj_weight is not None:
-            for part, tokens in (("q", queries), ("k", keys), ("v", values)):
-                yield used(module.in_proj_weight, tokens, part)
-        else:
-            yield used(module.q_proj_weight, queries)
-            yield used(module.k_proj_weight, keys)
-            yield used(module.v_proj_weight, values)
-        # The output projection is applied without calling its module.
-        yield used(module.out_proj.weight, queries)
-    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
-        # `.data` is the tensor itself or, in a PackedSequence, its tokens without padding.
-        tokens = _named(("input",), args, kwargs)["input"].data.numel() // module.input_size
-        for _, weight in _rule_weights(module):
-            yield used(weight, tokens)
-    else:
-        yield from (("", weight, 0, 0) for _, weight in _rule_weights(module))
-
-
-def _attention_products(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
-    """MACs of scores and of the weighted sum: every query meets every key, in all of ``embed_dim``."""
-    call = _named(("query", "key", "value"), args, kwargs)
-    key = call["key"]
-    length = key.shape[1] if module.batch_first and key.ndim == 3 else key.shape[0]
-    length += (module.bias_k is not None) + module.add_zero_attn
-    macs = call["query"].numel() * length
-    return {"q·k": macs, "attn·v": macs}
-
-
-def _named(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return dict(zip(names, args, strict=False)) | kwargs
-
-
-def forward_arguments(example: Any, like: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Turn an example into the arguments of ``forward``, on ``like``'s device (zeros: also of its type)."""
-
-    def move(value: Any) -> Any:
-        return value.to(like.device) if isinstance(value, Tensor) else value
-
-    if isinstance(example, Tensor):
-        return (move(example),), {}
-    if isinstance(example, Mapping):
-        return (), {name: move(value) for name, value in example.items()}
-    if all(isinstance(size, int) for size in example):
-        return (torch.zeros(1, *example, dtype=like.dtype, device=like.device),), {}
-    return tuple(move(value) for value in example), {}
-
-
 def _count_samples(values: list[Any], batch_size: int | None) -> int:
     leading = next((value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim), 0)
     samples = leading if batch_size is None else batch_size
     if samples < 1:
         raise ConfigurationError("the example holds no sample: pass a batched tensor, or batch_size of at least 1")
     return samples
-
-
-@contextmanager
-def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Eval mode without gradients, compilation and fused attention; everything is put back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    # Fused encoder layers call no submodule in eval mode, so hooks on these would stay silent.
-    fused = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
-        if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m, _ in modes):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            torch.backends.mha.set_fastpath_enabled(False)
-            model.eval()
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fused)
-            for module, training in modes:
-                module.training = training

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -69,6 +69,12 @@ class Energy:
     def __str__(self) -> str:
         label = "estimate" if self.estimated else "measured"
         return f"{self.joules:.4g} J in {self.seconds:.4g} s ({label}: {'; '.join(self.sources)})"
+
+
+def sum_energy(parts: Sequence[Energy]) -> Energy:
+    """Energy of several stretches of work, at least one, by the same meters."""
+    total = sum(part.joules for part in parts), sum(part.seconds for part in parts)
+    return Energy(*total, parts[0].sources, any(part.estimated for part in parts))
 
 
 class CpuTime:

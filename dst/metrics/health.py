@@ -2,8 +2,7 @@ r"""Whether a topology still carries signal: dead units, collapsed layers, conne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from dst.errors import ConfigurationError
-from dst.metrics.counting import Example, forward_arguments
+from dst.metrics.passes import Example, forward_arguments, unfused_evaluation
 from dst.metrics.topology import as_masks, ratio
 
 
@@ -224,7 +223,7 @@ def effective_masks(
     args = tuple(_positive(value, generator) for value in args)
     kwargs = {name: _positive(value, generator) for name, value in kwargs.items()}
     wanted = {name: values[name] for name in masks}
-    with _evaluating(model), torch.enable_grad(), _Passing():
+    with unfused_evaluation(model), torch.enable_grad(), _Passing():
         output = functional_call(model, values, args, kwargs)
         leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         if not leaves:
@@ -282,20 +281,6 @@ def _path_values(model: nn.Module, masks: Mapping[str, Tensor], generator: torch
             value.fill_(1)
         values[name] = value
     return values
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    fused = torch.backends.mha.get_fastpath_enabled()
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        model.eval()
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        for module, training in modes:
-            module.training = training
 
 
 _RECTIFIERS = frozenset(

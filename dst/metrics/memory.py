@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from dst.errors import ConfigurationError
-from dst.metrics.counting import Example, forward_arguments, undisturbed
+from dst.metrics.passes import Example, forward_arguments, undisturbed
 
 STORAGES = ("masked", "latent", "csr")
 """Backends whose memory can be predicted."""

@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dst.checkpoints import write_atomically
 from dst.report.data import RunData, gather
 from dst.report.page import render
-from dst.report.summary import write_atomically
 
 REPORT_FILE = "report.html"
 

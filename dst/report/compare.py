@@ -21,8 +21,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dst.checkpoints import write_atomically
 from dst.errors import ConfigurationError, DataError
-from dst.report.summary import SUMMARY_FILE, write_atomically
+from dst.report.summary import SUMMARY_FILE
 
 QUALITY = "test.accuracy"
 """What methods are compared by: of the last weights, in [0, 1]."""

@@ -14,6 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dst.checkpoints import write_atomically
 from dst.errors import DataError
 from dst.metrics.conventions import convention_of
 
@@ -322,13 +323,6 @@ def percent(value: float | None) -> str:
 def number(value: float | None) -> str:
     """Format a number to four significant digits."""
     return "not finite" if value is None else f"{value:.4g}"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replace ``path`` by ``text``: readers see the old content or the new, never a part."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _finite(value: Any) -> Any:

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 
-from dst.lightning.costs import time_passes
+from dst.metrics.latency import time_passes
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,10 @@ from torch import nn
 
 from dst.cli import main as cli
 from dst.cli.train import build, run
-from dst.lightning.costs import Prediction, Spent, batch_of, time_passes
+from dst.lightning.spent import Spent
+from dst.metrics.latency import time_passes
+from dst.metrics.passes import batch_of
+from dst.metrics.prediction import Prediction
 from dst.report import write_report
 from dst.report.compare import compare, read_runs
 from dst.report.summary import EnergyUse, Latency, MemoryUse, Summary, show

@@ -17,16 +17,10 @@ from dst import ConfigurationError, methods
 from dst.allocation import Uniform
 from dst.data.loader import TensorLoader
 from dst.lightning import SparseTraining
-from dst.lightning.recorder import (
-    LOOK_EVERY,
-    TOPOLOGY_FILE,
-    Recorder,
-    degree_histogram,
-    input_picture,
-    is_disconnecting,
-    read_rows,
-)
+from dst.lightning.recorder import LOOK_EVERY, Recorder
+from dst.metrics.recorded import degree_histogram, input_picture, is_disconnecting
 from dst.metrics.training import loss_spikes
+from dst.report.topology_file import TOPOLOGY_FILE, read_rows
 from dst.topology.layers import SparseLayer
 from tests.sampling import rotated
 

@@ -15,7 +15,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 import dst
 from dst.checkpoints import latest_readable, load_checkpoint, save_atomically
 from dst.lightning import SparseTraining
-from dst.lightning.callback import AtomicCheckpointIO
+from dst.lightning.checkpoint_io import AtomicCheckpointIO
 from tests.distributed.processes import exit_code_of
 from tests.methods_list import METHODS
 from tests.resume.fits import Fit

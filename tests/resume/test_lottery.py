@@ -131,7 +131,7 @@ def test_a_level_that_is_interrupted_as_it_ends_goes_on(
         raise Interrupted
 
     with monkeypatch.context() as patch:
-        patch.setattr("dst.lightning.lottery_levels._write_atomically", halt)
+        patch.setattr("dst.lightning.lottery_levels.write_atomically", halt)
         with pytest.raises(Interrupted):
             run(tmp_path / "halted")
     resumed = run(tmp_path / "halted")

@@ -17,7 +17,7 @@ import dst
 from dst.checkpoints import latest_readable, load_checkpoint
 from dst.init import FromFile
 from dst.lightning import SparseTraining
-from dst.lightning.callback import AtomicCheckpointIO
+from dst.lightning.checkpoint_io import AtomicCheckpointIO
 from tests.methods_list import METHODS
 from tests.resume.fits import Fit
 
