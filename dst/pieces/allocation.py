@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dst.errors import ConfigurationError
 from dst.pieces.protocols import Allocation
-from dst.topology.counts import count_active
+from dst.topology.counts import count_active, largest_remainders
 from dst.topology.seeding import folded_generator
 from dst.topology.selection import select_top
 
@@ -172,14 +172,7 @@ class ERK(_LayerDensities):
         budget = network_budget(shapes, density)
         sizes = [math.prod(s) for s in shapes]
         ideal = [d * n for d, n in zip(self.densities(names, shapes, density), sizes, strict=True)]
-        counts = [min(n, max(1, math.floor(x))) for x, n in zip(ideal, sizes, strict=True)]
-        # Largest remainders: the next weight goes where, or comes from where, a layer is furthest from its ideal.
-        while (missing := budget - sum(counts)) != 0:
-            step = 1 if missing > 0 else -1
-            room = [i for i, c in enumerate(counts) if 1 <= c + step <= sizes[i]]
-            # Layers that are wholly dense give last.
-            counts[max(room, key=lambda i: (ideal[i] < sizes[i], step * (ideal[i] - counts[i])))] += step
-        return counts
+        return largest_remainders(ideal, budget, sizes, least=1)
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dst.pieces.protocols import LayerStat, LayerView
+from dst.topology.counts import apportion
 
 
 @dataclass(frozen=True)
@@ -58,41 +58,3 @@ class Survivors:
     def grow_counts(self, stats: Sequence[LayerStat], total: int) -> list[int]:
         """Split ``total`` by the number of connections that are kept."""
         return apportion(total, [float(s.kept) for s in stats], [s.weights - s.kept for s in stats])
-
-
-def apportion(total: int, shares: Sequence[float], limits: Sequence[int]) -> list[int]:
-    """Split a whole number in proportion to shares, by largest remainders, within limits.
-
-    Args:
-        total: What to split, >= 0; at most the sum of ``limits``.
-        shares: Finite claims, >= 0. Where those of all that have room are zero, the limits count instead.
-        limits: The most that each may get.
-
-    Returns:
-        One whole number per share, which add up to ``total``.
-
-    Raises:
-        ValueError: ``total`` exceeds the sum of the limits.
-    """
-    if total > sum(limits):
-        raise ValueError(f"cannot place {total} within limits that add up to {sum(limits)}")
-    counts = [0] * len(shares)
-    while (left := total - sum(counts)) > 0:
-        room = [i for i, limit in enumerate(limits) if counts[i] < limit]
-        claims = {i: shares[i] for i in room if shares[i] > 0 and math.isfinite(shares[i])}
-        if not claims:
-            claims = {i: float(limits[i] - counts[i]) for i in room}
-        scale = left / sum(claims.values())
-        ideal = {i: min(claim * scale, limits[i] - counts[i]) for i, claim in claims.items()}
-        given = {i: math.floor(x) for i, x in ideal.items()}
-        if any(ideal[i] < claims[i] * scale for i in claims):
-            # Some are full: give the whole parts, and split what is left among the others in the next round.
-            if not any(given.values()):
-                given = dict.fromkeys([max(ideal, key=lambda i: ideal[i])], 1)
-        else:
-            rest = left - sum(given.values())
-            for i in sorted(claims, key=lambda i: given[i] - ideal[i])[:rest]:
-                given[i] += 1
-        for i, number in given.items():
-            counts[i] += min(number, limits[i] - counts[i])
-    return counts

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from dst.pieces.protocols import LayerStat
-from dst.pieces.redistribute import apportion
-from dst.topology.counts import drop_count
+from dst.topology.counts import apportion, drop_count
 
 
 @dataclass(frozen=True)

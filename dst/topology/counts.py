@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction as Ratio
 
 
@@ -30,3 +31,60 @@ def drop_count(active: int, fraction: float) -> int:
     """How many of ``active`` connections an update drops: ``floor(fraction * active)`` (RigL, Algorithm 1)."""
     # The nudge keeps products such as 0.29 * 100 from falling one short of what the decimal says.
     return min(active, math.floor(fraction * active + 1e-9))
+
+
+def largest_remainders(ideal: Sequence[float], total: int, limits: Sequence[int], least: int = 0) -> list[int]:
+    """Round numbers to whole ones of a given sum, by largest remainders.
+
+    Args:
+        ideal: Numbers >= 0.
+        total: The sum, between that of ``least`` and that of ``limits``.
+        limits: The most that each may be. Those whose ideal reaches it give last.
+        least: The least that each may be.
+
+    Returns:
+        One whole number per ideal; among equal remainders the first gets more.
+    """
+    counts = [min(limit, max(least, math.floor(x))) for x, limit in zip(ideal, limits, strict=True)]
+    while (missing := total - sum(counts)) != 0:
+        step = 1 if missing > 0 else -1
+        room = [i for i, c in enumerate(counts) if least <= c + step <= limits[i]]
+        counts[max(room, key=lambda i: (ideal[i] < limits[i], step * (ideal[i] - counts[i])))] += step
+    return counts
+
+
+def apportion(total: int, shares: Sequence[float], limits: Sequence[int]) -> list[int]:
+    """Split a whole number in proportion to shares, by largest remainders, within limits.
+
+    Args:
+        total: What to split, >= 0; at most the sum of ``limits``.
+        shares: Finite claims, >= 0. Where those of all that have room are zero, the limits count instead.
+        limits: The most that each may get.
+
+    Returns:
+        One whole number per share, which add up to ``total``.
+
+    Raises:
+        ValueError: ``total`` exceeds the sum of the limits.
+    """
+    if total > sum(limits):
+        raise ValueError(f"cannot place {total} within limits that add up to {sum(limits)}")
+    counts = [0] * len(shares)
+    while (left := total - sum(counts)) > 0:
+        room = [i for i, limit in enumerate(limits) if counts[i] < limit]
+        claims = {i: shares[i] for i in room if shares[i] > 0 and math.isfinite(shares[i])}
+        if not claims:
+            claims = {i: float(limits[i] - counts[i]) for i in room}
+        scale = left / sum(claims.values())
+        ideal = {i: min(claim * scale, limits[i] - counts[i]) for i, claim in claims.items()}
+        given = {i: math.floor(x) for i, x in ideal.items()}
+        if any(ideal[i] < claims[i] * scale for i in claims):
+            # Some are full: give the whole parts, and split what is left among the others in the next round.
+            if not any(given.values()):
+                given = dict.fromkeys([max(ideal, key=lambda i: ideal[i])], 1)
+        else:
+            room_left = [limits[i] - counts[i] for i in claims]
+            given = dict(zip(claims, largest_remainders(list(ideal.values()), left, room_left), strict=True))
+        for i, number in given.items():
+            counts[i] += min(number, limits[i] - counts[i])
+    return counts

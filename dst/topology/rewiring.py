@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dst.topology.selection import best_free, top_indices
+from dst.topology.selection import top_indices
 
 
 @dataclass(frozen=True)
@@ -91,38 +91,3 @@ def _are_in(positions: Tensor, among: Tensor) -> Tensor:
 def without(positions: Tensor, removed: Tensor) -> Tensor:
     """The positions that are not among the removed; both sorted and int64."""
     return positions[~_are_in(positions, removed)]
-
-
-def drop_and_grow(
-    mask: Tensor,
-    drop_scores: Tensor,
-    grow_scores: Tensor,
-    count: int,
-    *,
-    regrow_dropped: bool,
-    generator: torch.Generator,
-) -> Rewiring:
-    """``rewire`` for a mask and scores of every position.
-
-    Args:
-        mask: Bool, the current mask.
-        drop_scores: Float, same shape: low scores among the active positions are dropped.
-        grow_scores: Float, same shape: high scores among the candidates are grown.
-        count: Connections to drop, and then to grow; in [0, active].
-        regrow_dropped: As for ``rewire``.
-        generator: CPU generator that breaks ties.
-
-    Returns:
-        The rewiring.
-    """
-    active = mask.reshape(-1).nonzero().squeeze(1)
-    return rewire(
-        active,
-        drop_scores.take(active),
-        mask.numel(),
-        count,
-        count,
-        lambda number, excluded: best_free(grow_scores, number, excluded, generator),
-        regrow_dropped=regrow_dropped,
-        generator=generator,
-    )

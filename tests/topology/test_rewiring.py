@@ -12,14 +12,37 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dst.topology.counts import count_active, drop_count
-from dst.topology.rewiring import drop_and_grow, fill_at_
-from dst.topology.selection import select_top, top_indices
+from dst.topology.rewiring import Rewiring, fill_at_, rewire
+from dst.topology.selection import best_free, select_top, top_indices
 
 nan, inf = math.nan, math.inf
 
 
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def drop_and_grow(
+    mask: Tensor,
+    drop_scores: Tensor,
+    grow_scores: Tensor,
+    count: int,
+    *,
+    regrow_dropped: bool,
+    generator: torch.Generator,
+) -> Rewiring:
+    """``rewire`` for a mask and scores of every position."""
+    active = mask.reshape(-1).nonzero().squeeze(1)
+    return rewire(
+        active,
+        drop_scores.take(active),
+        mask.numel(),
+        count,
+        count,
+        lambda number, excluded: best_free(grow_scores, number, excluded, generator),
+        regrow_dropped=regrow_dropped,
+        generator=generator,
+    )
 
 
 def bits(text: str) -> Tensor:
