@@ -113,7 +113,7 @@ class Method:
             code.
         rescale_init: Scale each output's initial weights by sqrt(fan-in / active fan-in), so that activations keep
             their variance under the first mask (Evci et al. 2022, section 3.1, https://arxiv.org/abs/2010.03533).
-        pattern: Which weights live and die together, and within which window a budget holds; see ``dst.patterns``.
+        pattern: Which weights are active together, and within which window a budget holds; see ``dst.patterns``.
         schedule: The budget over time; ``None`` for the same density throughout. ``density`` is what it ends at.
         first_allocation: How the first mask's budget is split, where otherwise than later ones; needs ``schedule``.
         redistribute: Moves budget between layers at updates; ``None`` for none.
@@ -122,13 +122,13 @@ class Method:
             soft memory bound); ``None`` for none.
         chain_removal: Whether an update also replaces connections that lie on no path; see ``dst.chains``.
         perturb: Added to the gradients of active weights at every step; ``None`` for nothing.
-        grown_warmup: Steps over which the optimizer's change of a grown weight rises linearly to the full one.
+        grown_warmup: Linear warm-up, in steps, of updates to newly grown weights; 0 for none.
         lottery: Levels of iterative pruning with rewinding: several fits, driven by ``dst.lottery``.
         narrow: The model is to be a narrower one, and dense (``density`` 1). ``python train.py`` builds it; a ``Sparsifier``
             trains the model that it is given.
         relaxation: What the network sees of latent weights, where inactive weights live on (``dst.relaxations``). The
             topology is then updated behind the optimizer's step, from the weights that the next forward pass sees.
-        backend: Where weights live: ``"masked"`` keeps ordinary parameters with zeros in place, ``"csr"`` stores and
+        backend: How weights are stored: ``"masked"`` keeps ordinary parameters with zeros in place, ``"csr"`` stores and
             computes non-zeros alone, on the CPU (``dst.prepare`` makes its layers), ``"auto"`` measures which of the two is
             faster, layer by layer. Methods with a relaxation have
             ``"latent"``: ordinary parameters with zeros in place, and the latent weights beside them.

@@ -1,4 +1,4 @@
-"""Where weights live: one module per backend."""
+"""How weights are stored: one module per backend."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ def executed_ratio(theoretical: float, backend: str) -> float:
 
     Args:
         theoretical: From `inference_ratio`, in [0, 1].
-        backend: Where weights live; see `SPARSE_EXECUTION`.
+        backend: How weights are stored; see `SPARSE_EXECUTION`.
 
     Returns:
         1 for backends that multiply by zeros, else ``theoretical``.
@@ -247,7 +247,7 @@ def flops_table(
         operations: From `dst.metrics.count_operations`.
         densities: Label or parameter name -> density in [0, 1]; weights that are not named are dense.
         convention: A name in ``CONVENTIONS``, or a `Convention`.
-        backend: Where weights live; see `SPARSE_EXECUTION`.
+        backend: How weights are stored; see `SPARSE_EXECUTION`.
         stored: Labels or parameter names of the layers whose non-zeros alone the backend computes; None takes all that
             have a density. Of no effect for backends that multiply by zeros.
 

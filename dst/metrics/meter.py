@@ -61,7 +61,7 @@ class FlopsMeter:
 
     Args:
         operations: From `dst.metrics.count_operations`, of the dense model.
-        backend: Where weights live; see ``dst.metrics.flops.SPARSE_EXECUTION``.
+        backend: How weights are stored; see ``dst.metrics.flops.SPARSE_EXECUTION``.
         stored: Labels or parameter names of the layers whose non-zeros alone the backend computes; None takes all.
         samples_per_step: Samples of one optimizer step: batch size times accumulated batches times processes.
 

@@ -113,11 +113,11 @@ class Init(Protocol):
 
 
 class Pattern(Protocol):
-    """Says which weights live and die together; see ``dst.patterns``."""
+    """Says which weights are active together; see ``dst.patterns``."""
 
     @property
     def is_grouped(self) -> bool:
-        """Whether ``select`` and ``rewire`` choose, rather than one budget per layer and every weight for itself."""
+        """Whether ``select`` and ``rewire`` choose, rather than unstructured selection with one budget per layer."""
 
     @property
     def is_free(self) -> bool:
