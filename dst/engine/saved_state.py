@@ -79,7 +79,6 @@ def _check_contents(state: Mapping[str, Any], here: Expected) -> None:
     check_same(state["method"], here.method)  # every backend reads what another has saved
     if state["seed"] != here.seed:
         raise StateError(f"the checkpoint has seed {state['seed']}, this run {here.seed}: use the same")
-    TrainingState.check(state, [layer.label for layer in here.layers])
     shapes = {name: here.storages.shape(name) for name in here.storages.parameters}
     check_masks(state["masks"], shapes, "the checkpoint", is_mask)
     check_prepared(state["masks"], "the checkpoint", here.storages)
@@ -87,6 +86,7 @@ def _check_contents(state: Mapping[str, Any], here: Expected) -> None:
         check_masks(state["union"], shapes, "the checkpoint's union of masks", is_union)
     _check_collected(state["collected"], here)
     _check_table(state, here)
+    TrainingState.check(state, [layer.label for layer in here.layers])
     _check_buffers(state["buffers"], here)
     _check_latent(state, here)
     check_young(state["warming"], {layer.label: layer for layer in here.layers})
