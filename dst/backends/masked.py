@@ -7,9 +7,7 @@ weights' dtype does (a fifteenth of one by bool masks), and unlike one it makes 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +16,12 @@ from torch.optim import Optimizer
 from dst.backends.saved import as_mask, union_as_mask
 from dst.backends.storage import Scoring, Storage
 from dst.errors import ConfigurationError
-from dst.pieces.protocols import LayerView, as_sampler
+from dst.pieces.protocols import LayerView
+from dst.planning.selection import select
 from dst.planning.update import LayerUpdate
 from dst.topology.layers import SparseLayer
 from dst.topology.optimizer_state import clear_state, mask_state
-from dst.topology.rewiring import Rewiring, fill_at_, rewire
-from dst.topology.selection import best_free
+from dst.topology.rewiring import Rewiring, fill_at_
 from dst.topology.sharding import is_sharded, local, local_positions, part_of, spread, whole
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -160,12 +158,11 @@ class Masked(Storage):
 
     def decide(self, update: LayerUpdate, scoring: Scoring) -> Rewiring | None:
         """See ``Storage``."""
-        layer = update.layer
-        mask, views = self._whole_mask(layer), {}
+        mask, views = self._whole_mask(update.layer), {}
         needed = scoring.scores if update.grow else {"drop": scoring.scores["drop"]}
         for role, score in needed.items():
             view = views[role] = self.view(
-                layer,
+                update.layer,
                 scoring.generator(role),
                 gradient=score.needs_gradient,
                 mask=mask,
@@ -173,50 +170,7 @@ class Masked(Storage):
             )
             if score.needs_gradient and (view.buffer if score.observes else view.gradient) is None:
                 return None
-        ties = scoring.generator("ties")
-        drop_scores = scoring.scores["drop"](views["drop"])
-        if update.forced_drops is not None:
-            drop_scores = fill_at_(drop_scores.clone(), update.forced_drops.to(mask.device), -math.inf)
-        if update.pattern.is_grouped:
-            # Where nothing is to grow, scopes that have lost more than others get back the best of their own.
-            lowest = torch.finfo(drop_scores.dtype).min
-            grow_scores = (
-                scoring.scores["grow"](views["grow"]) if update.grow else drop_scores.masked_fill(~mask, lowest)
-            )
-            return update.pattern.rewire(
-                layer,
-                mask,
-                drop_scores,
-                grow_scores,
-                update.drop,
-                update.grow,
-                regrow_dropped=update.regrow_dropped,
-                generator=ties,
-            )
-        active = mask.reshape(-1).nonzero().squeeze(1)
-
-        def choose(count: int, excluded: Tensor) -> Tensor:
-            if count == 0:
-                return excluded[:0]
-            grow = scoring.scores["grow"]
-            sampler = as_sampler(grow)
-            if sampler is not None:
-                return sampler.sample(layer.weights, excluded, count, views["grow"].generator)
-            view = views["grow"]
-            if getattr(grow, "after_drop", False) and update.regrow_dropped:  # what is excluded is what was kept
-                view = replace(view, mask=fill_at_(torch.zeros_like(mask), excluded, 1))
-            return best_free(grow(view), count, excluded, ties)
-
-        return rewire(
-            active,
-            drop_scores.take(active),
-            layer.weights,
-            update.drop,
-            update.grow,
-            choose,
-            regrow_dropped=update.regrow_dropped,
-            generator=ties,
-        )
+        return select(update, needed, views, scoring.generator("ties"))
 
     def apply(self, layer: SparseLayer, rewiring: Rewiring, optimizer: Optimizer) -> None:
         """See ``Storage``; the gradient is dense and fits any connections."""

@@ -81,6 +81,10 @@ class Storages:
         """A layer at its dense shape."""
         return self.of(layer).view(layer, generator, gradient=gradient, buffer=buffer)
 
+    def weight(self, layer: SparseLayer) -> Tensor:
+        """The weights of a layer at its dense shape, zero where inactive."""
+        return self.of(layer).view(layer, torch.Generator()).weight
+
     def rescale(self, layer: SparseLayer) -> None:
         """Scale each output's weights by sqrt(fan-in / active fan-in)."""
         self.of(layer).rescale(layer)

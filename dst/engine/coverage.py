@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -71,3 +71,13 @@ def sparse_before(
         "it: Sparsifier.load_state_dict goes on with a saved topology, init=dst.init.Magnitude() keeps the weights that are "
         "not zero, init=dst.init.FromFile(path) takes the masks that dst.save_masks wrote"
     )
+
+
+def nothing_prepared(unsupported: Mapping[str, str | None]) -> str:
+    """Say that the csr backend stores no layer of the model.
+
+    Args:
+        unsupported: Layer label to why the backend cannot store it, or ``None`` where it can.
+    """
+    reasons = sorted({reason or "dst.prepare was not called" for reason in unsupported.values()})
+    return f'backend="csr" stores no layer of this model as non-zeros alone, all are masked ({"; ".join(reasons)})'

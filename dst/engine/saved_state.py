@@ -1,9 +1,8 @@
-"""Whether a saved sparsifier state is whole, and belongs to the run that is to go on from it."""
+"""Saving a training, loading it, and checking first that a saved state is whole and of the same training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -11,12 +10,12 @@ from torch import Tensor
 from dst.backends.saved import count, is_mask, is_union
 from dst.backends.storages import Storages
 from dst.engine.state import TrainingState
-from dst.engine.steps import STEP_KEYS, OptimizerSteps, check_steps
+from dst.engine.steps import STEP_KEYS, check_steps, load_steps, state_of_steps
+from dst.engine.training import Training
 from dst.engine.warmup import check_young
 from dst.errors import StateError
-from dst.method import Method, check_same
+from dst.method import check_same
 from dst.pieces.protocols import LossInit
-from dst.topology.layers import SparseLayer
 from dst.topology.mask_file import check_masks
 
 STATE_FORMAT = 1
@@ -35,26 +34,41 @@ _MAPPINGS = (
 KEYS = {"format", "seed", "layers", *_MAPPINGS} | STEP_KEYS | TrainingState.required()
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What a run has, for a state to be compared with.
+def save_training(training: Training, table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Everything that a resume needs, as plain values and tensors.
 
-    Attributes:
-        method: Its method.
-        seed: Its seed.
-        steppers: Its optimizers with sparse parameters.
-        layers: Its sparse layers.
-        storages: Its storages.
+    Args:
+        training: The training.
+        table: ``Sparsifier.layer_table()``.
     """
+    return {
+        "format": STATE_FORMAT,
+        "method": training.method.spec(),
+        "seed": training.seed,
+        **state_of_steps(training.steppers),
+        **training.state.save(),
+        "warming": {} if training.warming is None else training.warming.state(),
+        "layers": list(table),
+        **training.storages.state(),
+        "collected": training.storages.collected_state(),
+    }
 
-    method: Method
-    seed: int
-    steppers: Sequence[OptimizerSteps]
-    layers: Sequence[SparseLayer]
-    storages: Storages
+
+def load_training(training: Training, state: Mapping[str, Any]) -> None:
+    """Continue from a state that ``check_state`` has passed."""
+    devices = {layer.label: training.storages.parameter(layer).device for layer in training.layers}
+    training.state = TrainingState.load(state, devices)
+    training.storages.load(state, int(state["steps"][0]))
+    training.check_agreement(int(state["steps"][0]))
+    load_steps(training.steppers, state)
+    if training.warming is not None:
+        layers = {layer.label: layer for layer in training.layers}
+        training.warming.load(state["warming"], layers, training.storages.parameters)
+    training.expect_gradients()
+    training.storages.load_collected(state["collected"])
 
 
-def check_state(state: Mapping[str, Any], here: Expected) -> None:
+def check_state(state: Mapping[str, Any], here: Training) -> None:
     """Compare a saved state with what a run can go on from, all of it before anything is changed.
 
     Raises:
@@ -75,7 +89,7 @@ def check_state(state: Mapping[str, Any], here: Expected) -> None:
         raise StateError(f"the state is damaged: {type(error).__name__}: {error}") from error
 
 
-def _check_contents(state: Mapping[str, Any], here: Expected) -> None:
+def _check_contents(state: Mapping[str, Any], here: Training) -> None:
     check_same(state["method"], here.method)  # every backend reads what another has saved
     if state["seed"] != here.seed:
         raise StateError(f"the checkpoint has seed {state['seed']}, this run {here.seed}: use the same")
@@ -93,7 +107,7 @@ def _check_contents(state: Mapping[str, Any], here: Expected) -> None:
     check_steps(state, here.steppers)
 
 
-def _check_collected(collected: Mapping[str, Any], here: Expected) -> None:
+def _check_collected(collected: Mapping[str, Any], here: Training) -> None:
     """Compare the gradients of an accumulated step with the model's parameters."""
     if unknown := sorted(collected.keys() - here.storages.parameters.keys()):
         raise StateError(f"the checkpoint has collected gradients of {', '.join(unknown)}, which the model has not")
@@ -102,7 +116,7 @@ def _check_collected(collected: Mapping[str, Any], here: Expected) -> None:
         raise StateError("the state is damaged: collected cannot be such")
 
 
-def _check_table(state: Mapping[str, Any], here: Expected) -> None:
+def _check_table(state: Mapping[str, Any], here: Training) -> None:
     """Compare the state's layers with this run's, and with the counts of its own masks."""
     if not isinstance(state["layers"], list) or not all(isinstance(row, Mapping) for row in state["layers"]):
         raise StateError("the state is damaged: layers cannot be such")
@@ -119,7 +133,7 @@ def _check_table(state: Mapping[str, Any], here: Expected) -> None:
         raise StateError(f"the state is damaged: masks of {', '.join(off)} are off their budget")
 
 
-def _check_buffers(buffers: Mapping[str, Tensor], here: Expected) -> None:
+def _check_buffers(buffers: Mapping[str, Tensor], here: Training) -> None:
     """Compare the scores' buffers with the layers, for the scores that the method has."""
     roles = [*here.method.scores(), *(["init"] if isinstance(here.method.init, LossInit) else [])]
     shapes = {f"{role}/{layer.label}": layer.shape for role in roles for layer in here.layers}
@@ -128,7 +142,7 @@ def _check_buffers(buffers: Mapping[str, Tensor], here: Expected) -> None:
             raise StateError(f"the checkpoint has a score buffer {key} that does not fit the model")
 
 
-def _check_latent(state: Mapping[str, Any], here: Expected) -> None:
+def _check_latent(state: Mapping[str, Any], here: Training) -> None:
     """Compare what storages keep beside the parameters with the names and shapes of the model and the method."""
     shapes = here.storages.latent_shapes(state["sparsified"])
     saved = {n: tuple(t.shape) if isinstance(t, Tensor) else None for n, t in state["latent"].items()}

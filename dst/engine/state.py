@@ -158,6 +158,20 @@ class TrainingState:
         default_factory=dict,
     )
 
+    def count(self, kind: str, layers: Sequence[int], active: Sequence[int], of: int) -> None:
+        """Count an optimizer step.
+
+        Args:
+            kind: What it cost, of ``STEP_KINDS``.
+            layers: Indices of the layers that it moved.
+            active: Active weights of each of them.
+            of: Number of all layers.
+        """
+        self.step_counts[kind] += 1
+        work = self.work.setdefault(kind, [0] * of)
+        for index, n in zip(layers, active, strict=True):
+            work[index] += n
+
     def save(self) -> dict[str, Any]:
         """The fields as plain values and tensors."""
         return {f.name: f.metadata["save"](getattr(self, f.name)) for f in fields(self)}

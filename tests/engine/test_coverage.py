@@ -85,7 +85,7 @@ def test_chains_go_through_conv1d() -> None:
     for _ in range(8):
         model(torch.randn(4, 10)).square().mean().backward()
         made.before_step()
-        made._steppers[0].optimizer.step()
+        made._training.steppers[0].optimizer.step()
     assert made.updates > 2
 
 
@@ -135,7 +135,7 @@ def test_layers_that_thaw_are_named(caplog: pytest.LogCaptureFixture) -> None:
         model(torch.randn(4, 8)).square().mean().backward()
         with caplog.at_level(logging.WARNING):
             made.before_step()
-        made._steppers[0].optimizer.step()
+        made._training.steppers[0].optimizer.step()
         assert ("0.weight began to train" in caplog.text) == (step >= 3)
     assert caplog.text.count("began to train") == 1
 
@@ -165,7 +165,7 @@ def test_pruned_modules_are_refused_until_that_is_permanent() -> None:
 def step(model: nn.Module, made: dst.Sparsifier) -> None:
     model(torch.randn(4, 40)).square().mean().backward()
     made.before_step()
-    made._steppers[0].optimizer.step()
+    made._training.steppers[0].optimizer.step()
 
 
 def test_a_random_mask_over_a_sparse_model_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:

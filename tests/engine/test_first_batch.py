@@ -416,7 +416,7 @@ def test_what_was_pruned_on_the_way_stays_pruned(monkeypatch: pytest.MonkeyPatch
         seen.append(masks_on_the_way(*args, **kwargs))
         return seen[-1]
 
-    monkeypatch.setattr("dst.engine.sparsifier.masks_on_the_way", noted)
+    monkeypatch.setattr("dst.engine.first_mask.masks_on_the_way", noted)
     model, optimizer, sparsifier = build(methods.synflow(0.2, iterations=6, allocation=Uniform()))
     step(model, optimizer, sparsifier, batch(0)[0])
     seen.append({x.label: x.part(sparsifier.masks[x.parameter]) for x in sparsifier.layers})

@@ -101,7 +101,7 @@ def test_lengths_that_are_given() -> None:
     module, sparse = fit(METHODS["gmp"](), every=5, batches=20, max_epochs=5, total_steps=[100, 20])
     check(module, sparse, [100, 20])
     assert sparse.sparsifier is not None
-    assert [s.total for s in sparse.sparsifier._steppers] == [100, 20]
+    assert [s.total for s in sparse.sparsifier._training.steppers] == [100, 20]
 
 
 def test_lengths_in_a_loop_of_ones_own() -> None:

@@ -50,7 +50,7 @@ def held_by(sparsifier, model, optimizer):
     """Bytes of everything a training holds between steps, each memory once, but for activations."""
     state = [v for p in optimizer.state.values() for v in p.values() if isinstance(v, torch.Tensor)]
     found = [*model.parameters(), *model.buffers(), *state, *(p.grad for p in model.parameters())]
-    for storage in sparsifier._storages:
+    for storage in sparsifier._training.storages:
         if storage.backend == "csr":
             for module in storage._modules.values():
                 pattern = vars(module.pattern).values()

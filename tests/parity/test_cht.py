@@ -14,6 +14,7 @@ from torch import nn
 import dst
 from dst import methods
 from dst.allocation import Uniform
+from dst.engine.update import layer_facts
 from dst.errors import ConfigurationError
 from dst.planning.update import Moment, plan_update
 from dst.schedules import Constant
@@ -141,7 +142,7 @@ def test_what_an_update_drops(chain_removal):
         parameter.grad = torch.zeros_like(parameter)
     broken = incomplete(kept)
     assert sum(int(b.sum()) for b in broken) > 0
-    facts = [sparsifier._facts(layer, 0) for layer in sparsifier.layers]
+    facts = layer_facts(sparsifier._training, 0)
     plan = plan_update(method, Moment(0, 0, 0.15, 0.3), facts, range(len(facts)), method.scores())
     updates = {update.layer.label: update for update in plan.layers}
     for (name, mask), b in zip(masks.items(), broken, strict=True):

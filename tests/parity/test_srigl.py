@@ -58,7 +58,7 @@ def test_updates(ablate, removes):
         model.weight.grad, model.bias.grad = gradient.clone(), torch.zeros(10)
         expected = srigl_step(model.weight.detach(), gradient, sparsifier.masks["weight"], 0.4, ablate, 30)
         sparsifier.before_step()
-        sparsifier._steppers[0].optimizer.step()
+        sparsifier._training.steppers[0].optimizer.step()
         assert torch.equal(sparsifier.masks["weight"], expected)
         alive = sparsifier.masks["weight"].sum(1)
         assert len(alive[alive > 0].unique()) == 1

@@ -430,14 +430,14 @@ def test_budget_moves_between_layers_in_whole_groups_and_the_network_stays_at_it
     pattern = Block(2, 2)
     base = methods.rigl(0.4, update_every=2, grow=Momentum(), pattern=pattern, fraction=Constant(0.4), stop=1.0)
     sparsifier = trained(dst.Method(**{**vars(base), "redistribute": MeanMomentum()}), steps=1)
-    budget, first = sum(sparsifier._state.budgets.values()), sparsifier.layer_table()
+    budget, first = sum(sparsifier._training.state.budgets.values()), sparsifier.layer_table()
     sparsifier = trained(dst.Method(**{**vars(base), "redistribute": MeanMomentum()}), steps=20)
-    assert sum(sparsifier._state.budgets.values()) == budget
+    assert sum(sparsifier._training.state.budgets.values()) == budget
     assert sparsifier.layer_table() != first
     for x in sparsifier.layers:
         assert pattern.holds(x, x.part(sparsifier.masks[x.parameter]))
     counts = {row["name"]: row["nonzero"] for row in sparsifier.layer_table()}
-    assert counts == {x.label: pattern.fit(x, sparsifier._state.budgets[x.label]) for x in sparsifier.layers}
+    assert counts == {x.label: pattern.fit(x, sparsifier._training.state.budgets[x.label]) for x in sparsifier.layers}
 
 
 @pytest.mark.parametrize("pattern", [Block(2, 2), NM(), FanIn(), Diagonal()], ids=str)
