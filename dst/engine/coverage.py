@@ -1,4 +1,4 @@
-"""How much of a model is sparse at all, and what is wrong where it is little, or where it was sparse before."""
+"""Warnings about the model as a whole: weights left dense, masks over sparse weights, layers that csr cannot store."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _FEW = 0.02
 
 
 def left_dense(layers: Sequence[SparseLayer], dense: Sequence[DenseWeight]) -> str | None:
-    """Say so where most of a model stays dense without anybody having chosen it.
+    """Describe what is left dense, where most of a model is and nobody chose it.
 
-    Embeddings, gains and what include and exclude leave out are dense by choice. Weights of unknown modules and frozen
-    ones are not.
+    Embeddings, gains and layers left out by include and exclude are dense by choice. Weights of unknown modules and frozen
+    weights are not.
 
     Args:
         layers: The sparse layers.
@@ -52,12 +52,12 @@ def thawed(frozen: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
 def sparse_before(
     method: Method, layers: Sequence[SparseLayer], weight_of: Callable[[SparseLayer], Tensor]
 ) -> str | None:
-    """Say so where a random mask is about to be drawn over weights that are sparse already.
+    """Describe weights that are sparse already, where the method draws a random mask over them.
 
     Args:
         method: The method.
         layers: The sparse layers.
-        weight_of: A layer to its weights; layers that are all zero were initialised so.
+        weight_of: A layer to its weights. Layers that are all zero are ignored: they were initialised to zero.
     """
     if as_sampler(method.init) is None or method.density == 1:
         return None
@@ -74,7 +74,7 @@ def sparse_before(
 
 
 def nothing_prepared(unsupported: Mapping[str, str | None]) -> str:
-    """Say that the csr backend stores no layer of the model.
+    """The warning that the csr backend stores no layer of the model.
 
     Args:
         unsupported: Layer label to why the backend cannot store it, or ``None`` where it can.

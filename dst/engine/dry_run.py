@@ -1,4 +1,4 @@
-"""A dry run: what would be sparse, and how much, before anything is changed."""
+"""``dst.plan``: a dry run that lists what would be sparse, and changes nothing."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class PlanRow:
         shape: Its shape.
         weights: Number of weights.
         active: Weights that will be active, or ``None`` where scores decide (global allocation).
-        storage: ``"masked"``, ``"csr"``, ``"dense"`` where it keeps all its weights, or ``"auto"`` where that will be
-            measured once scores have decided how many are active.
-        note: Why it stays dense or masked, how fast csr was measured to be, or what else there is to say.
+        storage: ``"masked"``, ``"csr"``, ``"dense"`` if all weights stay active, or ``"auto"`` if it is measured once scores
+            have decided how many are active.
+        note: Why it stays dense or masked, or how fast csr was measured.
     """
 
     name: str
@@ -74,7 +74,7 @@ def plan(
     exclude: Iterable[Selector] | None = None,
     batch_size: int | None = None,
 ) -> Plan:
-    """List what a method would make sparse in a model, without touching it (the model may be on the meta device).
+    """List what a method would make sparse in a model, without changing it (the model may be on the meta device).
 
     Args:
         model: Any module.
@@ -106,11 +106,11 @@ def plan(
 
 
 class _Where:
-    """Tells where a layer's weights would live, and why there."""
+    """Finds the backend of each layer, and the reason."""
 
     def __init__(self, model: nn.Module, method: Method, layers: Sequence[SparseLayer], batch_size: int | None) -> None:
         self._backend, self._measured = method.backend, method.backend == "auto"
-        self._barred = unsupported_reasons(model, layers) if method.backend in ("csr", "auto") else {}
+        self._unsupported = unsupported_reasons(model, layers) if method.backend in ("csr", "auto") else {}
         self._everywhere = ""
         if method.backend == "auto":
             self._everywhere = method.needs_inactive_weights() or ""
@@ -121,7 +121,7 @@ class _Where:
     def __call__(self, layer: SparseLayer, count: int | None) -> tuple[str, str]:
         if count == layer.weights:
             return "dense", "stays dense"
-        if reason := self._everywhere or self._barred.get(layer.label):
+        if reason := self._everywhere or self._unsupported.get(layer.label):
             return "masked", reason
         if not self._measured:
             return self._backend, ""

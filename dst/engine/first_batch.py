@@ -1,4 +1,4 @@
-"""What the init of a first mask has to see of a batch: the loss before its backward pass, or how the model is called."""
+"""Inits that need a batch: the graph of the loss before its backward pass, or the model's call."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Select = Callable[[Mapping[str, Tensor], float], Mapping[str, Tensor]]
 
 
 class _Hook:
-    """A hook of a watcher: a copy of the model alone has this watcher too, and no second one; a pickled one has none."""
+    """A hook of a watcher. A copy of the model calls the same watcher; an unpickled model calls none."""
 
     def __init__(self, hook: Callable[..., Any] | None = None) -> None:
         self._hook = hook
@@ -54,9 +54,9 @@ class _Call:
 class FirstBatch:
     """Watches the model until its first mask is made.
 
-    Modules that hold all sparse weights get hooks. The outermost of them that is called tells how the model is called, for
-    a ``CallInit``; for a ``LossInit`` its outputs are scaled as the init has it, and attention within it is computed in its
-    plain form, as fused kernels have no second derivative.
+    Modules that hold all sparse weights get hooks. For a ``CallInit``, the outermost module that is called records its
+    inputs. For a ``LossInit``, its outputs are scaled by ``output_scale``, and attention uses the math backend: fused
+    kernels have no second derivative.
 
     Args:
         model: The model, unwrapped.
@@ -66,7 +66,7 @@ class FirstBatch:
         group: The processes that train together.
 
     Raises:
-        ConfigurationError: Parameters that are spread over processes.
+        ConfigurationError: A parameter is sharded over processes.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class FirstBatch:
         self._hooks: list[RemovableHandle] = []
 
     def watch(self) -> None:
-        """Begin to watch, unless that has begun."""
+        """Register the hooks, unless they are."""
         if self._hooks:
             return
         within: list[nn.Module] = []  # the outermost module, while it runs in plain kernels
@@ -121,7 +121,7 @@ class FirstBatch:
             self._hooks.append(module.register_forward_hook(_Hook(after), always_call=True))
 
     def close(self) -> None:
-        """End watching, and forget what was seen."""
+        """Remove the hooks and forget the recorded call."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._call = [], None
@@ -130,7 +130,7 @@ class FirstBatch:
         return {**self.__dict__, "_hooks": bool(self._hooks)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Watch the modules of the copy, whose hooks are still the original's."""
+        """Watch the modules of the copy; its hooks were the original's."""
         self.__dict__.update(state, _hooks=[])
         for module in self._modules:
             drop_hooks(module, lambda hook: isinstance(hook, _Hook))
@@ -155,7 +155,7 @@ class FirstBatch:
             raise
         except RuntimeError as error:
             raise ConfigurationError(
-                f"{self._name} needs second derivatives of the loss, which cannot be had ({str(error).splitlines()[0]}). "
+                f"{self._name} needs second derivatives of the loss, which are not available ({str(error).splitlines()[0]}). "
                 "Attention outside the model's call needs torch.nn.attention.sdpa_kernel(SDPBackend.MATH), recurrent "
                 "layers on a GPU torch.backends.cudnn.flags(enabled=False), checkpointing use_reentrant=False; compiled "
                 "models have none. Do so for the first step, or use another init"
@@ -219,13 +219,13 @@ class FirstBatch:
 
 
 def _ones(leaf: Any) -> Any:
-    """A float64 tensor of ones in place of a floating-point one; anything else as it is."""
+    """Replace a floating-point tensor by float64 ones; return anything else unchanged."""
     floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
     return torch.ones(leaf.shape, dtype=torch.float64, device=leaf.device) if floating else leaf
 
 
 def _total(call: _Call, parameters: Mapping[str, Tensor]) -> Tensor:
-    """The sum of everything floating-point that the call returns; buffers that it changes are copies."""
+    """The sum of all floating-point outputs; the module's buffers are copied, so they do not change."""
     buffers = {
         n: b.to(torch.float64 if b.is_floating_point() else b.dtype, copy=True) for n, b in call.module.named_buffers()
     }
@@ -237,10 +237,10 @@ def _total(call: _Call, parameters: Mapping[str, Tensor]) -> Tensor:
 
 
 def _one_sample(call: _Call, others: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> _Call:
-    """The call with the first of its samples alone, where all samples are alike; else the call itself.
+    """The call with its first sample only, if that gives the same gradients up to a factor; else the call itself.
 
-    Samples of ones are alike, and one is as good as all but for a factor. That the first dimension is theirs is not taken
-    for granted: both calls must have the same gradients but for that factor.
+    All samples are ones, so one sample is enough if the first dimension is the batch. Gradients of both calls are compared
+    to check that it is.
     """
     inputs = (call.args, dict(call.kwargs))
     if len(sizes := {x.shape[0] for x in filter(_is_batch, tree_leaves(inputs))}) != 1 or (count := sizes.pop()) < 2:
@@ -268,7 +268,7 @@ def _is_batch(leaf: Any) -> bool:
 
 @contextmanager
 def _evaluating(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Run a module without leaving a trace: in evaluation mode, full precision and a random stream of its own."""
+    """Evaluation mode, full precision and a forked random state; all are restored afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.autocast(device.type, enabled=False), evaluation_mode(module):
         yield

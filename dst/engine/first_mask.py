@@ -1,4 +1,4 @@
-"""The first mask: when it is made, what it is made of, and how it is undone where a saved one takes its place."""
+"""The first mask: when it is made, from what, and how it is undone when a saved state replaces it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _Place: TypeAlias = tuple[int, int, str | None]
 
 
 class FirstMask:
-    """Makes the first mask of a training, at once or at the step that is due.
+    """Makes the first mask of a training, at construction or at the step where it is due.
 
-    Inits that need a batch get it from the step at ``sparsify_at``: gradients, the loss (``LossInit``) or the model's call
-    (``CallInit``). A mask made at construction cuts weights that may have been loaded before from a checkpoint. What it
-    cuts is kept until the first step, so that loading a saved state brings it back.
+    Inits that need a batch read the step at ``sparsify_at``: its gradients, its loss (``LossInit``) or the model's call
+    (``CallInit``). A mask made at construction sets weights to zero that may have been loaded from a checkpoint before.
+    They are kept until the first step, so that loading a saved state restores them.
 
     Args:
         training: The training.
@@ -57,16 +57,16 @@ class FirstMask:
         return not self._training.state.sparsified and stepper.step >= stepper.mask_step
 
     def make_at_construction(self) -> None:
-        """Make it now, and keep what it cuts until ``forget_originals``."""
+        """Make the mask, and keep the weights that it cuts until ``forget_originals``."""
         kept = [(place, tensor, tensor.clone()) for place, tensor in self._cut()]
         self._make(0)
         self._originals = [(place, tensor, copy, tensor._version) for place, tensor, copy in kept]
 
     def make_if_due(self, stepper: OptimizerSteps) -> bool:
-        """Make it where an optimizer's coming step does.
+        """Make the mask if it is due at an optimizer's coming step.
 
         Returns:
-            Whether it takes the place of the step: the gradients are those of the dense network.
+            Whether it replaces the step, whose gradients are those of the dense network.
         """
         if not self._due_at(stepper):
             return False
@@ -84,7 +84,7 @@ class FirstMask:
         return True
 
     def score_loss(self, loss: Tensor) -> None:
-        """Score the network from the loss's graph, where the init does so and its step has come.
+        """Score the network from the graph of the loss, if the init needs it and the mask is due.
 
         With gradient accumulation the first loss of the step counts.
         """
@@ -105,7 +105,7 @@ class FirstMask:
             self._batch.close()
 
     def _make(self, step: int, given: Mapping[str, Tensor] | None = None) -> None:
-        """Make the mask from what the init reads now, or from given scores."""
+        """Make the mask, from given scores where the init scores the whole network."""
         training = self._training
         method, storages = training.method, training.storages
         storages.set_mask(
@@ -133,7 +133,7 @@ class FirstMask:
             storages.explore()
 
     def _scores_of_batch(self) -> dict[str, Tensor] | None:
-        """Layer label to scores, where the init scores the network as a whole, else ``None``."""
+        """Layer label to scores, if the init scores the whole network; else ``None``."""
         if self._batch is None:
             return None
         method, layers, seed = self._training.method, self._training.layers, self._training.seed
@@ -163,18 +163,18 @@ class FirstMask:
                         yield (i, k, key), local(value)
 
     def restore_originals(self) -> None:
-        """Undo what the mask cut, where nothing was written since."""
+        """Restore the weights that the mask cut, unless they were written since."""
         for _, tensor, original, version in self._originals:
             if tensor._version == version:
                 tensor.copy_(original)
         self._originals = []
 
     def forget_originals(self) -> None:
-        """Training goes on with the mask: what it cut is not needed any more."""
+        """Drop the kept weights: training continues with the mask."""
         self._originals = []
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what counts tensors' versions in this process."""
+        """Keep the cut weights by place: a copy has other tensors with other versions."""
         current = dict(self._cut()) if self._originals else {}
         kept = [
             (place, original)
@@ -184,7 +184,7 @@ class FirstMask:
         return {**self.__dict__, "_originals": [], "_copied": kept}
 
     def attach_to_copy(self) -> None:
-        """Find the cut tensors among those of a copied training."""
+        """Find the tensors of the copied training that the kept weights belong to."""
         current = dict(self._cut()) if self._copied else {}
         self._originals = [(place, current[place], copy, current[place]._version) for place, copy in self._copied]
         self._copied = []
@@ -210,15 +210,15 @@ def choose_first_mask(
         seed: Seeds random choices.
         step: The optimizer step.
         total_steps: Steps of the whole training.
-        given: Layer label to scores, of inits that score the network as a whole.
+        given: Layer label to scores, of inits that score the whole network.
         unsupported: Layer label to why the method's backend cannot store it, or ``None`` where it can.
 
     Returns:
-        Layer label to sorted positions. Layers that were prepared may be left out.
+        Layer label to sorted positions. Prepared layers may be left out.
 
     Raises:
-        ConfigurationError: A layer that should have been prepared, or one that was prepared with another budget.
-        StateError: A mask file that does not fit the model.
+        ConfigurationError: A layer should have been prepared, or was prepared with another budget.
+        StateError: The mask file does not fit the model.
     """
     if isinstance(method.init, FromFile):
         shapes = {name: storages.shape(name) for name in storages.parameters}
@@ -255,7 +255,7 @@ def choose_first_mask(
 
 
 def _check_storage(method: Method, layer: SparseLayer, count: int, unsupported: Mapping[str, str | None]) -> None:
-    """Refuse to train masked what should have been prepared."""
+    """Raise for a layer that should have been prepared."""
     if count < layer.weights and unsupported.get(layer.label, "") is None:
         raise ConfigurationError(
             f'{layer.parameter} has ordinary weights, and the method has backend="{method.backend}": call '

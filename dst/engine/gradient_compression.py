@@ -12,11 +12,11 @@ from dst.topology.sharding import world_size
 
 
 class SparseAllReduce:
-    """Averages gradients over processes, and of masked weights only those that are active.
+    """Averages gradients over processes, sending only active weights of sparse layers.
 
-    All processes know the masks, so no positions travel: values are packed, reduced and put back, and inactive gradients
-    are zero afterwards. At steps whose dense gradient is needed (topology updates by gradient, scores that watch every
-    step, dense phases) everything is sent, as DDP does by itself.
+    All processes have the masks, so positions need not be sent. Values are packed, reduced and written back; inactive
+    gradients are zero afterwards. Steps that need the dense gradient (topology updates by gradient, scores that observe
+    every step, dense phases) send everything, as DDP does.
 
     ```python
     model = DistributedDataParallel(model)
@@ -42,7 +42,7 @@ class SparseAllReduce:
         self._positions: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
 
     def reduce(self, bucket: dist.GradBucket) -> Future[Tensor]:
-        """The communication hook: one bucket of gradients to their average over processes."""
+        """The communication hook: averages one bucket of gradients over processes."""
         buffer = bucket.buffer()
         chosen = [self._active_positions(p) for p in bucket.parameters()]  # type: ignore[arg-type]
         gradients = bucket.gradients()
@@ -78,7 +78,7 @@ class SparseAllReduce:
         if mask is None or self.sparsifier.needs_dense_gradient(parameter):
             return None
         known = self._positions.get(parameter)
-        # An update replaces the mask tensor, so its identity tells whether the positions still hold.
+        # An update replaces the mask tensor, so the same tensor means the same positions.
         if known is None or known[0] is not mask:
             known = (mask, mask.reshape(-1).nonzero().squeeze(1))
             self._positions[parameter] = known

@@ -1,4 +1,4 @@
-"""What a step does with gradients beyond masking them: scores observe them, and perturbations add to them."""
+"""What a step does with gradients beside masking them: observers read them, perturbations add to them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def refuse_sparse_gradients(training: Training, stepper: OptimizerSteps) -> None
 
 
 def observe(training: Training, stepper: OptimizerSteps) -> bool:
-    """Show the step's weights and dense gradients to the scores that observe every step.
+    """Show weights and dense gradients to the observers.
 
     Returns:
-        Whether any of them reads gradients.
+        Whether an observer reads gradients.
     """
     observers = {role: cast(Observer, s) for role, s in training.method.scores().items() if s.observes}
     if not observers or not stepper.may_update:

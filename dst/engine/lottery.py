@@ -1,8 +1,8 @@
-"""Lottery tickets: the levels, and what happens between two of them, as pure functions.
+"""Lottery tickets: densities of the levels, pruning and rewinding between them, as pure functions.
 
 Level 0 is dense. After each level a share of the remaining weights is pruned, and the next level is a fresh fit from a
 snapshot that level 0 took at step k, or from the trained weights with the learning rates of step k.
-``dst.lottery_run`` drives the levels with Lightning.
+``dst.lightning.lottery_levels`` runs the levels with Lightning.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def level_densities(density: float, prune_fraction: float | None = 0.2) -> list[
         return densities if density == 1 else [1.0, density]
     while densities[-1] > density:
         following = (1 - prune_fraction) ** len(densities)
-        # Powers that meet the density but for rounding are the last level, not one before a level of the same size.
+        # A power that equals the density up to rounding is the last level.
         densities.append(density if following <= density or math.isclose(following, density) else following)
     return densities
 
@@ -85,7 +85,7 @@ def prune(
 
 @torch.no_grad()
 def rewind(model: nn.Module, snapshot: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-    """Put a model back to a snapshot, with the connections of ``masks`` alone.
+    """Load a snapshot into a model and set the weights outside ``masks`` to zero.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""Which optimizer holds which parameter, and how many steps it takes."""
+"""The optimizers: which parameters each holds, and how many steps it takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What one can read off a training at any time: masks, steps, densities, counts of what was done."""
+"""Read-only properties of a training: masks, steps, densities, counts."""
 
 from __future__ import annotations
 
@@ -40,10 +40,9 @@ class Readings:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Name of the dense parameter to bool tensor of its shape, True where active. Not to be changed in place.
+        """Name of the dense parameter to bool tensor of its shape, True where active. Do not change it in place.
 
-        Masks of DTensor parameters are DTensors of the same layout. Where only non-zeros are stored, masks are built at
-        every call.
+        Masks of DTensor parameters are DTensors of the same layout. The csr backend builds its masks at every call.
         """
         return self._training.storages.masks()
 
@@ -64,7 +63,7 @@ class Readings:
 
     @property
     def shortfall(self) -> str | None:
-        """What the training has not reached, in words, were it to end now; ``None`` where it ends as it was planned."""
+        """How training would miss its target density if it ended now; ``None`` if it would not."""
         target = self.method.density
         if target == 1 or self._training.state.set_density is not None or not any(self.steps):
             return None
@@ -84,7 +83,7 @@ class Readings:
 
     @property
     def skipped(self) -> int:
-        """Updates that were due and left out because a gradient was not finite."""
+        """Updates skipped because a gradient was not finite."""
         return self._training.state.skipped
 
     @property
@@ -99,15 +98,15 @@ class Readings:
     def work(self) -> dict[str, dict[str, int]]:
         """Active weights, summed over the optimizer steps of each kind: kind to layer label to number.
 
-        What FLOPs of a whole training are made of, whatever its density did (``dst.metrics.FlopsMeter.add_work``). A step
-        counts with the connections that it began with: its forward and backward passes precede an update.
+        ``dst.metrics.FlopsMeter.add_work`` turns it into the FLOPs of the whole training. A step counts the weights that
+        were active in its forward and backward passes, before an update.
         """
         labels = [layer.label for layer in self.layers]
         return {kind: dict(zip(labels, active, strict=True)) for kind, active in self._training.state.work.items()}
 
     @property
     def backends(self) -> dict[str, str]:
-        """Layer label to where its weights live: ``masked``, ``latent`` or ``csr``."""
+        """Layer label to backend: ``masked``, ``latent`` or ``csr``."""
         return {layer.label: self._training.storages.backend(layer) for layer in self.layers}
 
     @property
@@ -117,7 +116,7 @@ class Readings:
 
     @property
     def mask_version(self) -> int:
-        """A number that is new whenever the masks may be: 0 before the first, then one more with every change of them."""
+        """A counter of changes to the masks: 0 before the first mask."""
         return self._training.state.updates + self._training.state.settings + self._training.state.sparsified
 
     @property
@@ -132,7 +131,7 @@ class Readings:
 
     @property
     def last_update(self) -> Update | None:
-        """What the last topology update did; ``None`` before the first."""
+        """The last topology update; ``None`` before the first."""
         return self._training.state.last_update
 
     @property
@@ -149,8 +148,8 @@ class Readings:
     def exploration_rate(self) -> float:
         """ITOP rate: share of the sparse layers' weights that have ever been active since the first mask.
 
-        abs(union of masks) / weights (Liu et al. 2021, https://arxiv.org/abs/2102.02887). Layers that are wholly dense
-        are in neither term; it is 1 where all layers are.
+        abs(union of masks) / weights (Liu et al. 2021, https://arxiv.org/abs/2102.02887). Fully dense
+        layers are left out; the rate is 1 if all layers are dense.
         """
         partial = [layer for layer in self.layers if self._training.storages.active(layer) < layer.weights]
         explored = sum(self._training.storages.explored(layer) for layer in partial)

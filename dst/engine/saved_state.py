@@ -1,4 +1,4 @@
-"""Saving a training, loading it, and checking first that a saved state is whole and of the same training."""
+"""Saves and loads a training. A state is checked as a whole before anything changes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ KEYS = {"format", "seed", "layers", *_MAPPINGS} | STEP_KEYS | TrainingState.requ
 
 
 def save_training(training: Training, table: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Everything that a resume needs, as plain values and tensors.
+    """Everything needed to resume, as plain values and tensors.
 
     Args:
         training: The training.
@@ -55,7 +55,7 @@ def save_training(training: Training, table: Sequence[Mapping[str, Any]]) -> dic
 
 
 def load_training(training: Training, state: Mapping[str, Any]) -> None:
-    """Continue from a state that ``check_state`` has passed."""
+    """Continue from a state that passed ``check_state``."""
     devices = {layer.label: training.storages.parameter(layer).device for layer in training.layers}
     training.state = TrainingState.load(state, devices)
     training.storages.load(state, int(state["steps"][0]))
@@ -69,10 +69,10 @@ def load_training(training: Training, state: Mapping[str, Any]) -> None:
 
 
 def check_state(state: Mapping[str, Any], here: Training) -> None:
-    """Compare a saved state with what a run can go on from, all of it before anything is changed.
+    """Check that a saved state is complete and belongs to this training; change nothing.
 
     Raises:
-        StateError: A state of another method, density, model or format, or a damaged one; the message says what differs.
+        StateError: The state is damaged, or of another method, density, model or format; the message says what differs.
     """
     if not isinstance(state, Mapping) or not state.keys() >= KEYS:
         raise StateError("this is not the state of a dst Sparsifier, or it is damaged")
@@ -143,7 +143,7 @@ def _check_buffers(buffers: Mapping[str, Tensor], here: Training) -> None:
 
 
 def _check_latent(state: Mapping[str, Any], here: Training) -> None:
-    """Compare what storages keep beside the parameters with the names and shapes of the model and the method."""
+    """Compare saved latent weights with the model's names and shapes."""
     shapes = here.storages.latent_shapes(state["sparsified"])
     saved = {n: tuple(t.shape) if isinstance(t, Tensor) else None for n, t in state["latent"].items()}
     if off := sorted(n for n in shapes.keys() | saved.keys() if shapes.get(n, ...) != saved.get(n, ...)):
@@ -151,7 +151,7 @@ def _check_latent(state: Mapping[str, Any], here: Training) -> None:
 
 
 def check_prepared(masks: Mapping[str, Tensor], source: str, storages: Storages) -> None:
-    """Raise ``StateError`` where masks have other counts than the layers were prepared with.
+    """Raise ``StateError`` for masks with other counts than the prepared layers have.
 
     Args:
         masks: Name to saved mask: a bool tensor, or positions.

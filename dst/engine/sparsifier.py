@@ -1,4 +1,4 @@
-"""``Sparsifier``: takes part in the steps of a training loop, and sees that what is due at each of them happens."""
+"""``Sparsifier``: the training-loop protocol. It runs what is due before and after each optimizer step."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _REBUILT = (
 
 
 class Sparsifier(Readings):
-    """Trains a model sparsely: owns its masks and moves them as the method says.
+    """Trains a model sparsely: owns its masks and updates them by a method.
 
     ```python
     sparsifier = dst.Sparsifier(model, optimizer, dst.methods.rigl(density=0.1), total_steps=10_000)
@@ -46,20 +46,20 @@ class Sparsifier(Readings):
     optimizer.step()
     ```
 
-    Inactive weights are exactly zero after construction (from the step that makes the mask, where the method trains dense
-    first) and after every optimizer step. Optimizer state at connections that come or go is cleared, for any optimizer.
+    Inactive weights are exactly zero after construction and after every optimizer step. Methods that train dense first make
+    the mask later. Optimizer state of weights that are grown or dropped is cleared, for any optimizer.
 
     Args:
         model: The model; its parameters stay ordinary parameters.
-        optimizer: The optimizer, or several. Each counts its own steps, and moves its own parameters' connections.
-        method: What to do; see ``dst.methods``.
-        total_steps: Optimizer steps of the whole training, >= 1: durations given as fractions refer to it. Where several
-            optimizers step unequally often, one number for each, in their order, or a mapping from optimizer to number.
+        optimizer: The optimizer, or several. Each counts its own steps, and its steps update its own layers.
+        method: The method; see ``dst.methods``.
+        total_steps: Optimizer steps of the whole training, >= 1. Durations given as fractions refer to it. Several optimizers
+            may have one number each, in their order, or a mapping from optimizer to number.
         include: Restrict what is sparse, by name, pattern or module type; see ``dst.topology.layers.find_layers``.
         exclude: Keep dense what these select.
         seed: Seeds every random choice; the same on all ranks.
-        process_group: The processes that train this model together, by default all. Their masks are compared at every
-            update; ones that differ stop the training.
+        process_group: The processes that train this model together, by default all. Masks are compared at every update;
+            a difference stops the training.
 
     Raises:
         ConfigurationError: A model, optimizer or combination that cannot be trained; the message says what to change.
@@ -114,13 +114,13 @@ class Sparsifier(Readings):
     # -- the training loop ----------------------------------------------------------------------------------------
 
     def before_backward(self, loss: Tensor) -> None:
-        """Call before ``loss.backward()`` where the method's init needs the loss's graph (GraSP); else without effect.
+        """Call before ``loss.backward()`` if the method's init needs the graph of the loss (GraSP). No effect otherwise.
 
-        The first mask is made from the first loss of its step: with gradient accumulation, that of the first micro-batch.
-        No ``.grad`` is touched, and the graph stays for ``backward()``.
+        The first mask is made from the first loss of its step; with gradient accumulation, from the first micro-batch.
+        ``.grad`` is not touched. The graph is kept for ``backward()``.
 
         Args:
-            loss: The loss that ``backward()`` is called on; scaled or not makes no difference.
+            loss: The loss that ``backward()`` is called on, scaled or not.
 
         Raises:
             ConfigurationError: A loss without graph, or one that cannot be differentiated twice.
@@ -131,13 +131,13 @@ class Sparsifier(Readings):
     def before_step(self, optimizer: Optimizer | None = None) -> None:
         """Call between ``backward()`` and ``optimizer.step()``, after unscaling and before clipping.
 
-        Observes the dense gradient, makes the first mask or updates the topology where one is due, and masks the
-        gradients. Where an update takes the place of the step, all gradients of that optimizer are set to ``None`` as the step
-        begins, or behind its closure; until then clipping and logging find them as at any other step.
+        Observes the dense gradient, makes the first mask or updates the topology if one is due, and masks the gradients.
+        If an update replaces the step, all gradients of that optimizer are set to ``None`` when the step begins, or after
+        its closure. Clipping and logging see them until then.
 
         Args:
-            optimizer: The one about to step, where there are several; by default all. One that holds no sparse parameter
-                is passed over.
+            optimizer: The optimizer about to step, if there are several; by default all. One without sparse parameters is
+                ignored.
 
         Raises:
             ConfigurationError: A gradient that is a sparse tensor.
@@ -161,7 +161,7 @@ class Sparsifier(Readings):
             stepper.prepared = PreparedStep(kind, replaced, active, seen, moves)
 
     def _warn_of_changes(self) -> None:
-        """Warn of what was done to the model, now that training begins or goes on."""
+        """Warn of what the user did to the model since construction."""
         for message in self._before_first_step:
             self._training.warn_once(message)
         self._before_first_step = []
@@ -173,16 +173,16 @@ class Sparsifier(Readings):
             self._frozen = [(name, p) for name, p in self._frozen if name not in names]
 
     def _refuse_stranger(self, optimizer: Optimizer) -> None:
-        """Raise where an optimizer that this sparsifier was not given holds what it keeps sparse."""
+        """Raise for an unknown optimizer that holds sparse parameters."""
         held = {id(p) for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
         if name := next((name for name, p in self._training.storages.parameters.items() if id(p) in held), None):
             raise StateError(f"before_step() was given a {type(optimizer).__name__} that holds {name}, and {_REBUILT}")
 
     def _check_waiting(self, stepper: OptimizerSteps) -> tuple[bool, int]:
-        """See ``OptimizerSteps.waits``; raises where something else takes the steps.
+        """See ``OptimizerSteps.waits``; raises where another optimizer moves the weights.
 
         A step that is left out (by a gradient scaler, or while gradients accumulate) moves no weight. Weights that move
-        twice in a row without one belong to another optimizer.
+        twice in a row without a step of this optimizer are moved by another one.
         """
         waits, moves = stepper.waits() if self._hooks else (False, 0)
         if moves == 2:
@@ -194,7 +194,7 @@ class Sparsifier(Readings):
         return waits, moves
 
     def _prepare(self, stepper: OptimizerSteps, active: Sequence[int]) -> tuple[str, bool]:
-        """Do what is due before a step.
+        """Make the first mask or update the topology, if due.
 
         Args:
             stepper: The optimizer's steps.
@@ -220,9 +220,9 @@ class Sparsifier(Readings):
         return "dense_gradient" if reads else "sparse", replaced
 
     def _on_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
-        """Step pre-hook: take the gradients away where an update replaces the step.
+        """Step pre-hook: remove the gradients if an update replaces the step.
 
-        A closure computes them within the step, and in Lightning prepares and clips them too: it is then followed up.
+        A closure computes gradients within the step, and in Lightning also calls ``before_step``. It is wrapped then.
         """
         stepper = self._training.steps_of(optimizer)
         stepper.is_stepping = True
@@ -241,7 +241,7 @@ class Sparsifier(Readings):
         return (args[0], followed_up, *args[2:]), kwargs
 
     def _begin(self, stepper: OptimizerSteps) -> None:
-        """Gradients and topology are those of the step, and the optimizer is about to use them."""
+        """The optimizer is about to use the gradients."""
         if stepper.prepared is not None and stepper.prepared.replaced:
             stepper.drop_gradients()
         self._training.storages.begin_step(stepper.optimizer, stepper.parameters)
@@ -250,7 +250,7 @@ class Sparsifier(Readings):
 
     @torch.no_grad()
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        """Step post-hook: weights that are inactive are zero again, and the clock advances."""
+        """Step post-hook: set inactive weights to zero and advance the clock."""
         training = self._training
         stepper = training.steps_of(optimizer)
         if training.warming is not None and stepper.is_stepping:
@@ -273,12 +273,12 @@ class Sparsifier(Readings):
         training.expect_gradients([stepper])
 
     def finalize(self, *, ended: bool = True) -> None:
-        """End sparse training: inactive weights are zero, and the optimizers' hooks are removed.
+        """End sparse training: set inactive weights to zero and remove the optimizers' hooks.
 
-        A warning tells where training ended before its budget was reached (``shortfall``).
+        Warns if training ends before the budget is reached (``shortfall``).
 
         Args:
-            ended: Whether this is the end of training; no warning is due where it goes on, or has failed.
+            ended: Whether this is the end of training. There is no warning where it goes on, or after an error.
         """
         if ended and sys.exc_info()[0] is None and self._hooks and (shortfall := self.shortfall) is not None:
             self._training.warn_once(shortfall)
@@ -295,13 +295,13 @@ class Sparsifier(Readings):
             self._training.storages.mask_optimizer_state(stepper.optimizer)
 
     def set_total_steps(self, total_steps: int | Sequence[int]) -> None:
-        """Say anew how long the training is: schedules go on over the new length.
+        """Change the length of the training; schedules continue over the new length.
 
         Args:
             total_steps: Optimizer steps of the whole training, or one number for each optimizer that holds sparse weights.
 
         Raises:
-            ConfigurationError: Not a positive number, or not one for each optimizer.
+            ConfigurationError: The number is not positive, or there is not one for each optimizer.
         """
         steppers = self._training.steppers
         for stepper, total in zip(steppers, totals_of(total_steps, [s.optimizer for s in steppers]), strict=True):
@@ -310,19 +310,18 @@ class Sparsifier(Readings):
 
     @torch.no_grad()
     def set_density(self, density: float) -> None:
-        """Prune or grow to another density, now and for good: the method's schedule of densities no longer counts.
+        """Prune or grow to another density now. It replaces the method's density schedule.
 
-        Connections go by the method's drop score and come by its grow score where these need no gradient or one is
-        there, by magnitude and at random otherwise. Weights and optimizer state of those that stay are untouched; those
-        that come start at zero. Call it between steps.
+        Weights are dropped and grown by the method's scores. A score that needs a gradient that is not there is replaced:
+        dropping by magnitude, growth at random. Kept weights and their optimizer state are untouched; grown weights start
+        at zero. Call it between steps.
 
         Args:
             density: The new density over all sparse layers, in (0, 1].
 
         Raises:
-            ConfigurationError: A density out of range, one that cannot hold, or a backend that stores a fixed number of
-                connections.
-            StateError: Training is in the method's dense phase.
+            ConfigurationError: The density is out of range or infeasible, or a backend stores a fixed number of weights.
+            StateError: The method's dense phase is not over.
         """
         set_density(self._training, density)
 
@@ -330,12 +329,11 @@ class Sparsifier(Readings):
     def track_average(self, model: nn.Module) -> None:
         """Keep an averaged copy of the model (EMA, SWA) on the same connections.
 
-        An average over topologies has a weight wherever a connection once was. From here on connections that are dropped
-        are zero in the copy too, so that it is as sparse as the model whenever it is used or saved.
+        An average over topologies has non-zeros wherever a weight was once active. From now on, dropped weights are set to
+        zero in the copy too, so it is as sparse as the model whenever it is used or saved.
 
         Args:
-            model: A copy of the model with the same parameter names; ``torch.optim.swa_utils.AveragedModel`` is looked
-                through.
+            model: A copy of the model with the same parameter names, or a ``torch.optim.swa_utils.AveragedModel``.
 
         Raises:
             ConfigurationError: The copy lacks a sparse parameter.
@@ -345,20 +343,20 @@ class Sparsifier(Readings):
     # -- saving, loading and copies ------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resume needs, as plain values and tensors (loadable with ``weights_only=True``)."""
+        """Everything needed to resume, as plain values and tensors (loadable with ``weights_only=True``)."""
         return save_training(self._training, self.layer_table())
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state; the model's weights may have been loaded before or after construction.
+        """Continue from a saved state. The model's weights may be loaded before or after construction.
 
-        Masks come from the state, never from which weights are non-zero: a connection grown at zero is active.
+        Masks come from the state, not from non-zero weights: a weight grown at zero is active.
 
         Args:
             state: What ``state_dict`` returned.
 
         Raises:
-            StateError: The state is of another method, density, model or format; nothing is changed then.
+            StateError: The state belongs to another method, density, model or format. Nothing is changed.
         """
         check_state(state, self._training)
         self._first_mask.restore_originals()
@@ -375,7 +373,7 @@ class Sparsifier(Readings):
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but what ties it to the objects of this process: hooks, and gradients that storages collect."""
+        """Everything but hooks; gradients that storages collect are saved as tensors."""
         return {
             **self.__dict__,
             "_hooks": bool(self._hooks),
@@ -383,7 +381,7 @@ class Sparsifier(Readings):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take part in the steps of the copied optimizers, which keep no hooks when they are copied."""
+        """Register hooks on the copied optimizers, which lose theirs when they are copied."""
         collected = state.pop("collected")
         self.__dict__.update(state, _hooks=[])
         self._first_mask.attach_to_copy()
@@ -400,7 +398,7 @@ class Sparsifier(Readings):
 
 
 def _check_free(optimizers: Iterable[Optimizer]) -> None:
-    """Refuse an optimizer whose steps another sparsifier follows."""
+    """Raise for an optimizer that belongs to another sparsifier."""
     for optimizer in optimizers:
         for hook in optimizer._optimizer_step_post_hooks.values():
             other = getattr(hook, "__self__", None)

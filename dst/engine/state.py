@@ -1,4 +1,4 @@
-"""What a sparsifier changes as training goes on, apart from masks and steps: one record that saves and loads itself."""
+"""The changing state of a training beside masks and steps: one record that saves, loads and checks itself."""
 
 # ruff: noqa: RUF009 (`_saved` returns a dataclass field)
 
@@ -18,12 +18,12 @@ STEP_KINDS = ("dense", "sparse", "dense_gradient")
 
 @dataclass(frozen=True)
 class Update:
-    """What the last topology update did.
+    """A topology update.
 
     Attributes:
-        step: The optimizer step it happened at.
-        fraction: The drop fraction that the schedule gave.
-        churn: Share of the active weights that are new: grown / active, in [0, 1].
+        step: The optimizer step.
+        fraction: The drop fraction.
+        churn: Grown / active weights, in [0, 1].
     """
 
     step: int
@@ -98,7 +98,7 @@ def _count(**options: Any) -> Any:
 
 @dataclass
 class TrainingState:
-    """What updates leave behind for later ones, and what has been counted.
+    """Counters, budgets, and what an update leaves for the next.
 
     Attributes:
         sparsified: Whether the first mask was made.
@@ -107,12 +107,12 @@ class TrainingState:
         settings: How often the user set the density.
         step_counts: Kind of step to number of steps.
         work: Kind of step to active weights of each layer, summed over its steps.
-        last_update: What the last update did.
-        set_density: The density that the user set, which replaces the method's schedule.
-        budgets: Layer label to the number of active weights that updates keep to.
-        splits: The network's density to all layers' budgets at it, and which optimizers' layers have them.
-        amount: What the method's ``amount`` keeps for the next update.
-        buffers: Role and layer label to what the score's ``observe`` returned last.
+        last_update: The last update.
+        set_density: The density that the user set; it replaces the method's schedule.
+        budgets: Layer label to its budget.
+        splits: Density of the network to the budgets of all layers, and the optimizers whose layers have them.
+        amount: The state of the method's ``amount``.
+        buffers: Role and layer label to the observer's buffer.
     """
 
     sparsified: bool = _saved(lambda x, labels: isinstance(x, bool), default=False)
@@ -178,7 +178,7 @@ class TrainingState:
 
     @classmethod
     def load(cls, saved: Mapping[str, Any], devices: Mapping[str, torch.device]) -> TrainingState:
-        """The state that was saved, which ``check`` has passed.
+        """Load a saved state that passed ``check``.
 
         Args:
             saved: What ``save`` returned, possibly among other keys.

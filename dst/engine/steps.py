@@ -1,4 +1,4 @@
-"""The steps of one optimizer: which layers it moves, how far it is, and what is due when."""
+"""The steps of one optimizer: its layers, its step counter, and what is due when."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ logger = logging.getLogger("dst.engine.sparsifier")
 
 @dataclass(frozen=True)
 class PreparedStep:
-    """What ``before_step`` prepared; the optimizer's step takes it.
+    """What ``before_step`` prepared for the optimizer's step.
 
     Attributes:
         kind: What the step costs: ``"dense"``, ``"sparse"`` or ``"dense_gradient"``.
-        replaced: Whether the step has no gradients, because an update takes its place.
+        replaced: Whether an update replaces the step, which then has no gradients.
         active: Active weights in its forward and backward passes, for each of the optimizer's layers.
-        seen: A fingerprint of the weights, where the step prepared before this one was not taken.
-        moves: How often the weights have changed since, with no step of this optimizer.
+        seen: A fingerprint of the weights, if the step prepared before this one was not taken.
+        moves: How often the weights have changed since without a step of this optimizer.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class OptimizerSteps:
         parameters: Their parameters.
         total: Its steps in the whole training.
         step: Steps taken.
-        updated_at: The step of the last update. A step that was prepared and not taken is prepared again without one.
+        updated_at: The step of the last update. If the step is not taken, its next attempt makes no second update.
         budget_density: The network's density that the budgets of its layers were split from.
         prepared: The step to come, once ``before_step`` was called for it.
         is_stepping: Whether ``optimizer.step()`` was entered and has not been counted.
@@ -76,7 +76,7 @@ class OptimizerSteps:
 
     @property
     def settles_at(self) -> int | None:
-        """The step of the last update of a budget that moves, from which on it is final; ``None`` if it never moves."""
+        """The step of the last update of a moving budget, which is final from there; ``None`` for a constant budget."""
         method = self.method
         if method.schedule is None and method.surplus is None:
             return None
@@ -87,24 +87,24 @@ class OptimizerSteps:
 
     @property
     def ever_updates(self) -> bool:
-        """Whether an update falls within the training. One at step 0 moves a mask that nothing was trained under."""
+        """Whether an update falls within the training. Step 0 does not count: nothing was trained yet."""
         fires = any(self.method.clock.fires(step, self.total) for step in range(1, self.total))
         return fires or self.settles_at is not None or self.total <= 1
 
     @property
     def has_settled(self) -> bool:
-        """Whether the last update of a budget that moves was made."""
+        """Whether a moving budget is final."""
         settles_at = self.settles_at
         return settles_at is None or self.updated_at >= settles_at
 
     @property
     def is_due(self) -> bool:
-        """Whether the step to come updates the topology, and has not done so in an earlier attempt."""
+        """Whether the coming step updates the topology and has not done so in an earlier attempt."""
         if self.updated_at == self.step:
             return False
         if self.method.clock.fires(self.step, self.total):
             return True
-        settles_at = self.settles_at  # an update that was left out there is made up for
+        settles_at = self.settles_at  # an update skipped there is made later
         return settles_at is not None and self.updated_at < settles_at <= self.step
 
     @property
@@ -114,11 +114,11 @@ class OptimizerSteps:
 
     @property
     def moves_inactive(self) -> bool:
-        """Whether inactive weights are trained that may become active."""
+        """Whether inactive weights are trained and may become active."""
         return self.method.moves_inactive and self.may_update
 
     def reads_inactive(self, is_sparse: bool) -> bool:
-        """Whether the step to come reads gradients of inactive weights.
+        """Whether the coming step reads gradients of inactive weights.
 
         Args:
             is_sparse: Whether the first mask was made.
@@ -127,11 +127,11 @@ class OptimizerSteps:
             return True
         if any(score.observes and score.needs_gradient for score in self.method.scores().values()):
             return self.may_update
-        # An update that does not take the place of the step is followed by one that moves the grown weights.
+        # If an update does not replace the step, the step moves the grown weights by their gradients.
         return (not self.method.replace_step or self.method.reads_gradient) and self.is_due
 
     def waits(self) -> tuple[bool, int]:
-        """Whether the step prepared last was not taken, and how often weights have moved in a row without one."""
+        """Whether the last prepared step was not taken, and how often weights moved since without one."""
         if self.prepared is None:
             return False, 0
         if self.prepared.seen is None:
@@ -156,7 +156,7 @@ def assign(
     layers: Sequence[SparseLayer],
     parameters: Mapping[str, nn.Parameter],
 ) -> list[OptimizerSteps]:
-    """Give each layer to the optimizer that holds its parameter.
+    """Assign each layer to the optimizer that holds its parameter.
 
     Args:
         method: The method.
@@ -179,12 +179,12 @@ def assign(
 
 
 def fingerprint(parameters: Iterable[Tensor]) -> list[str]:
-    """What tells weights that have moved from weights that have not; as text, in which NaN equals itself."""
+    """A value that changes when weights do; text, so that NaN equals itself."""
     return [repr(float(local(p.detach()).sum(dtype=torch.float64))) for p in parameters]
 
 
 def state_of_steps(steppers: Sequence[OptimizerSteps]) -> dict[str, Any]:
-    """What a checkpoint holds of the optimizers' steps, as plain values."""
+    """The optimizers' steps as plain values, for checkpoints."""
     totals, densities = [s.total for s in steppers], [s.budget_density for s in steppers]
     return {
         "total_steps": totals[0] if len(totals) == 1 else totals,
@@ -200,7 +200,7 @@ STEP_KEYS = {"total_steps", "steps", "updated_at", "budget_density"}
 
 
 def check_steps(state: Mapping[str, Any], steppers: Sequence[OptimizerSteps]) -> None:
-    """Raise ``StateError`` for what ``state_of_steps`` cannot have returned for as many optimizers.
+    """Raise ``StateError`` for a state that ``state_of_steps`` cannot return for these optimizers.
 
     Args:
         state: A saved state.

@@ -1,4 +1,4 @@
-"""One sparse training: what it consists of, and the few questions that every part of the engine asks of it."""
+"""One sparse training: its parts, and what every module of the engine asks of them."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ logger = logging.getLogger("dst.engine.sparsifier")
 
 @dataclass
 class Training:
-    """The parts of a sparse training. A ``Sparsifier`` owns one, and hands it to what makes masks and updates them.
+    """The parts of a sparse training. A ``Sparsifier`` owns one and passes it to the functions of the engine.
 
     Attributes:
-        method: What to do.
+        method: The method.
         seed: Seeds every random choice.
         layers: All sparse layers.
         storages: Their weights and masks.
         steppers: The steps of every optimizer that holds sparse parameters.
         group: The processes that train together; ``None`` for all.
-        state: What changes as training goes on.
-        warming: Scales the first updates to grown weights, where the method does.
-        warned: Warnings that were given.
+        state: Counters, budgets, buffers.
+        warming: Warm-up of newly grown weights, if the method has one.
+        warned: Warnings already logged.
     """
 
     method: Method
@@ -79,7 +79,7 @@ class Training:
         )
 
     def expect_gradients(self, steppers: Iterable[OptimizerSteps] | None = None) -> None:
-        """Tell the storages which gradients the coming step of the optimizers (by default all) reads."""
+        """Announce to the storages whether the coming step of the optimizers reads dense gradients."""
         for stepper in self.steppers if steppers is None else steppers:
             expected = self.method.density < 1 and stepper.reads_inactive(self.state.sparsified)
             self.storages.expect_dense_gradient(stepper.parameters, expected)
@@ -87,14 +87,14 @@ class Training:
     def gradients_are_usable(self, stepper: OptimizerSteps, every_layer: bool = False) -> bool:
         """Whether all of the optimizer's gradients are finite, on all processes.
 
-        Those of dense weights count too: a gradient scaler leaves the step out for any of them.
+        Gradients of dense weights count too: a gradient scaler skips the step for any of them.
 
         Args:
             stepper: The optimizer's steps.
-            every_layer: Whether the gradient of every layer has to be there.
+            every_layer: Whether every layer must have a gradient.
 
         Raises:
-            ConfigurationError: One is not.
+            ConfigurationError: A layer has none.
         """
         if every_layer and (missing := [p for p in stepper.parameters if p.grad is None]):
             raise ConfigurationError(
@@ -119,7 +119,7 @@ class Training:
         return name
 
     def warn_once(self, message: str) -> None:
-        """Log a warning, unless it was given before."""
+        """Log a warning once."""
         if message not in self.warned:
             self.warned.add(message)
             logger.warning(message)

@@ -1,4 +1,4 @@
-"""Small first steps for weights that have just grown."""
+"""Linear warm-up of the updates to newly grown weights."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dst.topology.sharding import is_sharded
 
 
 class WarmUp:
-    """Scales what the optimizer does to grown weights: from 1/n of it at the first step to all of it at the n-th.
+    """Scales the updates to newly grown weights: by 1/n at their first step, up to 1 at the n-th.
 
-    A grown weight has no moments yet. Adam's bias correction is long over by then, so its first steps are several times
-    the learning rate (with β = (0.9, 0.999) a factor of 0.1 / √0.001 ≈ 3.2), all in the same few steps: the loss spikes.
-    Warming them up keeps these steps small until the moments are estimated (SMET, https://arxiv.org/abs/2606.00888).
-    Moments are updated as ever; only the weights' change is scaled, for any optimizer.
+    A grown weight has no moments yet. Adam's bias correction is over by then, so its first steps are several times the
+    learning rate (with β = (0.9, 0.999) a factor of 0.1 / √0.001 ≈ 3.2), and the loss spikes. Warm-up keeps these steps
+    small until the moments are estimated (SMET, https://arxiv.org/abs/2606.00888). Moments are updated as usual. Only the
+    change of the weights is scaled, for any optimizer.
 
     Args:
         steps: n, >= 1.
@@ -32,7 +32,7 @@ class WarmUp:
         self._before: dict[str, Tensor] = {}
 
     def follow(self, layer: SparseLayer, rewiring: Rewiring, step: int) -> None:
-        """Take up what has grown, ``step`` being the first to move it, and forget what was dropped."""
+        """Follow grown weights, which ``step`` updates first, and forget dropped ones."""
         born = torch.full(rewiring.grown.shape, step, dtype=torch.int64, device=rewiring.grown.device)
         positions = rewiring.grown
         if layer.label in self._young:
@@ -44,7 +44,7 @@ class WarmUp:
         self._young[layer.label] = (layer, positions, born)
 
     def begin(self, parameters: Collection[nn.Parameter], name_of: Callable[[nn.Parameter], str | None]) -> None:
-        """Remember the newly grown weights of these parameters as they are before the step."""
+        """Save the values of newly grown weights before the step."""
         named = {name_of(p): p for p in parameters}
         self._before = {
             label: named[layer.parameter].detach().take(positions + layer.offset)
@@ -54,7 +54,7 @@ class WarmUp:
 
     @torch.no_grad()
     def end(self, parameters: Mapping[str, nn.Parameter], step: int) -> None:
-        """Scale the change of the young weights, ``step`` being the step just taken."""
+        """Scale the change of the newly grown weights in ``step``, which was just taken."""
         for label, before in self._before.items():
             layer, positions, born = self._young[label]
             weight = parameters[layer.parameter].detach()
@@ -72,7 +72,7 @@ class WarmUp:
     def load(
         self, state: Mapping[str, Any], layers: Mapping[str, SparseLayer], parameters: Mapping[str, nn.Parameter]
     ) -> None:
-        """Go on from ``state``, which ``check_young`` has passed."""
+        """Continue from a ``state`` that passed ``check_young``."""
         self._young, self._before = {}, {}
         for label, (positions, born) in state.items():
             device = parameters[layers[label].parameter].device
@@ -92,7 +92,7 @@ def check_young(state: Mapping[str, Any], layers: Mapping[str, SparseLayer]) -> 
 
 
 def check_whole(parameters: Mapping[str, nn.Parameter], setting: str) -> None:
-    """Raise ``ConfigurationError`` for parameters that are spread over processes."""
+    """Raise ``ConfigurationError`` for sharded parameters."""
     for name, parameter in parameters.items():
         if is_sharded(parameter):
             raise ConfigurationError(f"{setting} works on whole weights, and {name} is a DTensor: leave it out")

@@ -1,4 +1,4 @@
-"""How many connections an update drops and grows in every layer: whole numbers that add up."""
+"""How many weights an update drops and grows in each layer: integers with exact sums."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from dst.topology.counts import apportion, drop_count
 
 @dataclass(frozen=True)
 class Change:
-    """What an update does to a layer's number of connections.
+    """Numbers of weights that an update drops and grows in a layer.
 
     Attributes:
-        drop: Connections to drop.
-        grow: Connections to grow then.
+        drop: Weights to drop.
+        grow: Weights to grow.
     """
 
     drop: int
@@ -33,20 +33,20 @@ def plan_change(
     surplus: float | None = None,
     amount: int | None = None,
 ) -> Change:
-    """One layer's change: down or up to its budget, with a share of it replaced.
+    """One layer's change: meet the budget, and replace a share of the active weights.
 
     Args:
-        active: Connections that the layer has.
-        budget: Connections that it is to have.
-        weights: Positions in it.
-        fraction: Share of the remaining connections to replace, in [0, 1].
-        grows: Whether connections ever grow; otherwise the layer only shrinks.
-        surplus: Instead of replacing: share of the budget to hold on top of it until the next update.
-        amount: Instead of ``fraction``: the number of connections to replace.
+        active: Active weights.
+        budget: The layer's budget.
+        weights: All weights of the layer.
+        fraction: Share of the active weights to replace, in [0, 1].
+        grows: Whether weights are ever grown; otherwise the layer only shrinks.
+        surplus: Instead of replacing: share of the budget to hold beyond it until the next update.
+        amount: Instead of ``fraction``: the number of weights to replace.
 
     Returns:
-        Numbers with ``active - drop + grow`` equal to the budget, and the surplus on top; a layer that cannot grow
-        stays where it is.
+        A change with ``active - drop + grow`` equal to the budget plus the surplus. A layer that cannot grow keeps its
+        count.
     """
     stays = min(active, budget)
     if not grows:
@@ -60,14 +60,14 @@ def plan_change(
 
 
 def leave_none_empty(stats: Sequence[LayerStat], changes: Sequence[Change]) -> list[Change]:
-    """Let every layer end with a connection at least, at the cost of the one that grows most.
+    """Leave every layer at least one active weight, taken from the layer that grows most.
 
     Args:
         stats: The layers.
-        changes: What happens to them; ``kept + grow`` of all layers together is at least their number.
+        changes: Their changes; the sum of ``kept + grow`` is at least the number of layers.
 
     Returns:
-        Changes with the same sums of drops and of growth, wherever growth suffices for it.
+        Changes with the same sums of drops and growth, as far as growth suffices.
     """
     result = list(changes)
     for i, (stat, change) in enumerate(zip(stats, changes, strict=True)):
@@ -81,11 +81,11 @@ def leave_none_empty(stats: Sequence[LayerStat], changes: Sequence[Change]) -> l
 
 
 def scaled(counts: Sequence[int], total: int, limits: Sequence[int]) -> list[int]:
-    """Bring counts to another sum in proportion to what they are, each at least 1.
+    """Scale counts in proportion to another sum, each at least 1.
 
     Args:
         counts: Whole numbers >= 1.
-        total: The sum wanted, from their number to the sum of the limits.
+        total: The sum, from the number of counts to the sum of the limits.
         limits: The most that each may be.
     """
     more = apportion(total - len(counts), [float(c - 1) for c in counts], [limit - 1 for limit in limits])
@@ -93,11 +93,11 @@ def scaled(counts: Sequence[int], total: int, limits: Sequence[int]) -> list[int
 
 
 def only_shrinking(active: Sequence[int], counts: Sequence[int]) -> list[int]:
-    """Counts of the same sum that no layer has to grow for, where what is active suffices.
+    """Counts with the same sum under which no layer grows, if the active weights suffice.
 
     Args:
-        active: What the layers have.
-        counts: What they would get.
+        active: Active weights per layer.
+        counts: The wanted counts.
     """
     result = [min(a, c) for a, c in zip(active, counts, strict=True)]
     room = [a - r for a, r in zip(active, result, strict=True)]

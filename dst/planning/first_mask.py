@@ -1,4 +1,4 @@
-"""The first mask: how many connections every layer gets, and which."""
+"""The first mask: how many weights of each layer are active, and which."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def layer_counts(
     scores: Sequence[Tensor] | None = None,
     allocation: Allocation | None = None,
 ) -> list[int] | None:
-    """Split a budget over layers, as the method's allocation and pattern have it.
+    """Split a budget over layers by the method's allocation and pattern.
 
     Args:
-        method: Says how.
+        method: The method.
         layers: All sparse layers.
         density: The density, in (0, 1], over the layers that can have the pattern; others stay dense.
         scores: One float tensor per layer, of its shape, for an allocation that needs them.
         allocation: Instead of the method's.
 
     Returns:
-        Active weights per layer, or ``None`` where scores decide and there are none yet.
+        Active weights per layer, or ``None`` if scores decide and there are none yet.
 
     Raises:
-        ConfigurationError: A budget that cannot hold.
+        ConfigurationError: The budget is infeasible.
     """
     if density == 1:
         return [layer.weights for layer in layers]
@@ -76,23 +76,23 @@ def first_positions(
     prepared: Collection[str] = (),
     given: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[SparseLayer, int, Tensor | None]]:
-    """Choose the first connections of all layers, one layer at a time.
+    """Choose the first active weights of all layers, one layer at a time.
 
-    Choices depend on (seed, step, layer) alone, so that all backends and all processes make the same ones. Connections
-    that are drawn at random take memory in proportion to their number; others are chosen by a score for every weight.
+    Choices depend on (seed, step, layer) only, so all backends and all processes choose the same. A random draw takes memory
+    in proportion to the active weights; other inits score every weight.
 
     Args:
-        method: Says how the budget is split and what the connections are chosen by; not for ``init=FromFile``.
+        method: The method; its init is not ``FromFile``.
         layers: All sparse layers.
         view: Called with a layer and a generator where the layer is scored.
         seed: Seeds random choices.
         step: The optimizer step.
         density: The network's density; by default the method's.
-        prepared: Labels of layers whose connections ``dst.prepare`` has chosen.
-        given: Layer label to scores that are known already, of inits that score the network as a whole.
+        prepared: Labels of layers whose active weights ``dst.prepare`` has chosen.
+        given: Layer label to scores, of inits that score the whole network.
 
     Yields:
-        Layer, number of connections, and their sorted row-major positions; ``None`` for a layer that was prepared.
+        Layer, number of active weights, and their sorted row-major positions; ``None`` for a prepared layer.
     """
     init, sampler = method.init, as_sampler(method.init)
 
@@ -152,7 +152,7 @@ def positions_in_file(
         fits = pattern.unsupported_reason(layer) is None
         if fits and not pattern.holds(layer, mask) and not bool(mask.all()):
             raise ConfigurationError(
-                f"the mask of {layer.label} in {path} has not the pattern {type(method.pattern).__name__}"
+                f"the mask of {layer.label} in {path} does not have the pattern {type(method.pattern).__name__}"
             )
         slack += pattern.fit(layer, 1) if fits else layer.weights
         found[layer.label] = mask.reshape(-1).nonzero().squeeze(1)
@@ -169,13 +169,13 @@ def positions_in_file(
 def masks_on_the_way(
     method: Method, layers: Sequence[SparseLayer], scores: Mapping[str, Tensor], progress: float, *, seed: int
 ) -> dict[str, Tensor]:
-    """Masks between the dense network and the method's budget, split as the method splits its budget.
+    """Masks between the dense network and the method's budget, for inits that prune iteratively.
 
-    The network's density is ``density ** progress``, where scores decide the split, and a layer's its own final density to
-    that power, where they do not: so no layer ever has fewer connections than later.
+    The network has density ``density ** progress``. If scores do not decide the split, each layer has its own final density
+    to that power, so no layer's count ever rises.
 
     Args:
-        method: Says how the budget is split.
+        method: The method.
         layers: All sparse layers.
         scores: Layer label to scores.
         progress: In [0, 1].

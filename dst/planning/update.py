@@ -1,11 +1,10 @@
-"""What a topology update does to every layer, as pure functions from a method and facts to numbers.
+"""Plans a topology update: pure functions from a method and facts of the layers to counts.
 
-``plan_update`` is the whole decision of how many connections are dropped and grown where. It changes nothing: the
-``Sparsifier`` keeps the budgets that come out, and the storages select and apply. The facts of a layer are its counts and,
-on request, what scores see of it, so that a plan can be made for layers that exist nowhere.
+``plan_update`` decides how many weights each layer drops and grows. It changes nothing: the engine keeps the new budgets,
+and the storages select and apply. The facts of a layer are its counts and, on request, its views. A plan needs no model.
 
 In order: the layers' budgets follow the network's density, each layer's drop and growth follow from its budget, budget may
-move between layers, changes are rounded to what the pattern can hold, and connections that lie on no path are added.
+move between layers, changes are rounded to the pattern, and weights that lie on no path are dropped in addition.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from dst.topology.selection import top_indices
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """What a plan may know of a layer.
+    """What the plan may read of a layer.
 
     Attributes:
         layer: Its name and shape.
-        active: Its number of connections.
-        budget: The number that it was given last.
-        view: A role (``"drop"``, ``"redistribute"``) and whether the gradient is read, to what scores see.
+        active: Its active weights.
+        budget: Its budget at the last update.
+        view: From a role (``"drop"``, ``"redistribute"``) and whether the gradient is read to the layer's view.
     """
 
     layer: SparseLayer
@@ -52,11 +51,11 @@ class LayerUpdate:
 
     Attributes:
         layer: The layer.
-        drop: Connections to drop.
-        grow: Connections to grow then.
+        drop: Weights to drop.
+        grow: Weights to grow.
         pattern: Which weights are active together.
         regrow_dropped: As in ``dst.topology.rewiring.rewire``.
-        forced_drops: Sorted positions of active connections that are dropped before any other, int64, or ``None``.
+        forced_drops: Sorted positions of active weights that are dropped before any other, int64, or ``None``.
     """
 
     layer: SparseLayer
@@ -69,14 +68,13 @@ class LayerUpdate:
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """A decided update.
+    """A planned update.
 
     Attributes:
-        layers: What changes; layers that stay as they are are left out.
-        budgets: Label of each updated layer to the number of connections that it is to have, before rounding to the
-            pattern.
-        split: The budgets of all layers at the update's density, in their order, where the network's budget moved.
-        amount_state: What the method's ``amount`` keeps for the next update.
+        layers: The layers that change.
+        budgets: Label of each updated layer to its budget, before rounding to the pattern.
+        split: The budgets of all layers at the update's density, in their order, if the network's budget moved.
+        amount_state: The state of the method's ``amount``.
     """
 
     layers: tuple[LayerUpdate, ...]
@@ -87,15 +85,14 @@ class UpdatePlan:
 
 @dataclass(frozen=True)
 class Moment:
-    """When an update happens, and at which density.
+    """The step and the density of an update.
 
     Attributes:
         step: The optimizer step, which seeds ties.
         seed: The run's seed.
         density: The network's density, in (0, 1].
-        fraction: Share of the active connections to replace, in [0, 1]; ``None`` where budgets are met and nothing is
-            replaced.
-        surplus: Share of the budget to hold on top of it instead of replacing, or ``None``.
+        fraction: Share of the active weights to replace, in [0, 1]; ``None`` to meet budgets without replacing.
+        surplus: Share of the budget to hold beyond it instead of replacing, or ``None``.
         is_set: Whether a user set the density, instead of the method's schedule.
     """
 
@@ -118,27 +115,27 @@ def plan_update(
     split: Sequence[int] | None = None,
     amount_state: float = 0.0,
 ) -> UpdatePlan:
-    """Decide how many connections an update drops and grows in every layer.
+    """Decide how many weights an update drops and grows in each layer.
 
     Args:
         method: The method.
-        moment: When, and at which density.
+        moment: Step and density.
         facts: All sparse layers.
         mine: Indices of the layers that are updated; budgets cover all.
-        scores: The scores by role; without ``"grow"``, connections only go.
+        scores: The scores by role; without ``"grow"``, weights are only dropped.
         moves: Whether the network's budget has moved since the facts' budgets were split.
-        split: The budgets of all layers at the update's density, where they were split before (for the layers of another
-            optimizer); split anew by default.
+        split: The budgets of all layers at the update's density, if they were split before, for the layers of another
+            optimizer.
         amount_state: What ``amount`` returned at the last update.
 
     Returns:
-        The plan. With ``active - drop + grow`` each layer meets its budget, as far as its pattern can hold it.
+        The plan. ``active - drop + grow`` meets each layer's budget, up to its pattern.
     """
     pattern = method.pattern_at(moment.density)
     if moves and split is None:
         split = moved_budgets(method, moment, facts)
     budgets = [fact.budget for fact in facts] if split is None or not moves else list(split)
-    # Where budget moves between layers, one that has become full may give some back.
+    # If budget moves between layers, a layer that has become full may give some back.
     gives = method.redistribute is not None and moment.fraction is not None and moment.density < 1
     chosen = [
         i
@@ -203,12 +200,12 @@ def moved_budgets(method: Method, moment: Moment, facts: Sequence[LayerFacts]) -
     """The layers' budgets at another density of the network.
 
     Args:
-        method: Says how a budget is split.
+        method: The method.
         moment: The density to move to.
         facts: All sparse layers.
 
     Returns:
-        Connections per layer.
+        Active weights per layer.
     """
     density, layers = moment.density, [fact.layer for fact in facts]
     pattern = method.pattern_at(density)
@@ -220,14 +217,13 @@ def moved_budgets(method: Method, moment: Moment, facts: Sequence[LayerFacts]) -
     if method.allocation.needs_scores and wanted < sum(active):
         return _known(layer_counts(method, layers, density, [survival(method, fact) for fact in facts]))
     if method.allocation.needs_scores or method.redistribute is not None:
-        # There is no network-wide threshold for growth, and budget that has moved stays where it is: every layer
-        # grows or shrinks in proportion to what it has.
+        # Growth has no network-wide threshold, and redistributed budget stays where it is. Layers scale in proportion.
         shares = scaled(active, wanted, [fact.layer.weights for fact in free])
         fitted = {x.layer.label: pattern.fit(x.layer, share) for x, share in zip(free, shares, strict=True)}
         return [fitted.get(layer.label, layer.weights) for layer in layers]
     counts = _known(layer_counts(method, layers, density))
     if method.grow is None and not moment.is_set and not pattern.is_grouped:
-        # A layer's rounded share may rise by a weight while the network's falls.
+        # Rounding may raise a layer's share by one weight while the network's falls.
         counts = only_shrinking([fact.active for fact in facts], counts)
     return counts
 
@@ -254,14 +250,14 @@ def redistributed(method: Method, facts: Sequence[LayerFacts], changes: Sequence
 
 
 def in_whole_groups(pattern: Pattern, fact: LayerFacts, change: Change) -> Change:
-    """The change that ends at what the pattern can hold."""
+    """The change rounded to whole groups."""
     layer, kept = fact.layer, fact.active - change.drop
     target = layer.weights if pattern.unsupported_reason(layer) else pattern.fit(layer, kept + change.grow)
     return Change(change.drop + max(0, kept - target), max(0, target - kept))
 
 
 def survival(method: Method, fact: LayerFacts) -> Tensor:
-    """A layer's drop scores, lowest where inactive; magnitudes where the method's score cannot be computed now."""
+    """Drop scores, lowest where inactive; magnitudes if the method's score cannot be computed now."""
     drop: Score = method.drop or Magnitude()
     view = fact.view("drop", drop.needs_gradient)
     if not can_score(drop, view):
@@ -271,7 +267,7 @@ def survival(method: Method, fact: LayerFacts) -> Tensor:
 
 
 def can_score(score: Score, view: LayerView) -> bool:
-    """Whether what the score reads is there."""
+    """Whether the view has what the score reads."""
     if score.observes:
         return view.buffer is not None
     return view.gradient is not None or not score.needs_gradient
@@ -280,13 +276,13 @@ def can_score(score: Score, view: LayerView) -> bool:
 def drops_off_every_path(
     method: Method, moment: Moment, facts: Sequence[LayerFacts], drops: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Connections that will lie on no path from input to output once the update has dropped its share.
+    """Weights that lie on no path from input to output after the planned drop.
 
     Args:
-        method: Scores what survives.
+        method: Its drop score ranks the weights.
         moment: Seeds ties.
         facts: All sparse layers.
-        drops: Label to number of connections that the update drops, of the layers that it may change.
+        drops: Label of each layer that may change to the number of weights it drops.
 
     Returns:
         Label to sorted positions, int64.
