@@ -1,4 +1,4 @@
-"""What the network sees of latent weights."""
+"""How effective weights follow from latent weights."""
 
 from dst.pieces.relaxations import (
     HardConcrete,
