@@ -1,12 +1,12 @@
 """dst: dynamic sparse training for PyTorch.
 
-Networks whose weights are mostly zero from the first step, with connections that move to where they help.
+Trains networks that are sparse from the first step, and updates their topology during training.
 
 Training:
 
 - `Sparsifier`: makes a model sparse and updates its topology during training.
 - `Method`: a composition of pieces; `methods` has the published ones.
-- `plan`, `Plan`: the dry run: what a method will do to a model.
+- `plan`, `Plan`: the dry run of a method on a model.
 - `lightning`: the callback for Lightning's ``Trainer``. Needs lightning.
 
 Backends and files:
@@ -26,7 +26,7 @@ Pieces of a method:
 - `relaxations`: how effective weights follow from latent weights.
 - `schedules`: clocks, density schedules and fraction schedules.
 - `scores`: drop scores and grow scores.
-- `types`: the protocols of all pieces, for pieces of your own.
+- `types`: the protocols of all pieces, for writing new ones.
 
 Networks, data and measuring:
 
@@ -39,7 +39,7 @@ Errors:
 
 - `ConfigurationError`, `DataError`, `StateError`.
 
-The core needs torch and numpy alone. Names are imported when they are first used.
+The core needs only torch and numpy. Names are imported on first use.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: `dst --help` needs no torch, a plain loop no Lightning."""
+    """Import a public name on first use: `dst --help` needs no torch, and a plain loop no Lightning."""
     if name in _NAMES:
         value = getattr(importlib.import_module(_NAMES[name]), name)
         globals()[name] = value
@@ -144,7 +144,7 @@ def __getattr__(name: str) -> Any:
             if missing == "dst":
                 raise
             raise ModuleNotFoundError(
-                f"dst.{name} needs {missing}, which is not installed; reinstalling dst installs all it needs",
+                f"dst.{name} needs {missing}, which is not installed; reinstalling dst installs its dependencies",
                 name=error.name,
             ) from error
     raise AttributeError(f"module 'dst' has no attribute {name!r}")

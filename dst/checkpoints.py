@@ -1,4 +1,4 @@
-"""Files of a run. Writing replaces a file in one move; reading a checkpoint executes nothing in it."""
+"""Reading and writing the files of a run. Writes are atomic; loading a checkpoint executes no code from it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from dst.errors import StateError
 
 
 def save_atomically(value: Any, path: str | os.PathLike[str]) -> None:
-    """Write a file with ``torch.save``. At any moment the file is the old one or the new one, and complete.
+    """Write a file with ``torch.save``, atomically: readers see the old file or the new one, never a part of it.
 
-    The new content is written under another name in the same folder, synchronised with the disk, and moved into place. A
-    process that is killed in between may leave the unfinished file behind. Its name ends in ``.part``, and nothing reads it.
+    The content is written to a temporary file in the same folder, flushed to disk, and moved into place. A process that
+    is killed in between may leave the temporary file behind. Its name ends in ``.part``, and nothing reads it.
 
     Args:
         value: Anything that ``torch.save`` accepts.
@@ -29,11 +29,11 @@ def save_atomically(value: Any, path: str | os.PathLike[str]) -> None:
 
 
 def write_atomically(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file as `save_atomically` writes a checkpoint.
+    """Write a text file, atomically; see `save_atomically`.
 
     Args:
         path: The file; missing folders are created.
-        text: Its new content, written as UTF-8.
+        text: The content, written as UTF-8.
     """
     with _replacing(Path(path)) as file:
         file.write(text.encode("utf-8"))
@@ -55,26 +55,25 @@ def _replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read a checkpoint of Lightning's or of your own loop, onto the CPU.
+    """Load a checkpoint of Lightning or of a plain loop, onto the CPU.
 
     Args:
         path: The file.
 
     Returns:
-        What was saved: a dict of plain values and tensors.
+        The saved dict of plain values and tensors.
 
     Raises:
-        StateError: No such file, one that is cut off or damaged, or one that holds more than plain values and tensors;
-            nothing in it is executed.
+        StateError: The file does not exist, is cut off or damaged, or holds more than plain values and tensors.
     """
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise StateError(f"no checkpoint at {path}") from None
-    except Exception as error:  # torch.load raises many kinds for a damaged file
+    except Exception as error:  # torch.load raises many types for a damaged file
         raise StateError(
             f"{path} cannot be read: {reason_of(error)}. "
-            f"dst.checkpoints.latest_readable({str(Path(path).parent)!r}) finds the newest one that can be read"
+            f"dst.checkpoints.latest_readable({str(Path(path).parent)!r}) finds the newest checkpoint that can be read"
         ) from error
     if not isinstance(checkpoint, dict):
         raise StateError(f"{path} is not a checkpoint: it holds a {type(checkpoint).__name__}, not a dict")
@@ -82,25 +81,25 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def reason_of(error: Exception) -> str:
-    """What is wrong with a file that torch.load refused; without torch's advice to let it execute the file."""
+    """Why torch.load refused a file, without its advice to set ``weights_only=False``."""
     if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-        return "it holds more than plain values and tensors, which would have to be executed"
-    reason = "it is no checkpoint (torch.save did not write it), or it is cut off or damaged"
+        return "it holds more than plain values and tensors, and loading it would execute code"
+    reason = "it is not a file of torch.save, or it is cut off or damaged"
     return f"{reason} ({str(error).splitlines()[0]})" if isinstance(error, (OSError, RuntimeError)) else reason
 
 
 def latest_readable(folder: str | os.PathLike[str], pattern: str = "*.ckpt") -> Path:
-    """The newest checkpoint of a folder that can be read: the one before, where the last was cut off.
+    """The newest checkpoint of a folder that can be read. Skips files that are cut off or damaged.
 
     Args:
-        folder: Where the checkpoints are.
-        pattern: Which files are.
+        folder: The folder.
+        pattern: Glob pattern of the checkpoint files.
 
     Returns:
-        The path of the most recently written one that ``load_checkpoint`` accepts.
+        Path of the newest file that ``load_checkpoint`` accepts.
 
     Raises:
-        StateError: None can be read; the message lists what is wrong with each.
+        StateError: No checkpoint can be read. The message lists the reason for each file.
     """
     errors: list[str] = []
     for path in sorted(Path(folder).glob(pattern), key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):

@@ -1,15 +1,15 @@
-"""Exceptions that name the offender and the remedy."""
+"""Exceptions. Their messages say what is wrong and how to fix it."""
 
 from __future__ import annotations
 
 
 class ConfigurationError(ValueError):
-    """A setting, a model or a combination of them that dst cannot train; the message says what to change."""
+    """A setting, a model, or a combination of them is not supported. The message says what to change."""
 
 
 class DataError(ConfigurationError):
-    """A data set that is missing, incomplete or damaged; the message names the file and where it belongs."""
+    """A data set is missing, incomplete or damaged. The message names the file and where it belongs."""
 
 
 class StateError(RuntimeError):
-    """A saved state that does not belong to this model, method or version, or that is damaged."""
+    """A saved state is damaged, or belongs to another model, method or version."""

@@ -1,4 +1,4 @@
-"""Old names of modules that have moved: they still import, so that scripts and YAML files keep working."""
+"""Old names of modules that have moved. They still import, so scripts and YAML files keep working."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ MOVED = {
     "dst.summary": "dst.report.summary",
     "dst.sweep": "dst.cli.sweep",
 }
-"""Old name to new one."""
+"""Old module name to new module name."""
 
 
 class _Redirect(MetaPathFinder, Loader):
-    """Imports the module under its new name when an old name is imported."""
+    """Imports a module under its new name when its old name is imported."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -47,6 +47,6 @@ class _Redirect(MetaPathFinder, Loader):
 
 
 def install() -> None:
-    """Make old names importable."""
+    """Make the old names importable."""
     if not any(isinstance(finder, _Redirect) for finder in sys.meta_path):
         sys.meta_path.append(_Redirect())

@@ -87,7 +87,7 @@ print([name for name in dst.__all__ if getattr(dst, name, None) is None], file=s
         "[]",
         "True",
         "[]",
-        "dst.data needs rich, which is not installed; reinstalling dst installs all it needs",
+        "dst.data needs rich, which is not installed; reinstalling dst installs its dependencies",
         "[]",
         "True SparseTraining",
         "True",

@@ -1,1 +1,1 @@
-"""Layers, masks and positions: what a topology is, without a method or a training."""
+"""Sparse layers, masks and positions. Nothing here knows a method or a training loop."""

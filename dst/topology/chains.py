@@ -1,4 +1,4 @@
-"""Chains of linear layers: connections that lie on no path from an input to an output."""
+"""Chains of linear layers: paths, and connections that lie on no path from an input to an output."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from dst.topology.layers import SparseLayer
 
 
 def sequences(layers: Sequence[SparseLayer]) -> list[list[SparseLayer]]:
-    """Split layers into runs in which each one's outputs are the next one's inputs.
+    """Split layers into chains in which the outputs of each layer are the inputs of the next.
 
-    The model's order stands for the order of computation, and equal sizes for a connection: right for the usual stacks
-    of linear layers; layers with other than two dimensions belong to no run.
+    Layers are assumed to run in the model's order, and two layers to be connected if their sizes fit. This holds for
+    ordinary stacks of linear layers. A layer with other than two dimensions ends a chain.
 
     Args:
         layers: Sparse layers in the model's order.
 
     Returns:
-        Runs of at least two layers.
+        Chains of at least two layers.
     """
     runs: list[list[SparseLayer]] = []
     for layer in layers:
@@ -35,15 +35,16 @@ def sequences(layers: Sequence[SparseLayer]) -> list[list[SparseLayer]]:
 
 
 def outputs_of(layer: SparseLayer) -> int:
-    """Number of outputs."""
+    """Number of outputs of a layer."""
     return layer.shape[layer.output_dim]
 
 
 def incomplete(masks: Sequence[Tensor]) -> list[Tensor]:
-    """Connections into hidden neurons that lead nowhere, and out of hidden neurons that nothing reaches.
+    """Active connections that lie on no path from an input to an output.
 
-    Removing some can make others incomplete, so the search repeats until there are none ("chain removal"; Zhang et al.
-    2024, https://arxiv.org/abs/2501.19107).
+    These are connections into hidden neurons without outputs and out of hidden neurons without inputs. Removing one can
+    make others incomplete, so the search repeats until it finds none ("chain removal"; Zhang et al. 2024,
+    https://arxiv.org/abs/2501.19107).
 
     Args:
         masks: Bool ``[outputs, inputs]`` of consecutive layers.
@@ -55,7 +56,7 @@ def incomplete(masks: Sequence[Tensor]) -> list[Tensor]:
     while True:
         changed = False
         for before, after in pairwise(kept):
-            useless = ~(before.any(1) & after.any(0))  # neurons between the two
+            useless = ~(before.any(1) & after.any(0))  # hidden neurons without an input or an output
             if bool(before[useless].any()) or bool(after[:, useless].any()):
                 before[useless] = False
                 after[:, useless] = False

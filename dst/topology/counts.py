@@ -1,4 +1,4 @@
-"""Whole numbers of connections."""
+"""Rounding: densities, fractions and shares to whole numbers of weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fractions import Fraction as Ratio
 def count_active(weights: int, density: float) -> int:
     """Active weights of a layer: ``N - floor((1 - density) * N)``, with the density read as an exact decimal.
 
-    This is the rounding of google-research/rigl ``sparse_utils.get_mask_random`` (zeros = floor(sparsity * N)); reading
-    ``density`` as the decimal that was written keeps 0.7 of 10 at 7 where binary floats would say 8.
+    This is the rounding of google-research/rigl ``sparse_utils.get_mask_random`` (zeros = floor(sparsity * N)). The exact
+    decimal matters: a density of 0.7 gives 7 of 10 weights, where binary floating point gives 8.
 
     Args:
         weights: Number of weights N, >= 0.
@@ -22,28 +22,28 @@ def count_active(weights: int, density: float) -> int:
     """
     count = Ratio(repr(float(density))) * weights
     nearest = round(count)
-    # Solved densities (ERK's, powers of 0.8) carry rounding errors that must not cost or bring a weight.
+    # Computed densities (ERK, powers of 0.8) carry rounding errors, which must not change the count.
     exact = nearest if abs(count - nearest) < 1e-6 else math.ceil(count)
     return max(exact, 1 if weights and density > 0 else 0)
 
 
 def drop_count(active: int, fraction: float) -> int:
-    """How many of ``active`` connections an update drops: ``floor(fraction * active)`` (RigL, Algorithm 1)."""
-    # The nudge keeps products such as 0.29 * 100 from falling one short of what the decimal says.
+    """Number of weights that an update drops: ``floor(fraction * active)`` (RigL, Algorithm 1)."""
+    # In binary floating point 0.29 * 100 is below 29.
     return min(active, math.floor(fraction * active + 1e-9))
 
 
 def largest_remainders(ideal: Sequence[float], total: int, limits: Sequence[int], least: int = 0) -> list[int]:
-    """Round numbers to whole ones of a given sum, by largest remainders.
+    """Round numbers to integers with a given sum, by the largest remainder method.
 
     Args:
         ideal: Numbers >= 0.
-        total: The sum, between that of ``least`` and that of ``limits``.
-        limits: The most that each may be. Those whose ideal reaches it give last.
-        least: The least that each may be.
+        total: Sum of the result; at least ``least * len(ideal)`` and at most ``sum(limits)``.
+        limits: Upper bound of each integer. Entries whose ideal reaches its bound are lowered last.
+        least: Lower bound of every integer.
 
     Returns:
-        One whole number per ideal; among equal remainders the first gets more.
+        One integer per entry of ``ideal``. Of equal remainders the first is rounded up.
     """
     counts = [min(limit, max(least, math.floor(x))) for x, limit in zip(ideal, limits, strict=True)]
     while (missing := total - sum(counts)) != 0:
@@ -54,21 +54,22 @@ def largest_remainders(ideal: Sequence[float], total: int, limits: Sequence[int]
 
 
 def apportion(total: int, shares: Sequence[float], limits: Sequence[int]) -> list[int]:
-    """Split a whole number in proportion to shares, by largest remainders, within limits.
+    """Split an integer in proportion to shares, within limits, by the largest remainder method.
 
     Args:
-        total: What to split, >= 0; at most the sum of ``limits``.
-        shares: Finite claims, >= 0. Where those of all that have room are zero, the limits count instead.
-        limits: The most that each may get.
+        total: The integer to split, in [0, sum(limits)].
+        shares: Finite numbers >= 0. If the shares of all entries below their limit are zero, the split is in proportion
+            to the room that is left.
+        limits: Upper bound of each part.
 
     Returns:
-        One whole number per share, which add up to ``total``.
+        One integer per share, with sum ``total``.
 
     Raises:
         ValueError: ``total`` exceeds the sum of the limits.
     """
     if total > sum(limits):
-        raise ValueError(f"cannot place {total} within limits that add up to {sum(limits)}")
+        raise ValueError(f"cannot split {total} within limits whose sum is {sum(limits)}")
     counts = [0] * len(shares)
     while (left := total - sum(counts)) > 0:
         room = [i for i, limit in enumerate(limits) if counts[i] < limit]
@@ -79,7 +80,7 @@ def apportion(total: int, shares: Sequence[float], limits: Sequence[int]) -> lis
         ideal = {i: min(claim * scale, limits[i] - counts[i]) for i, claim in claims.items()}
         given = {i: math.floor(x) for i, x in ideal.items()}
         if any(ideal[i] < claims[i] * scale for i in claims):
-            # Some are full: give the whole parts, and split what is left among the others in the next round.
+            # Some entries reach their limit: give all their integer parts and split the rest in the next round.
             if not any(given.values()):
                 given = dict.fromkeys([max(ideal, key=lambda i: ideal[i])], 1)
         else:

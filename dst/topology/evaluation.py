@@ -1,4 +1,4 @@
-"""Evaluation mode for the length of a block."""
+"""A context manager for evaluation mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode; afterwards every submodule has its own mode again."""
+    """Put a module into evaluation mode within the block; restore the mode of every submodule afterwards."""
     modes = [(inner, inner.training) for inner in module.modules()]
     module.eval()
     try:

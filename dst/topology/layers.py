@@ -1,7 +1,7 @@
-"""Finding the weights that can be sparse.
+"""Finding the sparse layers of a model.
 
-Connections live in the weights of Linear, convolution, attention and recurrent modules. Norms, biases and embeddings stay
-dense unless they are included by name or type; a tensor that several modules share counts once.
+The weights of linear, convolution, attention and recurrent modules become sparse. Norms, biases and embeddings stay dense
+unless ``include`` selects them by name or type. A tensor that several modules share counts once.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _RECURRENT = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 @dataclass(frozen=True)
 class SparseLayer:
-    """A weight, or a part of one, that gets a budget of its own.
+    """A weight, or a part of one, with its own budget.
 
     Attributes:
-        label: Unique name: the parameter's, with the part in brackets where it is one (``attn.in_proj_weight[q]``).
+        label: Unique name: the parameter name, followed by the part in brackets, if any (``attn.in_proj_weight[q]``).
         parameter: Name in ``model.named_parameters()``.
-        kind: The owning module's class name.
+        kind: Class name of the module that owns the parameter.
         shape: Shape of the part.
         rows: Half-open range of dimension 0 that the part covers, or ``None`` for the whole parameter.
-        output_dim: The dimension that counts outputs: 0, or 1 for transposed convolutions and the ``Conv1D`` of transformers.
-        is_oriented: Whether that is known, and not merely assumed for a module of the user's own.
+        output_dim: The output dimension: 1 for transposed convolutions and the ``Conv1D`` of transformers, otherwise 0.
+        is_oriented: Whether ``output_dim`` is known. It is assumed for custom modules.
     """
 
     label: str
@@ -64,23 +64,23 @@ class SparseLayer:
 
     @property
     def offset(self) -> int:
-        """Row-major position in the parameter at which the layer begins."""
+        """Row-major position of the layer's first weight in the parameter."""
         return 0 if self.rows is None else self.rows[0] * math.prod(self.shape[1:])
 
     def part(self, tensor: Tensor) -> Tensor:
-        """The layer's part of a tensor of the parameter's shape: a view."""
+        """View of the layer's part of a tensor that has the parameter's shape."""
         return tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
 
 
 @dataclass(frozen=True)
 class DenseWeight:
-    """A weight that stays dense, and why.
+    """A weight that stays dense.
 
     Attributes:
         name: Name in ``model.named_parameters()``.
-        kind: The owning module's class name.
-        shape: Its shape.
-        reason: Why it is not sparse.
+        kind: Class name of the module that owns the parameter.
+        shape: Shape of the weight.
+        reason: Why it stays dense.
     """
 
     name: str
@@ -94,20 +94,20 @@ def find_layers(
     include: Iterable[Selector] | None = None,
     exclude: Iterable[Selector] | None = None,
 ) -> tuple[list[SparseLayer], list[DenseWeight]]:
-    """List what will be sparse and what will not.
+    """Find the sparse layers and the dense weights of a model.
 
     Args:
         model: Any module.
-        include: If given, only weights that one of these selects are sparse; it may also bring in weights that stay dense
-            by default (embeddings, parameters of custom modules with two or more dimensions).
-        exclude: Weights that one of these selects stay dense.
+        include: If given, only the selected weights are sparse. May select weights that stay dense by default: embeddings,
+            and parameters of custom modules with two or more dimensions.
+        exclude: The selected weights stay dense.
 
     Returns:
-        The sparse layers and the dense weights (two or more dimensions only), both in the model's order.
+        The sparse layers, and the dense weights with two or more dimensions, both in the model's order.
 
     Raises:
-        ConfigurationError: A selector that selects nothing, a lazy module that has not seen data, or a model without
-            any weight to make sparse.
+        ConfigurationError: A selector selects nothing, a lazy module is not initialized, or the model has no weight that
+            can be sparse.
     """
     include = None if include is None else _selectors(include, "include")
     exclude = _selectors(exclude or (), "exclude")
@@ -151,7 +151,7 @@ def find_layers(
 
 
 def sparse_modules(model: nn.Module) -> dict[str, SparseLinear]:
-    """The modules of a model that store only non-zeros, by the name of the dense weight that each stands for."""
+    """The modules of a model that store only non-zeros, by the name of the dense weight that they replace."""
     return {
         f"{name}.weight" if name else "weight": module
         for name, module in model.named_modules()
@@ -175,7 +175,7 @@ def _selectors(selectors: Iterable[Selector], name: str) -> list[Selector]:
 
 
 def _owners(model: nn.Module) -> dict[int, list[tuple[str, str, nn.Module]]]:
-    """Id of each parameter to (full name, module name, module) of every module that holds it."""
+    """Map the id of each parameter to (full name, module name, module) of every module that holds it."""
     owners: dict[int, list[tuple[str, str, nn.Module]]] = {}
     for module_name, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -191,13 +191,13 @@ def _is_gain(name: str, module: nn.Module) -> bool:
 
 
 def _check_not_pruned(name: str, module: nn.Module) -> None:
-    """Refuse weights that ``torch.nn.utils.prune`` sets anew at every call."""
+    """Refuse weights that ``torch.nn.utils.prune`` recomputes at every call."""
     attribute = name.rpartition(".")[2]
     if attribute.endswith("_orig") and attribute.removesuffix("_orig") + "_mask" in module._buffers:
         weight = attribute.removesuffix("_orig")
         raise ConfigurationError(
-            f"{name} is pruned by torch.nn.utils.prune, which sets {weight} anew at every call: make it permanent by "
-            f"torch.nn.utils.prune.remove(module, {weight!r}); init=dst.init.Magnitude() then keeps what is not zero"
+            f"{name} is pruned by torch.nn.utils.prune, which recomputes {weight} at every call. Make the pruning permanent "
+            f"with torch.nn.utils.prune.remove(module, {weight!r}); init=dst.init.Magnitude() then keeps the non-zeros"
         )
 
 
@@ -223,17 +223,20 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def check_orientation(layers: Iterable[SparseLayer], setting: str) -> None:
-    """Raise ``ConfigurationError`` for a layer of which it is not known which dimension counts outputs.
+    """Require layers whose output dimension is known.
 
     Args:
-        layers: The layers that have to have outputs.
-        setting: What needs to know.
+        layers: The layers.
+        setting: The setting that depends on the output dimension, for the message.
+
+    Raises:
+        ConfigurationError: The output dimension of a layer is not known.
     """
     for layer in layers:
         if not layer.is_oriented:
             raise ConfigurationError(
-                f"{setting} works on outputs and inputs, and which dimensions of {layer.label} these are is not known: "
-                f"{layer.kind} is not a known layer; leave it out by exclude=, or choose unstructured connections"
+                f"{setting} needs the output and input dimensions of {layer.label}, and {layer.kind} is not a known layer: "
+                "leave it out with exclude=, or choose the unstructured pattern"
             )
 
 
@@ -256,7 +259,7 @@ def _selected(
 
 
 def _dense_type(module: SparseLinear) -> type[nn.Module]:
-    """The type of the module that a sparse one stands for."""
+    """The type of the dense module that a sparse one replaces."""
     return nn.Conv2d if isinstance(module, SparseConv2d) else nn.Linear
 
 
@@ -266,7 +269,7 @@ def _reason_to_stay_dense(
     included: bool | None,
     excluded: bool,
 ) -> str | None:
-    """Why the weight stays dense, or ``None`` if it is to be sparse."""
+    """Why the weight stays dense, or ``None`` if it becomes sparse."""
     modules = [module for _, _, module in owners]
     if excluded:
         return "excluded"

@@ -1,4 +1,4 @@
-"""Masks in a file: plain tensors, read without executing anything that the file brings."""
+"""Mask files. They hold plain tensors; loading one executes no code from it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from dst.errors import StateError
 
 
 def save_masks(masks: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Write masks atomically.
+    """Write masks to a file, atomically.
 
     Args:
-        masks: Parameter name to bool tensor, as ``Sparsifier.masks`` gives them.
-        path: The file to write; an older one is replaced in one move.
+        masks: Parameter name to bool tensor, such as ``Sparsifier.masks``.
+        path: The file. An existing file is replaced.
     """
     save_atomically({name: mask.detach().bool().cpu() for name, mask in masks.items()}, path)
 
@@ -32,7 +32,7 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         Parameter name to bool tensor, on the CPU.
 
     Raises:
-        StateError: No such file, or not one of masks; nothing in it is executed.
+        StateError: The file does not exist or is not a mask file.
     """
     try:
         masks = torch.load(path, map_location="cpu", weights_only=True)
@@ -48,7 +48,7 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def is_whole(mask: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is a bool mask of a shape."""
+    """Whether a tensor is a bool mask of the given shape."""
     return mask.dtype == torch.bool and mask.shape == shape
 
 
@@ -58,16 +58,16 @@ def check_masks(
     source: str,
     fits: Callable[[Tensor, tuple[int, ...]], bool] = is_whole,
 ) -> None:
-    """Compare masks with a model's sparse parameters.
+    """Check that masks fit a model's sparse parameters.
 
     Args:
         masks: Name to mask.
         shapes: Name of every sparse parameter to its dense shape.
         source: Where the masks come from, for messages.
-        fits: Whether one has the form and shape.
+        fits: Whether a tensor is a mask of a shape.
 
     Raises:
-        StateError: Masks that are missing, too many, or of other shapes.
+        StateError: A mask is missing, unknown, or has another shape.
     """
     if masks.keys() != shapes.keys():
         missing, extra = sorted(shapes.keys() - masks.keys()), sorted(masks.keys() - shapes.keys())

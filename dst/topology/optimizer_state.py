@@ -1,4 +1,4 @@
-"""Optimizer state at positions whose connection came or went, found by shape and never by optimizer type."""
+"""Per-weight optimizer state, recognized by its shape and not by the type of the optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dst.topology.sharding import local
 
 
 def per_weight_state(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The state tensors that hold one number per weight: momentum, moments, and whatever else has the shape.
+    """The state tensors that hold one number per weight, such as momentum.
 
     Args:
         optimizer: Any optimizer.
@@ -29,18 +29,18 @@ def per_weight_state(optimizer: Optimizer, parameter: Tensor) -> Iterator[tuple[
 def clear_state(optimizer: Optimizer, parameter: Tensor, positions: Tensor) -> None:
     """Set per-weight state to zero at ``positions``.
 
-    Momentum left at a dropped connection would move it away from zero again, or push it off at once when it is regrown.
+    Momentum of a dropped weight would move it away from zero again, or act on it as soon as it is regrown.
 
     Args:
         optimizer: Any optimizer.
         parameter: One of its parameters.
-        positions: Row-major positions in the parameter, or in this process's part of it (int64).
+        positions: Row-major positions in the parameter, or in this rank's shard of it (int64).
     """
     for _, value in per_weight_state(optimizer, parameter):
         fill_at_(local(value), positions, 0)
 
 
 def mask_state(optimizer: Optimizer, parameter: Tensor, mask: Tensor) -> None:
-    """Set per-weight state to zero where ``mask`` (bool, of the local part's shape) is False."""
+    """Set per-weight state to zero where ``mask`` (bool, of the local shard's shape) is False."""
     for _, value in per_weight_state(optimizer, parameter):
         local(value).masked_fill_(~mask, 0)

@@ -1,4 +1,4 @@
-"""Selecting positions by score or at random, on one layer at a time: exact counts, ties broken by a seeded order."""
+"""Selecting positions of one layer by score or at random, with exact counts and seeded tie-breaking."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from dst.errors import ConfigurationError
 
 
 def tie_key(generator: torch.Generator) -> int:
-    """Draw the key of a choice among equals; see ``tie_order``."""
+    """Draw a key for ``tie_order``."""
     return int(torch.randint(2**62, (), generator=generator))
 
 
 def tie_order(positions: Tensor, key: int) -> Tensor:
-    """Numbers by which positions that tie are ranked, the smallest first: a random order that needs no table.
+    """Ranks that break ties between positions: the smallest wins.
 
-    It is the finalizer of SplitMix64 (Steele et al. 2014), a bijection of 64-bit integers, of the position and the key.
-    So the winners among ties are the same wherever and in whatever order they are met; the compiled kernels compute it too.
+    The rank is the finalizer of SplitMix64 (Steele et al. 2014), a bijection of 64-bit integers, applied to position and
+    key. It does not depend on device or order of evaluation. The compiled kernels compute the same ranks.
 
     Args:
         positions: Int64.
-        key: What makes the order another one.
+        key: Selects the order.
 
     Returns:
-        Int64 of the same shape, distinct where positions are.
+        Int64 of the same shape. Distinct positions have distinct ranks.
     """
     mixed = positions * -7046029254386353131 + key  # 0x9E3779B97F4A7C15, products modulo 2**64
     mixed = (mixed ^ (mixed >> 30 & (1 << 34) - 1)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -38,12 +38,12 @@ def tie_order(positions: Tensor, key: int) -> Tensor:
 def top_indices(values: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Positions of the ``count`` largest entries of a vector, in increasing order.
 
-    Ties at the threshold are broken by ``tie_order``, keyed by one draw from ``generator``: taking the first would grow
-    every dead layer in its first rows, and ``torch.topk`` does not define which it takes.
+    Ties at the threshold are broken by ``tie_order``, keyed by one draw from ``generator``. Taking the first would grow
+    the first rows of a layer without gradient, and ``torch.topk`` does not define which ties it takes.
 
     Args:
-        values: Float vector; NaN counts as lowest.
-        count: How many, in [0, values.numel()].
+        values: Float vector. NaN ranks lowest.
+        count: Number of positions, in [0, values.numel()].
         generator: CPU generator that breaks ties.
 
     Returns:
@@ -80,10 +80,10 @@ def top_indices(values: Tensor, count: int, generator: torch.Generator) -> Tenso
 
 
 def _likely_top(values: Tensor, count: int) -> Tensor | None:
-    """Positions that hold the top ``count`` and not many more, or ``None`` where none are found cheaply.
+    """A small set of positions that contains the top ``count``, or ``None`` if a sample does not find one.
 
-    Growth picks a few percent of a layer. A threshold estimated from a sample leaves a small pool to partition; that the
-    pool is large enough is checked, so the estimate costs time at worst and never a wrong choice.
+    Growth selects a few percent of a layer. A threshold estimated from a sample leaves few positions to partition. Their
+    number is checked, so a bad estimate costs time and never changes the result.
     """
     available, sample_size = values.numel(), 8192
     if available < 4 * sample_size or count > available // 8:
@@ -104,12 +104,12 @@ def _kth_largest(values: Tensor, count: int) -> Tensor:
 
 
 def select_top(scores: Tensor, count: int, candidates: Tensor, generator: torch.Generator) -> Tensor:
-    """Select the ``count`` best candidates, ties among candidates broken as in ``top_indices``.
+    """Select the ``count`` candidates with the highest scores. Ties are broken as in ``top_indices``.
 
     Args:
-        scores: Float tensor of any shape; NaN counts as lowest.
-        count: How many to select; at most the number of candidates.
-        candidates: Bool tensor of the same shape: the only positions that may be selected.
+        scores: Float tensor of any shape. NaN ranks lowest.
+        count: Number to select; at most the number of candidates.
+        candidates: Bool tensor of the same shape: the positions that may be selected.
         generator: CPU generator that breaks ties.
 
     Returns:
@@ -125,7 +125,7 @@ def select_top(scores: Tensor, count: int, candidates: Tensor, generator: torch.
 
 
 def random_indices(size: int, count: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw ``count`` of ``size`` indices, every set equally likely, with memory in proportion to ``count``.
+    """Draw ``count`` of ``size`` indices uniformly without replacement, in O(``count``) memory.
 
     Args:
         size: Number of positions.
@@ -147,7 +147,7 @@ def random_indices(size: int, count: int, generator: torch.Generator | None = No
     found = torch.empty(0, dtype=torch.int64)
     while found.numel() < count:
         missing = count - found.numel()
-        # Enough to finish at the first attempt almost always; repeats are what the margin is for.
+        # The margin covers repeated draws: the first attempt almost always suffices.
         draw = int(missing / (1 - (found.numel() + missing / 2) / size) * 1.02) + 16
         found = torch.cat([found, torch.randint(size, (draw,), generator=generator)]).unique()
     surplus = found.numel() - count
@@ -159,7 +159,7 @@ def random_indices(size: int, count: int, generator: torch.Generator | None = No
 
 
 def random_free(size: int, excluded: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Draw ``count`` of the positions that are not excluded, uniformly, with memory in proportion to what is excluded.
+    """Draw ``count`` positions that are not excluded, uniformly without replacement, in O(``excluded``) memory.
 
     Args:
         size: Number of positions.
@@ -171,7 +171,7 @@ def random_free(size: int, excluded: Tensor, count: int, generator: torch.Genera
         Sorted distinct positions, int64 ``[count]``, on the device of ``excluded``.
 
     Raises:
-        ConfigurationError: Fewer than ``count`` positions are free.
+        ConfigurationError: Fewer than ``count`` positions are not excluded.
     """
     ranks = random_indices(size - excluded.numel(), count, generator).to(excluded.device)
     free_before = excluded - torch.arange(excluded.numel(), device=excluded.device)
@@ -179,11 +179,11 @@ def random_free(size: int, excluded: Tensor, count: int, generator: torch.Genera
 
 
 def best_free(scores: Tensor, count: int, excluded: Tensor, generator: torch.Generator) -> Tensor:
-    """The ``count`` positions with the highest scores that are not excluded, ties broken as in ``top_indices``.
+    """The ``count`` highest-scoring positions that are not excluded. Ties are broken as in ``top_indices``.
 
     Args:
-        scores: Float, any shape; NaN counts as lowest.
-        count: How many; at most as many as are free.
+        scores: Float, any shape. NaN ranks lowest.
+        count: Number of positions; at most the number that is not excluded.
         excluded: Positions that may not be chosen, int64.
         generator: CPU generator that breaks ties.
 

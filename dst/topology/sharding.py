@@ -1,8 +1,8 @@
-"""Parameters that are spread over processes, and processes that must agree.
+"""Sharded tensors, and collectives over the ranks that train together.
 
-Under FSDP2 (``fully_shard``) parameters, gradients and optimizer state are DTensors, of which each process holds a part. A
-topology is decided on whole tensors, gathered for the moment of the decision, by every process alike; masks are then kept
-and applied on the local parts. For ordinary tensors all of this is the identity.
+Under FSDP2 (``fully_shard``) parameters, gradients and optimizer state are DTensors, and each rank holds a shard. Every
+rank gathers the whole tensors to decide a topology update, and keeps and applies the mask of its shard. For ordinary
+tensors the functions for shards are the identity.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from dst.errors import StateError
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether the tensor is a DTensor, of which this process may hold a part only."""
-    # Importing DTensor takes half as long as torch itself, and there are none where nobody has imported it.
+    """Whether the tensor is a DTensor."""
+    # Importing DTensor takes half as long as importing torch. Without the import there are no DTensors.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole tensor; for a DTensor a collective that all processes must enter."""
+    """The whole tensor. For a DTensor this is a collective that all ranks must enter."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part, sharing memory with the tensor."""
+    """This rank's shard. It shares memory with the tensor."""
     return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def part_of(full: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor, laid out as ``like`` is."""
+    """This rank's shard of a whole tensor, in the layout of ``like``."""
     if not is_sharded(like):
         return full
     shape, offset = _box(like)
@@ -44,7 +44,7 @@ def part_of(full: Tensor, like: Tensor) -> Tensor:
 
 
 def spread(part: Tensor, like: Tensor) -> Tensor:
-    """The inverse of ``part_of``, without communication: a DTensor with the layout of ``like``, or the part itself."""
+    """The inverse of ``part_of``: a DTensor in the layout of ``like``, or the tensor itself. Does not communicate."""
     if not is_sharded(like):
         return part
     from torch.distributed.tensor import DTensor
@@ -60,7 +60,7 @@ def spread(part: Tensor, like: Tensor) -> Tensor:
 
 
 def local_positions(positions: Tensor, like: Tensor) -> Tensor:
-    """Those row-major positions (int64) of a whole tensor that this process holds, as positions in its part."""
+    """Row-major positions (int64) in this rank's shard of those positions of the whole tensor that it holds."""
     if not is_sharded(like):
         return positions
     shape, offset = _box(like)
@@ -74,7 +74,7 @@ def local_positions(positions: Tensor, like: Tensor) -> Tensor:
 
 
 def _box(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape and offset of the part that this process holds."""
+    """Shape and offset of this rank's shard."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     shape, offset = compute_local_shape_and_global_offset(
@@ -86,17 +86,17 @@ def _box(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Processes that train together: 1 where torch.distributed is not in use."""
+    """Number of ranks that train together; 1 without torch.distributed."""
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank(group: dist.ProcessGroup | None = None) -> int:
-    """This process's number among those that train together: 0 where torch.distributed is not in use."""
+    """This process's rank; 0 without torch.distributed."""
     return dist.get_rank(group) if world_size(group) > 1 else 0
 
 
 def from_first(values: list[float], group: dist.ProcessGroup | None = None) -> list[float]:
-    """The numbers that the first process gives, on every process (float64)."""
+    """Broadcast numbers (float64) from rank 0 to all ranks."""
     if world_size(group) == 1:
         return values
     source = 0 if group is None else dist.get_global_rank(group, 0)
@@ -106,7 +106,7 @@ def from_first(values: list[float], group: dist.ProcessGroup | None = None) -> l
 
 
 def all_agree(value: bool, group: dist.ProcessGroup | None = None) -> bool:
-    """Whether ``value`` is true on every process."""
+    """Whether ``value`` is true on all ranks."""
     if world_size(group) == 1:
         return value
     flag = torch.tensor(int(value), device=_device(group))
@@ -115,14 +115,14 @@ def all_agree(value: bool, group: dist.ProcessGroup | None = None) -> bool:
 
 
 def average_(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """Average a tensor over all processes, in place."""
+    """Average a tensor over all ranks, in place."""
     if world_size(group) > 1:
         dist.all_reduce(tensor, group=group)
         tensor.div_(world_size(group))
 
 
 def mean_over_processes(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
-    """The mean of every tensor over processes; a collective that all must enter."""
+    """The mean of every tensor over ranks. A collective that all ranks must enter."""
     if world_size(group) == 1:
         return list(tensors)
     means = [tensor.clone() for tensor in tensors]
@@ -133,7 +133,7 @@ def mean_over_processes(tensors: Sequence[Tensor], group: dist.ProcessGroup | No
 
 
 def of_first_process(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
-    """The first process's tensors, on all; a collective that all must enter with tensors of the same shapes."""
+    """Broadcast tensors from rank 0. A collective that all ranks must enter with tensors of the same shapes."""
     if world_size(group) == 1:
         return list(tensors)
     copies = [tensor.clone() for tensor in tensors]
@@ -143,15 +143,15 @@ def of_first_process(tensors: Sequence[Tensor], group: dist.ProcessGroup | None 
 
 
 def check_equal_masks(masks: Iterable[tuple[str, Tensor]], step: int, group: dist.ProcessGroup | None = None) -> None:
-    """Stop if the processes' masks differ: they would train different networks from here on.
+    """Check that the masks are equal on all ranks.
 
     Args:
-        masks: Names and whole masks, or what stands for them.
+        masks: Names, and whole masks or other tensors that identify them.
         step: The step, for the message.
-        group: The processes.
+        group: The process group.
 
     Raises:
-        StateError: On every process, where a mask differs on any.
+        StateError: A mask differs between ranks. Raised on all ranks.
     """
     if world_size(group) == 1:
         return
@@ -167,7 +167,7 @@ def check_equal_masks(masks: Iterable[tuple[str, Tensor]], step: int, group: dis
         raise StateError(
             f"masks of {', '.join(names)} differ between rank 0 and ranks {ranks} after step {step}: gradients or weights "
             "are not the same on all ranks. Wrap the model in DistributedDataParallel (or use Lightning's ddp strategy), "
-            "seed all ranks alike, and call before_step() after the gradients are reduced"
+            "use the same seed on all ranks, and call before_step() after the gradients are reduced"
         )
 
 
@@ -177,7 +177,7 @@ def _digest(mask: Tensor) -> int:
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
-    """Where tensors of a collective must live."""
+    """The device of tensors in a collective."""
     if dist.get_backend(group) == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")

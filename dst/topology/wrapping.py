@@ -1,4 +1,4 @@
-"""Models inside wrappers."""
+"""Unwrapping models: compiled, DDP, averaged."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ from dst.errors import ConfigurationError
 
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
-
 NO_DEEPSPEED = (
-    "DeepSpeed partitions gradients and steps its own flat copies of the weights, so no mask can be kept on them; "
-    "use DDP or FSDP2"
+    "DeepSpeed partitions gradients and updates its own flat copies of the weights, which cannot be masked; use DDP or "
+    "FSDP2"
 )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside wrappers that only run it differently: compiled, DataParallel, DDP, averaged.
+    """The model inside ``torch.compile``, DataParallel, DDP or AveragedModel.
 
     Raises:
-        ConfigurationError: A wrapper that flattens or owns the parameters (FSDP1, DeepSpeed).
+        ConfigurationError: The wrapper flattens or owns the parameters (FSDP1, DeepSpeed).
     """
     for module in model.modules():
         kind = type(module)
         if kind.__name__ == "FullyShardedDataParallel":
             raise ConfigurationError(
-                "FullyShardedDataParallel flattens weights, whose layers cannot be told apart afterwards; "
+                "FullyShardedDataParallel flattens the weights, and their layers cannot be told apart; "
                 "use FSDP2 (torch.distributed.fsdp.fully_shard), or Lightning's ModelParallelStrategy"
             )
         if kind.__module__.startswith("deepspeed"):
@@ -43,14 +42,14 @@ def unwrap(model: nn.Module) -> nn.Module:
             return model
 
 
-def drop_hooks(module: nn.Module, mine: Callable[[Any], bool]) -> None:
-    """Remove forward hooks and pre-hooks from a module whose handles are gone, as they are from a copied one.
+def drop_hooks(module: nn.Module, predicate: Callable[[Any], bool]) -> None:
+    """Remove forward hooks and pre-hooks without their handles. A copied module has the hooks and not the handles.
 
     Args:
         module: The module.
-        mine: Which hooks.
+        predicate: Whether to remove a hook.
     """
     kept = [hooks for name, hooks in vars(module).items() if name.startswith(("_forward_hooks", "_forward_pre_hooks"))]
-    for number in [n for hooks in kept for n, hook in hooks.items() if mine(hook)]:
+    for number in [n for hooks in kept for n, hook in hooks.items() if predicate(hook)]:
         for hooks in kept:
             hooks.pop(number, None)

@@ -140,7 +140,7 @@ def test_help_and_files_that_are_no_checkpoints(tmp_path: Path, capsys: pytest.C
         text.write_bytes(content)
         assert cli.main(["inspect", str(text)]) == 2
         message = capsys.readouterr().err
-        assert "it is no checkpoint (torch.save did not write it)" in message
+        assert "it is not a file of torch.save" in message
         assert "weights_only" not in message
 
 

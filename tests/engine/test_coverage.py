@@ -95,8 +95,8 @@ def test_the_real_conv1d() -> None:
     assert [(x.shape, x.output_dim, x.is_oriented) for x in layers] == [((8, 12), 1, True)]
 
 
-def test_what_needs_outputs_refuses_a_module_of_which_they_are_not_known() -> None:
-    message = r"which dimensions of 0\.kernel these are is not known: Own is not a known layer"
+def test_methods_that_need_outputs_refuse_a_layer_of_unknown_orientation() -> None:
+    message = r"the output and input dimensions of 0\.kernel, and Own is not a known layer"
     for method in (methods.srigl(0.3), methods.rigl(0.3, rescale_init=True), methods.cht(0.3), methods.sr_ste(0.5)):
         with pytest.raises(dst.ConfigurationError, match=message):
             sparsifier(nn.Sequential(Own()), method, include=["*kernel"])

@@ -92,7 +92,7 @@ def test_a_layers_strength_is_the_mean_momentum_of_its_active_weights():
 )
 def test_apportioning(total, shares, limits, expected):
     assert apportion(total, shares, limits) == expected
-    with pytest.raises(ValueError, match="cannot place"):
+    with pytest.raises(ValueError, match="cannot split"):
         apportion(sum(limits) + 1, shares, limits)
 
 
