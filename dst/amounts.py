@@ -1,4 +1,4 @@
-"""How many connections an update drops, where the weights decide."""
+"""Amounts: how many weights an update drops, decided from the weights instead of a fraction."""
 
 from dst.pieces.amounts import BelowThreshold, BelowZero
 

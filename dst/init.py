@@ -1,4 +1,4 @@
-"""Which connections exist in the first mask."""
+"""Inits: how the first mask is chosen."""
 
 from dst.pieces.init import FromFile, Grasp, Importance, Magnitude, Random, Snip, Synflow
 

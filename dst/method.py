@@ -15,6 +15,7 @@ from dst.pieces import init as inits
 from dst.pieces import patterns, schedules, scores
 from dst.pieces.durations import Duration, check_duration
 from dst.pieces.protocols import (
+    ActiveScore,
     Allocation,
     Amount,
     Clock,
@@ -317,7 +318,7 @@ class Method:
         for score in self.scores().values():
             if score.observes:
                 return f"{type(score).__name__} watches every weight at every step"
-        if self.drop is not None and not getattr(self.drop, "active_only", False):
+        if self.drop is not None and not (isinstance(self.drop, ActiveScore) and self.drop.active_only):
             return f"{type(self.drop).__name__} is no drop score of the active weights alone"
         if self.grow is not None and as_sampler(self.grow) is None and type(self.grow) is not scores.Gradient:
             return f"growth is by gradient or at random there, not by {type(self.grow).__name__}"

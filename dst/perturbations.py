@@ -1,4 +1,4 @@
-"""What is added to the gradients of active weights."""
+"""Perturbations: additions to the gradients of active weights at every step."""
 
 from dst.pieces.perturbations import Langevin
 

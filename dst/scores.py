@@ -1,4 +1,4 @@
-"""Drop and growth scores."""
+"""Drop scores and grow scores."""
 
 from dst.pieces.scores import (
     CH3L3,

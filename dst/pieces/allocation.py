@@ -1,9 +1,9 @@
-"""How a network's budget is split over its layers.
+"""Allocations: how a network's budget is split over its layers.
 
-An allocation is a frozen dataclass with ``counts(names, shapes, density, scores)``. Where every layer has a density of its
-own (uniform, per layer), it becomes a count as in google-research/rigl: ``zeros = floor(sparsity * N)``, so that a network's
-realised density lies at most one weight per layer above its target. Where layers share a budget (ER, ERK, global), the
-network's count ``N - floor(sparsity * N)`` is met exactly.
+An allocation is a frozen dataclass with ``counts(names, shapes, density, scores)``. If each layer has a density of its own
+(uniform, per layer), its count follows google-research/rigl: ``zeros = floor(sparsity * N)``. The network's density is then
+at most one weight per layer above its target. If layers share a budget (ER, ERK, global), the network's count is exactly
+``N - floor(sparsity * N)``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fnmatch
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,14 +27,14 @@ Shape = tuple[int, ...]
 
 
 def network_budget(shapes: Sequence[Shape], density: float) -> int:
-    """Active weights of a whole network: ``N - floor((1 - density) * N)``.
+    """Return the number of active weights of a network: ``N - floor((1 - density) * N)``.
 
     Args:
         shapes: The layers' shapes.
         density: The network's density, in (0, 1].
 
     Raises:
-        ConfigurationError: Fewer weights to keep than layers: some layer would let nothing through.
+        ConfigurationError: The budget is smaller than the number of layers.
     """
     total = sum(math.prod(s) for s in shapes)
     budget = count_active(total, density)
@@ -48,7 +49,7 @@ def network_budget(shapes: Sequence[Shape], density: float) -> int:
 def planned_counts(
     allocation: Allocation, names: Sequence[str], shapes: Sequence[Shape], density: float
 ) -> list[int] | None:
-    """Active weights per layer before there are scores, or ``None`` where scores will decide.
+    """Return the number of active weights per layer, or ``None`` if the allocation needs scores.
 
     Args:
         allocation: How the budget is split.
@@ -57,7 +58,7 @@ def planned_counts(
         density: The network's density, in (0, 1].
 
     Raises:
-        ConfigurationError: A budget that cannot hold, now rather than when the mask is made.
+        ConfigurationError: The budget is impossible.
     """
     if density == 1:
         return [math.prod(s) for s in shapes]
@@ -68,11 +69,9 @@ def planned_counts(
 
 
 class _LayerDensities:
-    """Counts that follow from densities, which follow from names and shapes alone."""
+    """Allocations by a density for each layer, which depends on names and shapes alone."""
 
-    @property
-    def needs_scores(self) -> bool:
-        return False
+    needs_scores: ClassVar[bool] = False
 
     def densities(self, names: Sequence[str], shapes: Sequence[Shape], density: float) -> list[float]:
         raise NotImplementedError
@@ -84,7 +83,7 @@ class _LayerDensities:
         density: float,
         scores: Sequence[Tensor] | None = None,
     ) -> list[int]:
-        """Active weights per layer.
+        """Return the number of active weights per layer.
 
         Args:
             names: The layers' names.
@@ -96,7 +95,7 @@ class _LayerDensities:
             One count per layer, each in [1, N].
 
         Raises:
-            ConfigurationError: Fewer weights to keep than layers.
+            ConfigurationError: The budget is smaller than the number of layers.
         """
         network_budget(shapes, density)
         layer_densities = self.densities(names, shapes, density)
@@ -108,14 +107,14 @@ class Uniform(_LayerDensities):
     """The same density in every layer.
 
     Attributes:
-        dense_first: Keep the first layer dense, as RigL's "uniform" experiments do (Evci et al. 2020, section 3). The
-            others keep the target density, so the network's density is then above the target.
+        dense_first: Whether the first layer stays dense, as in RigL's "uniform" experiments (Evci et al. 2020, section 3).
+            The other layers have the target density, so the network's density is above it.
     """
 
     dense_first: bool = False
 
     def densities(self, names: Sequence[str], shapes: Sequence[Shape], density: float) -> list[float]:
-        """The target density for every layer (1 for the first where ``dense_first``)."""
+        """The target density for every layer; 1 for the first if ``dense_first``."""
         return [1.0 if self.dense_first and i == 0 else density for i in range(len(shapes))]
 
 
@@ -123,12 +122,12 @@ class Uniform(_LayerDensities):
 class ERK(_LayerDensities):
     """Erdős-Rényi-Kernel: a layer's density is proportional to sum(shape) / prod(shape).
 
-    Evci et al. 2020, section 3 (1), https://arxiv.org/abs/1911.11134. Layers that would exceed a density of 1 become
-    dense, and the factor is solved again for the others until none does, as in the authors' code; clipping without
-    solving again would miss the budget.
+    Evci et al. 2020, section 3 (1), https://arxiv.org/abs/1911.11134. As in the authors' code, layers that would exceed a
+    density of 1 become dense, and the factor is solved again for the others, until no layer exceeds 1. Clipping alone would
+    miss the budget.
 
-    Deviation: the authors round every layer's count up, which can bring the network to two weights per layer above its
-    budget. Here counts are rounded so that the budget is met exactly; a layer differs from theirs by a weight at most.
+    Deviation: the authors round the count of every layer up, which can exceed the budget by two weights per layer. Here
+    counts are rounded to meet the budget exactly; a layer differs from theirs by at most one weight.
 
     Attributes:
         power: Exponent on the raw density (``erk_power_scale`` in the authors' code).
@@ -143,7 +142,7 @@ class ERK(_LayerDensities):
         """Layer densities, each in (0, 1], whose weighted mean is ``density``."""
         sizes = [math.prod(s) for s in shapes]
         raw = [self._raw(s) for s in shapes]
-        # The authors' budget is a sum of integers too: N - floor(sparsity * N), layer by layer.
+        # The authors' budget is the sum of N - floor(sparsity * N) over layers, too.
         target = sum(count_active(size, density) for size in sizes)
         dense: set[int] = set()
         while len(dense) < len(shapes):
@@ -153,7 +152,7 @@ class ERK(_LayerDensities):
             largest = max(raw[i] for i in sparse)
             if largest * epsilon <= 1.0:
                 return [1.0 if i in dense else epsilon * raw[i] for i in range(len(shapes))]
-            # As in the authors' code, every layer that ties with the largest becomes dense in the same round.
+            # As in the authors' code, all layers that tie with the largest become dense in the same round.
             dense |= {i for i in sparse if raw[i] == largest}
         return [1.0] * len(shapes)
 
@@ -164,10 +163,10 @@ class ERK(_LayerDensities):
         density: float,
         scores: Sequence[Tensor] | None = None,
     ) -> list[int]:
-        """Active weights per layer, each in [1, N], that add up to the network's budget exactly.
+        """Return the number of active weights per layer, each in [1, N]; the sum is exactly the network's budget.
 
         Raises:
-            ConfigurationError: Fewer weights to keep than layers.
+            ConfigurationError: The budget is smaller than the number of layers.
         """
         budget = network_budget(shapes, density)
         sizes = [math.prod(s) for s in shapes]
@@ -177,7 +176,7 @@ class ERK(_LayerDensities):
 
 @dataclass(frozen=True)
 class ER(ERK):
-    """Erdős-Rényi: as ERK, with input and output channels only (Mocanu et al. 2018, https://arxiv.org/abs/1707.04780)."""
+    """Erdős-Rényi: ERK with input and output channels only (Mocanu et al. 2018, https://arxiv.org/abs/1707.04780)."""
 
     def _raw(self, shape: Shape) -> float:
         channels = shape[:2]
@@ -189,8 +188,8 @@ class PerLayer(_LayerDensities):
     """Densities given by name.
 
     Attributes:
-        densities_by_name: Layer name or shell-style pattern to density in (0, 1]; the first pattern that matches counts.
-            Every layer must be matched, and every pattern must match a layer.
+        densities_by_name: Name of a layer or shell-style pattern to density in (0, 1]; the first match counts. Every layer
+            needs a match, and every pattern a layer.
     """
 
     densities_by_name: Mapping[str, float]
@@ -202,11 +201,11 @@ class PerLayer(_LayerDensities):
         object.__setattr__(self, "densities_by_name", dict(self.densities_by_name))
 
     def densities(self, names: Sequence[str], shapes: Sequence[Shape], density: float) -> list[float]:
-        """The given densities, in the layers' order.
+        """The given densities, in the order of the layers.
 
         Raises:
-            ConfigurationError: A layer without a density, a pattern without a layer, or a realised density further than
-                one weight per layer from ``density``.
+            ConfigurationError: A layer has no density, a pattern matches no layer, or the realised density differs from
+                ``density`` by more than one weight per layer.
         """
         table = self.densities_by_name
         chosen = [next((p for p in table if p == n or fnmatch.fnmatchcase(n, p)), None) for n in names]
@@ -229,16 +228,13 @@ class PerLayer(_LayerDensities):
 
 @dataclass(frozen=True)
 class Global:
-    """One budget for the whole network, spent on the best scores wherever they are.
+    """One budget for the whole network: the best scores of all layers.
 
-    The network's count is exact. A layer may end with few connections; one with none would cut the network in two, so
-    every layer keeps at least its best one.
+    The network's count is exact. Every layer keeps at least its best weight, because a layer without any would cut the
+    network in two.
     """
 
-    @property
-    def needs_scores(self) -> bool:
-        """Always: the scores decide."""
-        return True
+    needs_scores: ClassVar[bool] = True
 
     def counts(
         self,
@@ -247,7 +243,7 @@ class Global:
         density: float,
         scores: Sequence[Tensor] | None = None,
     ) -> list[int]:
-        """Active weights per layer under one network-wide threshold.
+        """Return the number of active weights per layer under one threshold for the network.
 
         Args:
             names: The layers' names.
@@ -256,13 +252,13 @@ class Global:
             scores: One float tensor per layer, of its shape.
 
         Returns:
-            Counts that add up to ``N - floor((1 - density) * N)`` over the network.
+            One count per layer, each at least 1; the sum is ``N - floor((1 - density) * N)``.
 
         Raises:
-            ConfigurationError: Fewer weights to keep than layers.
+            ConfigurationError: The budget is smaller than the number of layers.
         """
         if scores is None:
-            raise ValueError("a global allocation is decided by scores")
+            raise ValueError("a global allocation needs scores")
         sizes = [math.prod(s) for s in shapes]
         budget = network_budget(shapes, density)
         flat = torch.cat([s.detach().reshape(-1).float().cpu() for s in scores])

@@ -1,9 +1,10 @@
-"""How many connections an update drops, where the weights decide and not a fraction."""
+"""Amounts: how many weights an update drops, decided from the weights instead of a fraction."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -13,36 +14,33 @@ from dst.pieces.protocols import LayerView
 
 @dataclass(frozen=True)
 class BelowZero:
-    """Every active connection whose drop score is negative: those that crossed zero, in DeepR.
+    """Drops all active weights with a negative drop score: in DeepR, those that crossed zero.
 
     Bellec et al. 2018, https://arxiv.org/abs/1711.05136, Algorithm 1.
     """
 
-    @property
-    def initial_state(self) -> float:
-        """Not used."""
-        return 0.0
+    initial_state: ClassVar[float] = 0.0
 
     def counts(self, views: Sequence[LayerView], scores: Sequence[Tensor], state: float) -> tuple[list[int], float]:
-        """Number of active connections with a negative score."""
+        """Number of active weights with a negative score, per layer; the state does not change."""
         return [int((score[view.mask] < 0).sum()) for view, score in zip(views, scores, strict=True)], state
 
 
 @dataclass(frozen=True)
 class BelowThreshold:
-    """Every active connection whose drop score is below one threshold for the network, which adapts.
+    """Drops all active weights whose drop score is below an adaptive threshold, which is the same in all layers.
 
-    Dynamic sparse reparameterization (Mostafa & Wang 2019, https://arxiv.org/abs/1902.05967, Algorithm 1): when an update
-    drops fewer than (1 - tolerance) · target connections the threshold doubles for the next one, when more than
-    (1 + tolerance) · target it halves.
+    Dynamic sparse reparameterization (Mostafa & Wang 2019, https://arxiv.org/abs/1902.05967, Algorithm 1). The threshold
+    doubles for the next update if fewer than (1 - tolerance) · target weights are below it, and halves if more than
+    (1 + tolerance) · target are.
 
-    Deviation: the target is a share of the active connections; the authors give a number for each network.
+    Deviation: the target is a share of the active weights; the authors use a number for each network.
 
     Attributes:
         initial: Threshold of the first update, > 0.
-        target: Share of the network's active connections that an update should drop, in (0, 1).
-        tolerance: In [0, 1).
-        most: The largest share of a layer's connections that one update may drop, so that no layer is cut, in (0, 1].
+        target: Share of the network's active weights that an update should drop, in (0, 1).
+        tolerance: Relative distance from the target at which the threshold stays, in [0, 1).
+        most: Largest share of a layer's active weights that one update drops, in (0, 1].
     """
 
     initial: float = 1e-3
@@ -59,11 +57,11 @@ class BelowThreshold:
 
     @property
     def initial_state(self) -> float:
-        """The first threshold."""
+        """``initial``."""
         return self.initial
 
     def counts(self, views: Sequence[LayerView], scores: Sequence[Tensor], state: float) -> tuple[list[int], float]:
-        """Number of active connections below the threshold ``state``, and the next threshold."""
+        """Number of active weights below the threshold ``state``, per layer, and the next threshold."""
         active = [int(view.mask.sum()) for view in views]
         below = [int((score[view.mask] < state).sum()) for view, score in zip(views, scores, strict=True)]
         aim = self.target * sum(active)

@@ -1,4 +1,4 @@
-"""Points and spans in training, given in optimizer steps or as a fraction of training."""
+"""Points and spans of training, in optimizer steps or as a fraction of training."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import TypeAlias
 from dst.errors import ConfigurationError
 
 Duration: TypeAlias = int | float
-"""A point or a span in training: an ``int`` counts optimizer steps, a ``float`` in [0, 1] is a fraction of the
-total steps. ``1`` is therefore one step and ``1.0`` is the whole training."""
+"""A point or a span of training: an ``int`` counts optimizer steps, a ``float`` in [0, 1] is a fraction of the total
+steps. ``1`` is one step, and ``1.0`` is the whole training."""
 
 
 def resolve_steps(duration: Duration, total_steps: int, name: str = "duration") -> int:
@@ -17,13 +17,13 @@ def resolve_steps(duration: Duration, total_steps: int, name: str = "duration") 
     Args:
         duration: Steps (``int``, >= 0) or a fraction of ``total_steps`` (``float`` in [0, 1]).
         total_steps: Optimizer steps of the whole training.
-        name: What the duration is called in an error message.
+        name: Name of the duration in error messages.
 
     Returns:
         The number of steps; fractions are rounded to the nearest step.
 
     Raises:
-        ConfigurationError: A negative duration, or a fraction outside [0, 1].
+        ConfigurationError: The duration is negative, or a fraction above 1.
     """
     check_duration(duration, name)
     return duration if isinstance(duration, int) else round(duration * total_steps)

@@ -1,78 +1,67 @@
-"""Which connections exist in the first mask."""
+"""Inits: how the first mask is chosen."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dst.errors import ConfigurationError
 from dst.pieces import scores
-from dst.pieces.protocols import LayerView
+from dst.pieces.protocols import LayerView, Sampler, Score
+
+
+class _Ranked:
+    """An init that takes the best weights by a score of ``dst.scores``, which needs no gradient."""
+
+    needs_gradient: ClassVar[bool] = False
+    score: ClassVar[Score]
+
+    def scores(self, view: LayerView) -> Tensor:
+        """Return the score of every position; float, of the layer's shape."""
+        return self.score(view)
 
 
 @dataclass(frozen=True)
-class Random:
-    """Uniformly random connections."""
+class Random(_Ranked, Sampler):
+    """Uniformly random weights; see ``dst.scores.Random``."""
 
-    @property
-    def needs_gradient(self) -> bool:
-        """Never."""
-        return False
-
-    def scores(self, view: LayerView) -> Tensor:
-        """Uniform random numbers of the layer's shape."""
-        return scores.Random()(view)
+    score: ClassVar[scores.Random] = scores.Random()
 
     def sample(self, size: int, excluded: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Draw the first connections directly, with memory in proportion to their number."""
-        return scores.Random().sample(size, excluded, count, generator)
+        """Draw positions directly, with memory in proportion to their number; see ``Sampler``."""
+        return self.score.sample(size, excluded, count, generator)
 
 
 @dataclass(frozen=True)
-class Magnitude:
-    """The largest weights of the moment, as they were initialised, trained or loaded."""
+class Magnitude(_Ranked):
+    """The weights of largest magnitude, as initialised, trained or loaded; see ``dst.scores.Magnitude``."""
 
-    @property
-    def needs_gradient(self) -> bool:
-        """Never."""
-        return False
-
-    def scores(self, view: LayerView) -> Tensor:
-        """abs(weight), of the layer's shape."""
-        return view.weight.abs()
+    score: ClassVar[Score] = scores.Magnitude()
 
 
 @dataclass(frozen=True)
-class Importance:
-    """What the method's relaxation ranks latent weights by: their magnitude, or a learned score (``dst.relaxations``)."""
+class Importance(_Ranked):
+    """The latent weights of largest importance, by the relaxation; see ``dst.scores.Importance``."""
 
-    @property
-    def needs_gradient(self) -> bool:
-        """Never."""
-        return False
-
-    def scores(self, view: LayerView) -> Tensor:
-        """Float, of the layer's shape."""
-        return scores.Importance()(view)
+    score: ClassVar[Score] = scores.Importance()
 
 
 @dataclass(frozen=True)
 class Snip:
     """Connection sensitivity abs(g · w) (Lee et al. 2019, equation 6, https://arxiv.org/abs/1810.02340).
 
-    The gradient is the first step's, over all its micro-batches; that step changes the mask and not the weights.
+    The gradient is the one of the first step, over all its micro-batches. That step makes the mask and does not change the
+    weights.
 
-    Deviation: the authors divide by the sum over the network, which changes no ranking.
+    Deviation: the authors divide by the sum over the network, which does not change the ranking.
     """
 
-    @property
-    def needs_gradient(self) -> bool:
-        """Always."""
-        return True
+    needs_gradient: ClassVar[bool] = True
 
     def scores(self, view: LayerView) -> Tensor:
         """abs(gradient · weight), of the layer's shape."""
@@ -85,43 +74,40 @@ class Grasp:
     """Gradient signal preservation (Wang et al. 2020, equation 8, https://arxiv.org/abs/2002.07376).
 
     Removing a weight changes the squared norm of the gradient by about ``-2 · w · (H g)``, where g is the gradient of the
-    loss and H its Hessian, both of the sparse weights. Those whose removal would lower it most are kept: the score, higher
-    is better, is ``w · (H g)``, the paper's with the sign turned.
+    loss and H its Hessian, both with respect to the sparse weights. The weights whose removal would lower it most are kept:
+    the score is ``w · (H g)``, the negative of the paper's.
 
-    It is measured on the first micro-batch of the first step, and H g is that of all processes' losses together. The step
-    changes the mask and not the weights. Needs ``sparsifier.before_backward(loss)``, which the Lightning callback calls.
+    The score is measured on the first micro-batch of the first step; H g is averaged over processes. That step makes the
+    mask and does not change the weights. It needs ``sparsifier.before_backward(loss)``, which the Lightning callback calls.
 
-    As in the authors' code, logits are divided by a temperature, without which the curvature of a saturated softmax hides
-    that of the network. In the step that makes the mask, the outermost module that holds all sparse weights returns its
-    floating-point outputs divided by it: that step's loss is a smaller one.
+    As in the authors' code, a temperature divides the logits; otherwise the curvature of a saturated softmax hides the
+    network's. In the step that makes the mask, the outermost module with all sparse weights returns its floating-point
+    outputs divided by the temperature, so the loss of that step is smaller.
 
-    Deviations: the authors take ten to 25 samples of each class, here it is the user's batch; they draw linear layers anew
-    for the scores (Xavier), here they are the network's; they divide by the sum over the network, which changes no
-    ranking.
+    Deviations: the authors take 10 to 25 samples of each class; here the scores use the user's batch. They reinitialise
+    linear layers for the scores (Xavier); here the layers stay as they are. They divide by the sum over the network, which
+    does not change the ranking.
 
     Attributes:
-        temperature: What outputs are divided by, > 0; 1 where they are no logits.
+        temperature: Divisor of the model's outputs, > 0; use 1 if they are not logits.
     """
+
+    needs_gradient: ClassVar[bool] = True  # the gradients show whether the loss was finite
 
     temperature: float = 200.0
 
     def __post_init__(self) -> None:
         if not 0 < self.temperature < math.inf:
-            raise ConfigurationError(f"temperature={self.temperature} must be positive; 1 leaves outputs as they are")
+            raise ConfigurationError(f"temperature={self.temperature} must be positive; 1 leaves outputs unchanged")
 
     @property
     def output_scale(self) -> float:
         """1 / temperature."""
         return 1 / self.temperature
 
-    @property
-    def needs_gradient(self) -> bool:
-        """Always: that the step's gradients are finite says that the loss was."""
-        return True
-
     def scores(self, view: LayerView) -> Tensor:
-        """Not used: the network is scored as a whole."""
-        raise TypeError("GraSP scores the network as a whole, by loss_scores")
+        """Not used: all layers are scored at once."""
+        raise TypeError("GraSP scores all layers at once: use loss_scores")
 
     def loss_scores(
         self,
@@ -134,7 +120,7 @@ class Grasp:
         # H is the mean of the processes' Hessians and g that of their gradients, so the direction is averaged first.
         directions = average([g.detach() for g in gradients])
         curved = [(g, v) for g, v in zip(gradients, directions, strict=True) if g.requires_grad]
-        if not curved:  # a loss without curvature, such as a sum of outputs of one layer
+        if not curved:  # a linear loss
             return [torch.zeros_like(w) for w in weights]
         outputs, vectors = zip(*curved, strict=True)
         products = torch.autograd.grad(outputs, weights, vectors, retain_graph=True, materialize_grads=True)
@@ -145,23 +131,23 @@ class Grasp:
 class Synflow:
     """Iterative synaptic flow (Tanaka et al. 2020, algorithm 1, https://arxiv.org/abs/2006.05467).
 
-    The score is ``abs(w · dR/dw)``, where R is the sum of the outputs on an input of ones with all parameters at their
-    absolute values: the flow through a connection along all paths. It needs no data. Pruning in many small steps, with
-    scores of what is left, is what keeps layers from being emptied: after step k of n the density is
-    ``density ** (k / n)``.
+    The score is ``abs(w · dR/dw)``, where R is the sum of the outputs on an input of ones with the absolute values of all
+    parameters: the flow through a connection along all paths. It needs no data. Weights are pruned in n small steps, each
+    with the scores of the remaining network, so that no layer is emptied. The density after step k is ``density ** (k / n)``.
 
-    The model's call is seen in the first step, which changes the mask and not the weights, and repeated in float64 and
-    evaluation mode. Inputs that are no floating-point numbers (token ids, masks) stay as they are; under several processes
-    the first one's scores count.
+    The first training step records the model's call; it makes the mask and does not change the weights. The call is repeated
+    in float64 and evaluation mode. Inputs that are not floating-point (token ids, masks) stay as they are. With several
+    processes, the scores of the first one decide.
 
-    Deviations: the authors take running statistics at their absolute values too; here buffers stay as they are, which
-    makes no difference before training. They compute in float32. What was pruned at one step never comes back at a later
-    one; in their code it can where scores tie at zero. Scores below 1e-12 of a layer's sum count as zero, since they are
-    rounding errors.
+    Deviations: the authors take absolute values of running statistics too; here buffers stay as they are, which makes no
+    difference before training. They compute in float32. A pruned weight never returns in a later step; in their code it can
+    if scores tie at zero. Scores below 1e-12 of a layer's sum are rounding errors and count as zero.
 
     Attributes:
-        iterations: n, the number of pruning steps, >= 1. With one, the scores of the dense network decide.
+        iterations: n, number of pruning steps, >= 1; with 1, the scores of the dense network decide.
     """
+
+    needs_gradient: ClassVar[bool] = False
 
     iterations: int = 100
 
@@ -169,14 +155,9 @@ class Synflow:
         if isinstance(self.iterations, bool) or not isinstance(self.iterations, int) or self.iterations < 1:
             raise ConfigurationError(f"iterations={self.iterations!r} must be a positive number of pruning steps")
 
-    @property
-    def needs_gradient(self) -> bool:
-        """Never: the model's call is all."""
-        return False
-
     def scores(self, view: LayerView) -> Tensor:
-        """Not used: the network is scored as a whole."""
-        raise TypeError("SynFlow scores the network as a whole, by call_scores")
+        """Not used: all layers are scored at once."""
+        raise TypeError("SynFlow scores all layers at once: use call_scores")
 
     def call_scores(
         self,
@@ -184,24 +165,24 @@ class Synflow:
         weights: Sequence[Tensor],
         select: Callable[[Sequence[Tensor], float], list[Tensor]],
     ) -> list[Tensor]:
-        """Scores of the last pruning step, the largest being 1; negative where pruned before. See ``CallInit``.
+        """Scores of the last pruning step, of which the largest is 1; -1 where pruned before. See ``CallInit``.
 
         Raises:
-            ConfigurationError: Scores that are not finite, or zero everywhere.
+            ConfigurationError: The scores are not finite, or all zero.
         """
         magnitudes = [w.abs() for w in weights]
         masks = [torch.ones_like(w, dtype=torch.bool) for w in weights]
         for k in range(1, self.iterations + 1):
             flows = _flows(output, [w * m for w, m in zip(magnitudes, masks, strict=True)])
-            # In units of the largest, as float64 reaches where the float32 of a selection does not.
+            # Scaled by the largest, because a selection in float32 has a smaller range than float64.
             largest = max((f.max() for f in flows), default=torch.zeros(()))
             if not 0 < largest < torch.inf:
                 raise ConfigurationError(
                     f"SynFlow's scores are {'all zero' if largest == 0 else 'not finite'} at pruning step {k}: no path "
-                    "leads from the inputs to the outputs that is sensitive to its weights (normalisation without "
-                    "running statistics takes away the scale of what it sees); use another init"
+                    "from the inputs to the outputs is sensitive to its weights (normalisation without running "
+                    "statistics removes the scale of its inputs); use another init"
                 )
-            # Paths that cancel (through a softmax of equal numbers, say) leave rounding errors, in no order to rely on.
+            # Paths that cancel, for example in a softmax of equal numbers, leave rounding errors in arbitrary order.
             error = 1e-12 * max(f.sum() for f in flows)
             flows = [
                 torch.where(f > error, f / largest, 0).masked_fill(~m, -1) for f, m in zip(flows, masks, strict=True)
@@ -221,19 +202,18 @@ def _flows(output: Callable[[Sequence[Tensor]], Tensor], weights: Sequence[Tenso
 
 @dataclass(frozen=True)
 class FromFile:
-    """The masks of a file written by ``dst.save_masks``; its densities are used, and must agree with the method's.
+    """The masks of a file written by ``dst.save_masks``.
+
+    The file's densities are used; they must agree with the method's.
 
     Attributes:
-        path: The file. Where it lies is no part of the method, so a moved file does not prevent a resume.
+        path: The file. It is not compared at a resume, so the file may move.
     """
+
+    needs_gradient: ClassVar[bool] = False
 
     path: str = field(compare=False)
 
-    @property
-    def needs_gradient(self) -> bool:
-        """Never."""
-        return False
-
     def scores(self, view: LayerView) -> Tensor:
         """Not used: the file holds the masks themselves."""
-        raise TypeError("masks read from a file are not scored")
+        raise TypeError("masks of a file are not scored")

@@ -1,4 +1,4 @@
-"""What is added to the gradients of active weights at every step."""
+"""Perturbations: additions to the gradients of active weights at every step."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from dst.pieces.protocols import LayerView
 
 @dataclass(frozen=True)
 class Langevin:
-    """An L1 pull to zero and Gaussian noise: DeepR's random walk (Bellec et al. 2018, equation 5, arXiv:1711.05136).
+    """L1 penalty and Gaussian noise: DeepR's random walk (Bellec et al. 2018, equation 5, arXiv:1711.05136).
 
-    A step of plain SGD then moves the weight along its sign, θ, by ``-η · ∂L/∂θ - η · α + √(2 · η · T) · ν`` with ν
-    standard normal. Signs are those that the drop score keeps (``scores.KeptSign``), the weights' own where it keeps none.
+    A step of plain SGD changes θ = sign · w by ``-η · ∂L/∂θ - η · α + √(2 · η · T) · ν`` with ν standard normal. The signs
+    are those of the drop score (``scores.KeptSign``), or the weights' own if it keeps none.
 
-    Deviation: gradients are what is changed, so that any optimizer and clipping may follow. Momentum and Adam average and
-    scale the pull and the noise like all of the gradient; only plain SGD makes the step above.
+    Deviation: penalty and noise are added to the gradients, before clipping and any optimizer. Momentum and Adam average and
+    scale them with the rest of the gradient; only plain SGD takes the step above.
 
     Attributes:
-        l1: α, >= 0.
-        temperature: T, >= 0; 0 for no noise.
+        l1: α, strength of the penalty, >= 0.
+        temperature: T, temperature of the noise, >= 0; 0 for no noise.
     """
 
     l1: float = 1e-5
     temperature: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("l1", "temperature"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigurationError(f"{name}={getattr(self, name)} must be a number that is not negative")
+        for name, value in (("l1", self.l1), ("temperature", self.temperature)):
+            if not 0 <= value < math.inf:
+                raise ConfigurationError(f"{name}={value} must be finite and at least 0")
 
     def __call__(self, view: LayerView, lr: float) -> Tensor:
         """``α · sign - √(2T / η) · ν`` where active, 0 elsewhere; float32 or wider, of the layer's shape."""

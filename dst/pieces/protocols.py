@@ -1,10 +1,13 @@
-"""What the pieces of a method look like to the engine: protocols, and the views that they are shown."""
+"""Protocols of a method's pieces, and the views of a layer that the engine passes to them.
+
+Members that are the same for all instances of a piece may be class attributes instead of properties.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,16 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerView:
-    """What a score may look at; all tensors have the layer's shape.
+    """What a score sees of a layer; all tensors have the layer's shape.
 
     Attributes:
-        weight: The layer's weights, detached; zeros where inactive, or latent weights where the backend keeps them.
+        weight: Weights, detached; zero where inactive, latent weights under a relaxation.
         mask: Bool, True where active.
-        gradient: The dense gradient (accumulated, reduced over ranks, unscaled, unclipped), or ``None`` where the
-            score did not ask for it.
-        buffer: What the score's ``observe`` returned last, or ``None``.
-        generator: A CPU generator folded from seed, step and layer, for random scores.
-        importance: What a relaxation ranks latent weights by, or ``None`` where there is none.
+        gradient: Dense gradient (accumulated, reduced over ranks, unscaled, unclipped); ``None`` unless the score needs it.
+        buffer: The score's buffer, as ``observe`` last returned it; ``None`` if there is none.
+        generator: CPU generator, seeded by seed, step and layer, for random scores.
+        importance: Scores by which the relaxation ranks latent weights; ``None`` without a relaxation.
     """
 
     weight: Tensor
@@ -38,50 +40,86 @@ class LayerView:
 
 @runtime_checkable
 class Score(Protocol):
-    """Ranks connections: higher is better, for survival as for growth."""
+    """Ranks weights for dropping or growing; higher is better: to keep, or to grow."""
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether ``__call__`` reads ``view.gradient``."""
+        """Whether the score reads ``view.gradient``."""
 
     @property
     def observes(self) -> bool:
-        """Whether it is an ``Observer``, shown every step; with the dense gradient where ``needs_gradient``."""
+        """Whether the score is an ``Observer``, which sees every step."""
 
     def __call__(self, view: LayerView) -> Tensor:
-        """Score every position of the layer; float, of the layer's shape."""
+        """Return a score for every position; float, of the layer's shape."""
 
 
 @runtime_checkable
 class Observer(Score, Protocol):
-    """A score that watches every step, and keeps a buffer of the layer's shape; ``observes`` is True."""
+    """A score that sees every step and keeps a buffer of the layer's shape; its ``observes`` is True."""
 
     def observe(self, buffer: Tensor | None, view: LayerView) -> Tensor:
-        """Return the buffer after seeing this step's weights and dense gradient; may update ``buffer`` in place.
+        """Return the buffer after this step; may update ``buffer`` in place.
 
-        ``view.gradient`` is there where the score needs it.
+        Args:
+            buffer: What the last call returned; ``None`` at the first.
+            view: The layer at this step, with its dense gradient if the score needs one.
         """
 
 
 @runtime_checkable
+class ActiveScore(Score, Protocol):
+    """A score that may rank active weights from active weights alone.
+
+    Storage without inactive weights takes it as drop score. There the tensors of a view are vectors with one entry per
+    active weight.
+    """
+
+    @property
+    def active_only(self) -> bool:
+        """Whether a score depends on active weights alone, in tensors of any shape."""
+
+
+@runtime_checkable
+class AfterDropScore(Score, Protocol):
+    """A grow score that may depend on the mask after the drop."""
+
+    @property
+    def after_drop(self) -> bool:
+        """Whether ``view.mask`` has to be the mask after the drop, instead of the one before the update."""
+
+
+@runtime_checkable
 class Sampler(Protocol):
-    """A score or init whose best connections are a uniform draw: it needs no number for every position."""
+    """A score or init that draws positions uniformly, without a score for every position.
+
+    A piece that inherits from this class may be subclassed: where a subclass overrides ``__call__`` or ``scores`` but not
+    ``sample``, its ``sample`` is ``None``, and it scores like any other piece.
+    """
+
+    def __init_subclass__(cls, **settings: Any) -> None:
+        """Turn sampling off in subclasses that score differently."""
+        super().__init_subclass__(**settings)
+        if vars(cls).keys() & {"__call__", "scores"} and "sample" not in vars(cls):
+            cls.sample = None  # type: ignore[method-assign, assignment]
 
     def sample(self, size: int, excluded: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Draw ``count`` of ``size`` positions but the excluded (sorted, int64); sorted, on the device of ``excluded``."""
+        """Draw positions.
+
+        Args:
+            size: Number of positions of the layer.
+            excluded: Positions that may not be drawn, int64, sorted.
+            count: Number of positions to draw, at most ``size`` minus the excluded.
+            generator: CPU generator.
+
+        Returns:
+            ``count`` distinct positions, int64, sorted, on the device of ``excluded``.
+        """
 
 
 def as_sampler(piece: object) -> Sampler | None:
-    """The score or init itself if it draws its connections, ``None`` if it scores them.
-
-    A subclass that scores in a way of its own does not draw, though it inherits ``sample``.
-    """
-    for kind in type(piece).__mro__:
-        if "sample" in vars(kind):
-            return piece if isinstance(piece, Sampler) else None
-        if "__call__" in vars(kind) or "scores" in vars(kind):
-            return None
-    return None
+    """Return the score or init if it samples, ``None`` if it scores."""
+    return piece if isinstance(piece, Sampler) and piece.sample is not None else None
 
 
 class Allocation(Protocol):
@@ -89,7 +127,7 @@ class Allocation(Protocol):
 
     @property
     def needs_scores(self) -> bool:
-        """Whether the split depends on the connections' scores."""
+        """Whether the split depends on scores of the weights."""
 
     def counts(
         self,
@@ -98,48 +136,55 @@ class Allocation(Protocol):
         density: float,
         scores: Sequence[Tensor] | None = None,
     ) -> list[int]:
-        """Active weights of each layer."""
+        """Return the number of active weights of each layer.
+
+        Args:
+            names: Names of the layers.
+            shapes: Shapes of the layers.
+            density: Density of the network, in (0, 1].
+            scores: One float tensor per layer, of its shape, if ``needs_scores``.
+        """
 
 
 class Init(Protocol):
-    """Scores connections for the first mask."""
+    """Ranks weights for the first mask."""
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether the first mask waits for a dense gradient."""
+        """Whether the first mask needs a dense gradient, and so a first step."""
 
     def scores(self, view: LayerView) -> Tensor:
-        """Score every position of the layer; float, of the layer's shape."""
+        """Return a score for every position; float, of the layer's shape; higher is better."""
 
 
 class Pattern(Protocol):
-    """Says which weights are active together; see ``dst.patterns``."""
+    """Decides which weights are active together; see ``dst.patterns``."""
 
     @property
     def is_grouped(self) -> bool:
-        """Whether ``select`` and ``rewire`` choose, rather than unstructured selection with one budget per layer."""
+        """Whether ``select`` and ``rewire`` choose the weights; False for unstructured selection."""
 
     @property
     def is_free(self) -> bool:
-        """Whether layers may have any density, rather than one that follows from the pattern."""
+        """Whether layers may have any density; False if the pattern determines it."""
 
     def for_density(self, density: float) -> Pattern:
-        """The pattern with what depends on the network's density resolved."""
+        """Return the pattern with settings resolved that depend on the density of the network, in (0, 1]."""
 
     def unsupported_reason(self, layer: SparseLayer) -> str | None:
-        """Why the layer cannot have the pattern (it stays dense then), or ``None``."""
+        """Return why the layer cannot have the pattern and stays dense, or ``None`` if it can."""
 
     def fit(self, layer: SparseLayer, count: int) -> int:
-        """The number of active weights that comes nearest to ``count`` and the pattern can hold."""
+        """Return the number of active weights nearest to ``count`` that the pattern allows."""
 
     def holds(self, layer: SparseLayer, mask: Tensor) -> bool:
-        """Whether a mask has the pattern."""
+        """Return whether a mask has the pattern."""
 
     def spread(self, layer: SparseLayer, scores: Tensor) -> Tensor:
-        """Every weight's score replaced by that of its group; of the layer's shape."""
+        """Return the score of its group for every weight, of the layer's shape."""
 
     def select(self, layer: SparseLayer, scores: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Sorted positions of the best ``count`` weights."""
+        """Return the positions of the best ``count`` weights, int64, sorted."""
 
     def rewire(
         self,
@@ -153,27 +198,38 @@ class Pattern(Protocol):
         regrow_dropped: bool,
         generator: torch.Generator,
     ) -> Rewiring:
-        """Drop and grow within the pattern."""
+        """Return the positions that an update drops and grows.
+
+        Args:
+            layer: The layer.
+            mask: Bool, the present mask, of the layer's shape.
+            drop_scores: Float, of the layer's shape; the lowest are dropped.
+            grow_scores: Float, of the layer's shape; the highest are grown. ``None`` for the drop scores.
+            drop: Number of weights to drop.
+            grow: Number of weights to grow.
+            regrow_dropped: Whether a weight dropped in this update may be grown again and keeps its value.
+            generator: CPU generator that breaks ties.
+        """
 
 
 class DensitySchedule(Protocol):
-    """The budget over time, for methods whose density moves."""
+    """Density over time."""
 
     def __call__(self, step: int, total_steps: int, final: float) -> float:
-        """Density in (0, 1] that holds from an update at ``step`` on; ``final`` is the method's."""
+        """Return the density after an update at ``step``, in (0, 1]; ``final`` is the method's density."""
 
     def settles_at(self, total_steps: int) -> int:
-        """The step from which on it is ``final``."""
+        """Return the first step at which the density is ``final`` and stays so."""
 
 
 @dataclass(frozen=True)
 class LayerStat:
-    """What a redistribution knows of a layer at an update.
+    """What a redistribution sees of a layer at an update.
 
     Attributes:
         weights: Number of weights.
-        kept: Active ones that the update does not drop.
-        strength: What the redistribution's ``measure`` returned.
+        kept: Number of active weights that the update does not drop.
+        strength: The value of the redistribution's ``measure``.
     """
 
     weights: int
@@ -182,55 +238,55 @@ class LayerStat:
 
 
 class Redistribution(Protocol):
-    """Moves budget between layers at updates."""
+    """Moves budget between layers at topology updates."""
 
     @property
     def needs_gradient(self) -> bool:
-        """Whether ``measure`` reads the gradient, or the grow score's buffer where that observes."""
+        """Whether ``measure`` reads the gradient, or the buffer of a grow score that observes."""
 
     def measure(self, view: LayerView) -> float:
-        """A layer's claim, >= 0."""
+        """Return the strength of a layer's claim to budget, >= 0."""
 
     def grow_counts(self, stats: Sequence[LayerStat], total: int) -> list[int]:
-        """How ``total`` grown connections are split over the layers."""
+        """Split ``total`` newly grown weights over the layers."""
 
 
 class Perturbation(Protocol):
-    """Something added to the gradients of active weights at every step."""
+    """Added to the gradients of active weights at every step."""
 
     def __call__(self, view: LayerView, lr: float) -> Tensor:
-        """What is added, of the layer's shape; where inactive it does not matter.
+        """Return what is added, float, of the layer's shape; values at inactive positions are ignored.
 
         Args:
-            view: The layer; ``gradient`` is ``None``, ``buffer`` that of the drop score.
-            lr: The optimizer's learning rate for it.
+            view: The layer; ``gradient`` is ``None``, ``buffer`` the drop score's.
+            lr: The optimizer's learning rate for the layer.
         """
 
 
 class Amount(Protocol):
-    """How many connections an update drops, where the weights decide and not a fraction."""
+    """Decides from the weights how many of them an update drops, instead of a fraction."""
 
     @property
     def initial_state(self) -> float:
-        """What ``counts`` is given at the first update."""
+        """State at the first update."""
 
     def counts(self, views: Sequence[LayerView], scores: Sequence[Tensor], state: float) -> tuple[list[int], float]:
-        """Number to drop in every layer, and the state for the next update.
+        """Return the number of weights to drop in each layer, and the state for the next update.
 
         Args:
             views: The layers.
             scores: Their drop scores.
-            state: What the last update returned.
+            state: The state that the last update returned, or ``initial_state``.
         """
 
 
 @runtime_checkable
 class LossInit(Init, Protocol):
-    """An init that scores the whole network at once, from the graph of the loss."""
+    """An init that scores all layers at once, from the graph of the loss."""
 
     @property
     def output_scale(self) -> float:
-        """What the model's outputs are multiplied with in the step that is scored, which moves no weight."""
+        """Factor of the model's outputs in the step that is scored; that step does not change the weights."""
 
     def loss_scores(
         self,
@@ -238,12 +294,12 @@ class LossInit(Init, Protocol):
         weights: Sequence[Tensor],
         average: Callable[[Sequence[Tensor]], list[Tensor]],
     ) -> list[Tensor]:
-        """Score all positions of all weights; leaves the graph to ``loss.backward()``, and no ``.grad`` behind.
+        """Score all positions of all weights, without freeing the graph or setting ``.grad``.
 
         Args:
-            loss: This process's loss, with its graph.
-            weights: The sparse parameters, leaves of that graph.
-            average: Means over processes, tensor by tensor.
+            loss: Loss of this process, with its graph.
+            weights: Sparse parameters, leaves of that graph.
+            average: Averages tensors over processes.
 
         Returns:
             One float tensor per weight, of its shape, the same on all processes.
@@ -252,7 +308,7 @@ class LossInit(Init, Protocol):
 
 @runtime_checkable
 class CallInit(Init, Protocol):
-    """An init that scores the whole network at once, from calls of the model without data."""
+    """An init that scores all layers at once, by calls of the model without data."""
 
     def call_scores(
         self,
@@ -263,11 +319,11 @@ class CallInit(Init, Protocol):
         """Score all positions of all weights.
 
         Args:
-            output: The sum of the model's outputs (scalar float64) on inputs of ones, for given weights, with all its
-                other parameters at their absolute values; differentiable.
-            weights: The sparse parameters, detached float64.
-            select: Masks (bool, one per weight) that keep the best scores, for a progress in [0, 1] from the dense
-                network to the method's budget; the same on all the way as in the end.
+            output: Returns the sum of the model's outputs (scalar float64, differentiable) on inputs of ones, for the
+                weights passed to it and the absolute values of all other parameters.
+            weights: Sparse parameters, detached, float64.
+            select: Returns masks (bool, one per weight) that keep the best scores, by the method's allocation and
+                pattern. The second argument is the progress from the dense network (0) to the method's budget (1).
 
         Returns:
             One float tensor per weight, of its shape.
@@ -275,22 +331,22 @@ class CallInit(Init, Protocol):
 
 
 def waits_for_batch(init: Init) -> bool:
-    """Whether the first mask can only be made in training, once a batch has been seen."""
+    """Return whether the first mask depends on the first batch, and so is made in the first step."""
     return init.needs_gradient or isinstance(init, (LossInit, CallInit))
 
 
 class Fraction(Protocol):
-    """The share of active connections that an update replaces."""
+    """Drop fraction: the share of active weights that an update replaces."""
 
     def __call__(self, step: int, stop: int) -> float:
-        """The fraction in [0, 1] at ``step``, for updates that end at ``stop``."""
+        """Return the fraction at ``step``, in [0, 1], for updates in steps before ``stop``."""
 
 
 class Clock(Protocol):
-    """Says at which optimizer steps the topology is updated."""
+    """Decides at which optimizer steps the topology is updated."""
 
     def fires(self, step: int, total_steps: int) -> bool:
-        """Whether the step numbered ``step`` (from 0) updates the topology."""
+        """Return whether ``step``, counted from 0, updates the topology."""
 
     def stop_step(self, total_steps: int) -> int:
-        """The first step at which the clock never fires again."""
+        """Return the first step from which on the clock never fires."""

@@ -1,9 +1,7 @@
-"""Drop and grow scores: each ranks a layer's connections, higher being better to keep or to grow.
+"""Drop scores and grow scores: rank the weights of a layer; higher is better, to keep or to grow.
 
-A score is a frozen dataclass. ``needs_gradient`` says whether it reads the dense gradient of the step, ``observes`` that
-it must see every step (the engine then keeps its buffer, and saves it). ``active_only`` marks scores that rank active
-connections by nothing but the active ones, in whatever shape: those are drop scores for storage without inactive weights.
-``after_drop`` marks grow scores whose ``view.mask`` is what the drop has left, not what was active before it.
+A score is a frozen dataclass. It is a ``Score`` of ``dst.types``, and may be an ``Observer``, ``ActiveScore``,
+``AfterDropScore`` or ``Sampler`` too.
 """
 
 from __future__ import annotations
@@ -15,22 +13,16 @@ import torch
 from torch import Tensor
 
 from dst.errors import ConfigurationError
-from dst.pieces.protocols import LayerView, Score
+from dst.pieces.protocols import AfterDropScore, LayerView, Sampler, Score
 from dst.topology.selection import random_free
 
 
 class _Stateless:
-    """A score that keeps no buffer and reads no gradient."""
+    """Defaults: no gradient, no buffer, and active weights are ranked from active weights alone."""
 
+    needs_gradient: ClassVar[bool] = False
+    observes: ClassVar[bool] = False
     active_only: ClassVar[bool] = True
-
-    @property
-    def needs_gradient(self) -> bool:
-        return False
-
-    @property
-    def observes(self) -> bool:
-        return False
 
     def observe(self, buffer: Tensor | None, view: LayerView) -> Tensor:
         raise TypeError(f"{type(self).__name__} keeps no buffer")
@@ -38,7 +30,7 @@ class _Stateless:
 
 @dataclass(frozen=True)
 class Magnitude(_Stateless):
-    """abs(w): the drop score of RigL (Evci et al. 2020), and of magnitude pruning."""
+    """abs(w): the drop score of RigL (Evci et al. 2020) and of magnitude pruning."""
 
     def __call__(self, view: LayerView) -> Tensor:
         """abs(weight), float, of the layer's shape."""
@@ -47,15 +39,15 @@ class Magnitude(_Stateless):
 
 @dataclass(frozen=True)
 class SignedMagnitude(_Stateless):
-    """SET's drop score: the weights nearest zero go, *of each sign separately*.
+    """SET's drop score: drops the weights nearest zero, *separately for each sign*.
 
-    Mocanu et al. 2018 (https://arxiv.org/abs/1707.04780) drop a fraction of the smallest positive and the same fraction of
-    the largest negative weights. The score is a weight's rank among the active ones of its sign, over their number, so
-    that dropping the lowest takes the same share of both. Active weights that are exactly zero are of neither sign and go
-    first, as in the authors' code.
+    Mocanu et al. 2018 (https://arxiv.org/abs/1707.04780) drop a fraction of the smallest positive weights and the same
+    fraction of the largest negative ones. The score is the rank of a weight among the active weights of its sign, divided
+    by their number, so the lowest scores are the same share of both signs. Active weights that are exactly zero have no
+    sign and are dropped first, as in the authors' code.
 
-    Deviation: the authors round the number dropped per sign; here the total is ``floor(fraction * active)`` exactly,
-    which may move one connection from one sign to the other.
+    Deviation: the authors round the number of dropped weights for each sign. Here the total is exactly
+    ``floor(fraction * active)``, which may move one dropped weight from one sign to the other.
     """
 
     def __call__(self, view: LayerView) -> Tensor:
@@ -75,24 +67,20 @@ class SignedMagnitude(_Stateless):
 class MagnitudeAndGradient(_Stateless):
     """abs(w) + λ · abs(dL/dw): the drop score of MEST (Yuan et al. 2021, https://arxiv.org/abs/2110.14032, section 3.2).
 
-    A small weight that the loss is about to change is spared.
+    Keeps small weights to which the loss is sensitive.
 
     Attributes:
         strength: λ, >= 0.
     """
 
+    needs_gradient: ClassVar[bool] = True
     active_only: ClassVar[bool] = False
 
     strength: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.strength >= 0:
-            raise ConfigurationError(f"strength={self.strength} of the gradient in a drop score must not be negative")
-
-    @property
-    def needs_gradient(self) -> bool:
-        """Always."""
-        return True
+            raise ConfigurationError(f"strength={self.strength} of the gradient in a drop score must be at least 0")
 
     def __call__(self, view: LayerView) -> Tensor:
         """abs(weight) + strength · abs(gradient), float, of the layer's shape."""
@@ -102,24 +90,20 @@ class MagnitudeAndGradient(_Stateless):
 
 @dataclass(frozen=True)
 class KeptSign(_Stateless):
-    """The weight along a sign that its connection keeps for good: negative once it has crossed zero.
+    """sign · w, where the sign of each connection never changes: negative once the weight has crossed zero.
 
-    DeepR's parameter θ (Bellec et al. 2018, https://arxiv.org/abs/1711.05136, section 2) with w = sign · θ. Every
-    position has a sign from the start: that of the first weight where active, a random one elsewhere.
+    This is DeepR's parameter θ (Bellec et al. 2018, https://arxiv.org/abs/1711.05136, section 2), with w = sign · θ. The
+    signs are fixed at the first step: the weight's sign where active, a random sign elsewhere.
 
-    Deviation: the authors draw all signs at random and make the first weights follow them, which is the same for weights
-    whose distribution is symmetric.
+    Deviation: the authors draw all signs at random and give the initial weights these signs. For symmetric distributions of
+    weights this is the same.
     """
 
-    active_only: ClassVar[bool] = False  # it knows the signs of every position
-
-    @property
-    def observes(self) -> bool:
-        """Always, for the signs; it needs no gradient."""
-        return True
+    observes: ClassVar[bool] = True
+    active_only: ClassVar[bool] = False  # the buffer holds the signs of all positions
 
     def observe(self, buffer: Tensor | None, view: LayerView) -> Tensor:
-        """The signs, int8 of the layer's shape: drawn at first sight, the same ever after."""
+        """The signs, int8, of the layer's shape; constant after the first call."""
         if buffer is not None:
             return buffer
         drawn = torch.randint(2, view.weight.shape, generator=view.generator, dtype=torch.int8) * 2 - 1
@@ -134,15 +118,12 @@ class KeptSign(_Stateless):
 
 @dataclass(frozen=True)
 class Gradient(_Stateless):
-    """abs(dL/dw), of the dense gradient: RigL's growth score (Evci et al. 2020, Algorithm 1).
+    """abs(dL/dw) of the dense gradient: RigL's grow score (Evci et al. 2020, Algorithm 1).
 
-    The absolute value is taken once, of the gradient accumulated over micro-batches and reduced over ranks.
+    The gradient is accumulated over micro-batches and reduced over ranks before its absolute value is taken.
     """
 
-    @property
-    def needs_gradient(self) -> bool:
-        """Always."""
-        return True
+    needs_gradient: ClassVar[bool] = True
 
     def __call__(self, view: LayerView) -> Tensor:
         """abs(gradient), float, of the layer's shape."""
@@ -152,30 +133,23 @@ class Gradient(_Stateless):
 
 @dataclass(frozen=True)
 class Momentum(_Stateless):
-    """Magnitude of an exponential mean of the dense gradients (Dettmers & Zettlemoyer 2019, arXiv:1907.04840).
+    """Magnitude of an exponential moving average of dense gradients (Dettmers & Zettlemoyer 2019, arXiv:1907.04840).
 
-    The mean is the engine's own: the optimizer's momentum sees masked gradients and is zero where it would be needed.
-    It costs one float per weight, and a dense gradient at every step.
+    The average is not the optimizer's momentum, which sees masked gradients and is zero at inactive positions. It takes
+    one float per weight and a dense gradient at every step.
 
     Attributes:
-        beta: Decay of the mean, in [0, 1).
+        beta: Decay of the average, in [0, 1).
     """
+
+    needs_gradient: ClassVar[bool] = True
+    observes: ClassVar[bool] = True
 
     beta: float = 0.9
 
     def __post_init__(self) -> None:
         if not 0 <= self.beta < 1:
             raise ConfigurationError(f"beta={self.beta} of the momentum score must lie in [0, 1)")
-
-    @property
-    def needs_gradient(self) -> bool:
-        """Always."""
-        return True
-
-    @property
-    def observes(self) -> bool:
-        """Always."""
-        return True
 
     def observe(self, buffer: Tensor | None, view: LayerView) -> Tensor:
         """``beta * buffer + (1 - beta) * gradient``, in float32 or wider."""
@@ -186,35 +160,35 @@ class Momentum(_Stateless):
         return buffer.lerp_(gradient.to(buffer.dtype), 1 - self.beta)
 
     def __call__(self, view: LayerView) -> Tensor:
-        """abs(mean gradient), float, of the layer's shape."""
+        """abs(average gradient), float, of the layer's shape."""
         assert view.buffer is not None
         return view.buffer.abs()
 
 
 @dataclass(frozen=True)
-class Random(_Stateless):
-    """Uniform random scores: SET's growth, and the random first mask."""
+class Random(_Stateless, Sampler):
+    """Uniform random scores: SET's grow score, and the random first mask."""
 
-    active_only: ClassVar[bool] = False  # a number for every position, drawn in one stream
+    active_only: ClassVar[bool] = False  # the random stream has a number for every position
 
     def __call__(self, view: LayerView) -> Tensor:
         """Uniform in [0, 1), float32, of the layer's shape."""
-        # Drawn on the CPU, so that the stream is the same on every device; ties are settled by the selection.
+        # Drawn on the CPU, so the stream is the same on every device; the selection breaks ties.
         return torch.rand(view.weight.shape, generator=view.generator).to(view.weight.device)
 
     def sample(self, size: int, excluded: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Draw positions directly, with memory in proportion to what is excluded."""
+        """Draw positions directly, with memory in proportion to the excluded ones; see ``Sampler``."""
         return random_free(size, excluded, count, generator)
 
 
 @dataclass(frozen=True)
 class Importance(_Stateless):
-    """What the method's relaxation ranks latent weights by: their magnitude, or a learned score (``dst.relaxations``)."""
+    """The importance of latent weights: their magnitude or a learned score, by the relaxation (``dst.relaxations``)."""
 
-    active_only: ClassVar[bool] = False  # only storage of latent weights knows it
+    active_only: ClassVar[bool] = False  # only storage of latent weights has it
 
     def __call__(self, view: LayerView) -> Tensor:
-        """Float, of the layer's shape."""
+        """``view.importance``, float, of the layer's shape."""
         assert view.importance is not None
         return view.importance
 
@@ -223,48 +197,50 @@ class Importance(_Stateless):
 class CH3L3(_Stateless):
     """Cannistraci-Hebb theory's CH3-L3: predicts connections from the topology alone, without a gradient.
 
-    Zhang et al. 2024 (CHT), and 2025 (CHTs; https://arxiv.org/abs/2501.19107, "CH3-L3n", the form for nodes). The layer is
-    a bipartite graph. Inactive connections score high that would close many paths of length three whose intermediate nodes
-    have few links outside the local community. With A the mask, d its row sums, and E = (d_j - (A Aᵀ)_ij) where two rows
-    share an input, a path over row j counts 1 / max(E_ij, 1); the same over columns, both added up.
+    Zhang et al. 2024 (CHT) and 2025 (CHTs; https://arxiv.org/abs/2501.19107, "CH3-L3n", the form for nodes). The layer is a
+    bipartite graph. An inactive connection has a high score if it closes many paths of length three whose intermediate
+    nodes have few links outside the local community. Let A be the mask, d its row sums, and E_ij = d_j - (A Aᵀ)_ij for rows
+    i and j that share an input. A path over row j counts 1 / max(E_ij, 1). The score sums over paths by rows and by columns.
 
-    The mask is that after the drop. Where ``regrow_dropped`` is off, or a pattern groups connections, it is that before.
+    The mask is the one after the drop. If ``regrow_dropped`` is False or the pattern is grouped, it is the one before.
 
-    A convolution is read as the matrix of its outputs by (input channel, kernel position): every kernel position of a channel
-    is a node. The authors treat fully connected layers only.
+    Deviation: the authors treat fully connected layers only. Here a convolution is the matrix of its outputs by (input
+    channel, kernel position); each kernel position of a channel is a node.
     """
 
     active_only: ClassVar[bool] = False
     after_drop: ClassVar[bool] = True
 
     def __call__(self, view: LayerView) -> Tensor:
-        """Score, float32, of the layer's shape, >= 0; what active connections get has no meaning."""
+        """Score >= 0, float32, of the layer's shape; scores of active connections have no meaning."""
         links = view.mask.flatten(1).float()
         return (_paths(links) + _paths(links.t()).t()).reshape(view.mask.shape)
 
 
 def _paths(links: Tensor) -> Tensor:
-    """For every (row, column): the sum over rows that have the column and share one with the row, of 1 / max(external, 1)."""
+    """For every (row, column): sum of 1 / max(external, 1) over rows that have the column and share one with the row."""
     shared = links @ links.t()
-    external = links.sum(1) - shared  # of the intermediate row, links outside what it shares
+    external = links.sum(1) - shared  # links of the intermediate row outside the shared ones
     return torch.where(shared > 0, 1 / external.clamp(min=1), 0) @ links
 
 
 @dataclass(frozen=True)
 class Soft(_Stateless):
-    """Draws by a score instead of taking its best: the chance of a connection is proportional to score^(1 / temperature).
+    """Samples by a score instead of taking the best: with probability proportional to score^(1 / temperature).
 
-    Soft sampling of CHTs (Zhang et al. 2025, https://arxiv.org/abs/2501.19107), without replacement: the best of
-    log(score) / temperature plus Gumbel noise (the Gumbel-top-k trick; Kool et al. 2019, https://arxiv.org/abs/1903.06059).
+    This is the soft sampling of CHTs (Zhang et al. 2025, https://arxiv.org/abs/2501.19107), without replacement. It takes
+    the best of log(score) / temperature plus Gumbel noise (Gumbel-top-k trick; Kool et al. 2019,
+    https://arxiv.org/abs/1903.06059).
 
     Attributes:
-        score: A score >= 0 that reads no gradient.
-        temperature: > 0; towards 0 it is the score itself, from 1 on all connections come close to each other.
+        score: A score >= 0 that needs no gradient and does not observe.
+        temperature: Sampling temperature, > 0. Close to 0 the best scores win; higher values bring probabilities together.
     """
+
+    active_only: ClassVar[bool] = False
 
     score: Score = field(default_factory=Magnitude)
     temperature: float = 1.0
-    active_only: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.temperature <= 0:
@@ -274,16 +250,16 @@ class Soft(_Stateless):
 
     @property
     def after_drop(self) -> bool:
-        """As the score."""
-        return bool(getattr(self.score, "after_drop", False))
+        """As for the score."""
+        return isinstance(self.score, AfterDropScore) and self.score.after_drop
 
     def __call__(self, view: LayerView) -> Tensor:
-        """log(score) / temperature + noise, float32 or wider, of the layer's shape; lowest of all where the score is 0."""
+        """log(score) / temperature + noise, float32 or wider, of the layer's shape; lowest where the score is 0."""
         scores = self.score(view)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         # Exponential variables E give Gumbel noise -log(E). Drawn on the CPU: the same on every device.
         noise = torch.empty(scores.shape, dtype=torch.float64).exponential_(generator=view.generator).log()
         positive = scores.clamp(min=torch.finfo(scores.dtype).tiny)
         drawn = positive.log() / self.temperature - noise.to(scores)
-        # Those without any score come after all others, at random.
+        # Positions of score 0 come after all others, in random order.
         return torch.where(scores > 0, drawn, drawn - 1e6)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dst.pieces.protocols import LayerView, Score, as_sampler
+from dst.pieces.protocols import AfterDropScore, LayerView, Score, as_sampler
 from dst.planning.update import LayerUpdate
 from dst.topology.rewiring import Rewiring, fill_at_, rewire
 from dst.topology.selection import best_free
@@ -72,6 +72,7 @@ def grow_positions(
     sampler = as_sampler(grow)
     if sampler is not None:
         return sampler.sample(update.layer.weights, excluded, count, view.generator)
-    if getattr(grow, "after_drop", False) and update.regrow_dropped:  # the excluded weights are those that were kept
+    if isinstance(grow, AfterDropScore) and grow.after_drop and update.regrow_dropped:
+        # The excluded weights are those that the drop kept.
         view = replace(view, mask=fill_at_(torch.zeros_like(view.mask), excluded, 1))
     return best_free(grow(view), count, excluded, ties)

@@ -401,7 +401,7 @@ def test_temperatures_are_positive(temperature: float) -> None:
 
 @pytest.mark.parametrize("init", [Grasp(), Synflow()])
 def test_a_layer_alone_has_no_score(init: Any) -> None:
-    with pytest.raises(TypeError, match="as a whole"):
+    with pytest.raises(TypeError, match="at once"):
         init.scores(None)
 
 
