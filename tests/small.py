@@ -1,4 +1,4 @@
-"""A small network with every kind of part, optimizers, and a training step, shared by several suites."""
+"""What many suites train: a small network with layers of every kind, optimizers, and steps that repeat exactly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 import dst
-from tests.methods_list import TOTAL_STEPS
+from tests.methods_list import METHODS, TOTAL_STEPS
 
 
 class Small(nn.Module):
@@ -79,6 +79,47 @@ OPTIMIZERS: dict[str, Callable[[Iterable[nn.Parameter]], Optimizer]] = {
 }
 
 
+Trio = tuple[nn.Module, Optimizer, dst.Sparsifier]
+"""A model, its optimizer and its sparsifier."""
+
+
+def sparsified(
+    method: dst.Method | str,
+    optimizer: Optimizer | str = "sgd",
+    *,
+    model: nn.Module | None = None,
+    total_steps: int = TOTAL_STEPS,
+    **options: Any,
+) -> Any:
+    """Seed torch with 0, and return a trio under a method.
+
+    Args:
+        method: A method, or the name of one of ``METHODS``.
+        optimizer: An optimizer of the model's parameters, or the name of one of ``OPTIMIZERS``.
+        model: The model; a new ``Small`` where it is left out.
+        total_steps: Optimizer steps of the training.
+        options: What else ``dst.Sparsifier`` takes.
+
+    Returns:
+        A ``Trio``. Its type is left open, so that tests may use what their own models have.
+    """
+    torch.manual_seed(0)
+    model = Small() if model is None else model
+    optimizer = OPTIMIZERS[optimizer](model.parameters()) if isinstance(optimizer, str) else optimizer
+    method = METHODS[method]() if isinstance(method, str) else method
+    return model, optimizer, dst.Sparsifier(model, optimizer, method, total_steps=total_steps, **options)
+
+
+def state_dicts(model: nn.Module, optimizer: Optimizer, sparsifier: dst.Sparsifier) -> dict[str, Any]:
+    """The states that a checkpoint holds; they share memory with the trio."""
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "sparsifier": sparsifier.state_dict()}
+
+
+def values(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of a model's parameters."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
 def batch(step: int) -> tuple[Tensor, Tensor]:
     """The batch of a step: a function of its number alone."""
     generator = torch.Generator().manual_seed(1000 + step)
@@ -113,27 +154,3 @@ def train(
         backward(model, optimizer, step, sparsifier)
         sparsifier.before_step()
         optimizer.step()
-
-
-def settles_at(method: dst.Method) -> int | None:
-    """The step of the update that brings a moving budget to its end, beyond the clock's."""
-    if method.schedule is method.surplus is None:
-        return None
-    last = max(method.clock.stop_step(TOTAL_STEPS), method.schedule.settles_at(TOTAL_STEPS) if method.schedule else 0)
-    return min(last, TOTAL_STEPS - 1)
-
-
-def check_budget(sparsifier: dst.Sparsifier, method: dst.Method) -> None:
-    """Assert that the network has the method's density, as exactly as the pattern can hold it."""
-    pattern = method.pattern_at(method.density)
-    active = {row["name"]: row["nonzero"] for row in sparsifier.layer_table()}
-    free = [layer for layer in sparsifier.layers if pattern.unsupported_reason(layer) is None]
-    assert all(active[layer.label] == layer.weights for layer in sparsifier.layers if layer not in free)
-    assert all(pattern.holds(layer, layer.part(sparsifier.masks[layer.parameter])) for layer in free)
-    if not pattern.is_free:
-        assert all(active[layer.label] == pattern.fit(layer, 1) for layer in free)
-        return
-    # A whole number of groups, as near to the layer's share as can be; removed outputs leave a remainder.
-    slack = sum(pattern.fit(layer, 1) for layer in free)
-    missing = method.density * sum(x.weights for x in free) - sum(active[x.label] for x in free)
-    assert abs(missing) <= slack * (2 if getattr(pattern, "ablate", 0) else 1)

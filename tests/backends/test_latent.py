@@ -15,30 +15,16 @@ from dst.lightning import SparseTraining
 from dst.patterns import Unstructured
 from dst.relaxations import HardConcrete, LearnedThreshold, Movement, StraightThrough, pressure
 from dst.schedules import Constant, Every
+from tests.checks import active_counts, check_budget, check_inactive_are_zero, equal, settles_at
 from tests.methods_list import DENSITY, LATENT, METHODS, TOTAL_STEPS
 from tests.sampling import rotated
-from tests.small import OPTIMIZERS, Small, backward, batch, check_budget, settles_at, train
-
-
-def build(method, optimizer="sgd", model=None, **options):
-    torch.manual_seed(0)
-    model = Small() if model is None else model
-    made = OPTIMIZERS[optimizer](model.parameters())
-    return model, made, Sparsifier(model, made, method, total_steps=TOTAL_STEPS, **options)
-
-
-def values(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+from tests.small import Small, backward, batch, sparsified, train, values
 
 
 @pytest.mark.parametrize(("name", "optimizer_name"), rotated(LATENT, ["sgd", "adamw", "odd"]))
 def test_what_holds_at_every_step(name, optimizer_name):
     method = METHODS[name]()
-    model, optimizer, sparsifier = build(method, optimizer_name)
+    model, optimizer, sparsifier = sparsified(method, optimizer_name)
     fired, budget, churn = 0, None, 0.0
     for step in range(TOTAL_STEPS):
         backward(model, optimizer, step)
@@ -47,19 +33,18 @@ def test_what_holds_at_every_step(name, optimizer_name):
         assert sparsifier.updates == fired  # topology moves behind the step
         prepared, chosen = values(model), sparsifier.masks
         was_sparse = sparsifier.is_sparse
-        if same(masks, chosen):
-            assert same(before, prepared)
+        if equal(masks, chosen):
+            assert equal(before, prepared)
         optimizer.step()
         due = was_sparse and (method.clock.fires(step, TOTAL_STEPS) or step == settles_at(method))
         fired += due
         assert sparsifier.updates == fired
         churn = max(churn, sparsifier.churn)
         now = sparsifier.masks
-        assert due or same(chosen, now)
-        for parameter, mask in now.items():
-            assert not model.get_parameter(parameter)[~mask].any()
-        counts = [int(x.part(now[x.parameter]).sum()) for x in sparsifier.layers]
-        assert counts == [line["nonzero"] for line in sparsifier.layer_table()]
+        assert due or equal(chosen, now)
+        check_inactive_are_zero(model, now)
+        counts = active_counts(sparsifier)
+        assert counts == {line["name"]: line["nonzero"] for line in sparsifier.layer_table()}
         if sparsifier.is_sparse:
             budget = counts if budget is None or (due and method.schedule is not None) else budget
             assert counts == budget
@@ -71,12 +56,12 @@ def test_what_holds_at_every_step(name, optimizer_name):
     assert bool(kept) != method.relaxation.until_mask
     last = values(model)
     sparsifier.finalize()
-    assert same(last, values(model))
+    assert equal(last, values(model))
 
 
 @pytest.mark.parametrize("name", ["top_kast", "sr_ste", "top_kast_at_times"])
 def test_the_mask_holds_the_largest_latent_weights_and_the_parameter_shows_them(name):
-    model, optimizer, sparsifier = build(METHODS[name](), "adamw")
+    model, optimizer, sparsifier = sparsified(METHODS[name](), "adamw")
     for _ in range(3):
         train(model, optimizer, sparsifier, 1)
         latent = sparsifier.state_dict()["latent"]
@@ -91,14 +76,14 @@ def test_the_mask_holds_the_largest_latent_weights_and_the_parameter_shows_them(
 
 
 def test_optimizer_state_of_inactive_weights_lives_on():
-    model, optimizer, sparsifier = build(METHODS["sr_ste"](), "adamw")
+    model, optimizer, sparsifier = sparsified(METHODS["sr_ste"](), "adamw")
     train(model, optimizer, sparsifier, 4)
     for name, mask in sparsifier.masks.items():
         assert optimizer.state[model.get_parameter(name)]["exp_avg"][~mask].any()
 
 
 def test_weights_outside_the_backward_set_do_not_move():
-    model, optimizer, sparsifier = build(METHODS["top_kast"](), "adamw")
+    model, optimizer, sparsifier = sparsified(METHODS["top_kast"](), "adamw")
     train(model, optimizer, sparsifier, 3)
     for _ in range(4):
         before = sparsifier.state_dict()["latent"]
@@ -123,7 +108,7 @@ def test_weights_outside_the_backward_set_do_not_move():
 
 
 def test_weights_written_between_steps_become_latent_weights():
-    model, optimizer, sparsifier = build(METHODS["sr_ste"]())
+    model, optimizer, sparsifier = sparsified(METHODS["sr_ste"]())
     train(model, optimizer, sparsifier, 2)
     before = sparsifier.state_dict()["latent"]["hidden.weight"]
     other = torch.where(torch.rand(20, 8) < 0.5, model.hidden.weight.detach(), torch.randn(20, 8))
@@ -134,7 +119,7 @@ def test_weights_written_between_steps_become_latent_weights():
 
 
 def test_averages_are_as_sparse_as_the_model():
-    model, optimizer, sparsifier = build(METHODS["sr_ste"](), "adamw")
+    model, optimizer, sparsifier = sparsified(METHODS["sr_ste"](), "adamw")
     average = torch.optim.swa_utils.AveragedModel(model)
     sparsifier.track_average(average)
     before = sparsifier.masks
@@ -142,27 +127,27 @@ def test_averages_are_as_sparse_as_the_model():
         train(model, optimizer, sparsifier, 1)
         average.update_parameters(model)
     train(model, optimizer, sparsifier, 1)
-    assert not same(before, sparsifier.masks)
+    assert not equal(before, sparsifier.masks)
     for name, mask in sparsifier.masks.items():
         assert not average.module.get_parameter(name)[~mask].any()
 
 
 def test_a_step_that_is_left_out_changes_nothing():
     """As where a gradient scaler finds an overflow: before_step() was called, and the optimizer's step is not."""
-    model, optimizer, sparsifier = build(METHODS["movement"]())
+    model, optimizer, sparsifier = sparsified(METHODS["movement"]())
     train(model, optimizer, sparsifier, 5)
     before = copy.deepcopy([values(model), sparsifier.state_dict()["latent"]])
     backward(model, optimizer, 5)
     sparsifier.before_step()
-    assert same(before[0], values(model))
-    assert same(before[1], sparsifier.state_dict()["latent"])
+    assert equal(before[0], values(model))
+    assert equal(before[1], sparsifier.state_dict()["latent"])
 
 
 @pytest.mark.parametrize("name", LATENT)
 def test_a_closure_gives_what_a_plain_step_gives(name):
-    plain = build(METHODS[name]())
+    plain = sparsified(METHODS[name]())
     train(*plain, 6)
-    model, optimizer, sparsifier = build(METHODS[name]())
+    model, optimizer, sparsifier = sparsified(METHODS[name]())
 
     def closure():
         images, labels = batch(sparsifier.step)
@@ -174,12 +159,12 @@ def test_a_closure_gives_what_a_plain_step_gives(name):
 
     for _ in range(6):
         optimizer.step(closure)
-    assert same(values(plain[0]), values(model))
-    assert same(plain[2].state_dict()["latent"], sparsifier.state_dict()["latent"])
+    assert equal(values(plain[0]), values(model))
+    assert equal(plain[2].state_dict()["latent"], sparsifier.state_dict()["latent"])
 
 
 def test_gates_are_random_in_training_and_not_in_evaluation_or_in_copies():
-    model, optimizer, sparsifier = build(methods.l0(DENSITY, stop=0.5, initial=0.0))
+    model, optimizer, sparsifier = sparsified(methods.l0(DENSITY, stop=0.5, initial=0.0))
     images = batch(0)[0]
     sampled = values(model)
     train(model, optimizer, sparsifier, 2)
@@ -194,29 +179,29 @@ def test_gates_are_random_in_training_and_not_in_evaluation_or_in_copies():
         assert torch.allclose(model.hidden.weight, latent["hidden.weight"] * gate)
         model.train()
         caller()
-        assert same(values(model), training)
+        assert equal(values(model), training)
     duplicate.eval()(images)
-    assert same(values(duplicate), training)
-    assert same(latent, sparsifier.state_dict()["latent"])
+    assert equal(values(duplicate), training)
+    assert equal(latent, sparsifier.state_dict()["latent"])
 
 
 def test_a_state_saved_in_evaluation_goes_on_exactly():
-    whole = build(METHODS["l0"]())
+    whole = sparsified(METHODS["l0"]())
     train(*whole, 4)
     whole[0].eval()(batch(0)[0])
     saved = copy.deepcopy([whole[0].state_dict(), whole[1].state_dict(), whole[2].state_dict()])
     whole[0].train()
     train(*whole, TOTAL_STEPS - 4)
-    model, optimizer, sparsifier = build(METHODS["l0"]())
+    model, optimizer, sparsifier = sparsified(METHODS["l0"]())
     sparsifier.load_state_dict(saved[2])
     model.load_state_dict(saved[0])
     optimizer.load_state_dict(saved[1])
     train(model, optimizer, sparsifier, TOTAL_STEPS - 4)
-    assert same(values(whole[0]), values(model))
+    assert equal(values(whole[0]), values(model))
 
 
 def test_an_earlier_state_is_accepted_after_the_mask_is_made():
-    whole = build(METHODS["str"]())
+    whole = sparsified(METHODS["str"]())
     train(*whole, 4)
     saved = copy.deepcopy([whole[0].state_dict(), whole[1].state_dict(), whole[2].state_dict()])
     train(*whole, TOTAL_STEPS - 4)
@@ -225,7 +210,7 @@ def test_an_earlier_state_is_accepted_after_the_mask_is_made():
         part.load_state_dict(state)
     assert not whole[2].is_sparse
     train(*whole, TOTAL_STEPS - 4)
-    assert same(last, values(whole[0]))
+    assert equal(last, values(whole[0]))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +223,7 @@ def test_an_earlier_state_is_accepted_after_the_mask_is_made():
     ],
 )
 def test_steps_are_counted_by_their_cost(relaxation, kind):
-    model, optimizer, sparsifier = build(relaxation)
+    model, optimizer, sparsifier = sparsified(relaxation)
     train(model, optimizer, sparsifier, TOTAL_STEPS)
     assert sparsifier.step_counts == kind
 
@@ -309,19 +294,19 @@ def test_a_backend_of_ordinary_parameters_is_made_latent():
 
 @pytest.mark.parametrize("change", [lambda s: s.pop("conv.weight"), lambda s: s.update({"conv.weight": torch.ones(2)})])
 def test_latent_weights_that_do_not_fit_are_refused(change):
-    model, optimizer, sparsifier = build(METHODS["movement"]())
+    model, optimizer, sparsifier = sparsified(METHODS["movement"]())
     train(model, optimizer, sparsifier, 2)
     state = sparsifier.state_dict()
     change(state["latent"])
     before = values(model)
     with pytest.raises(StateError, match=r"latent weights do not fit the model: conv\.weight"):
         sparsifier.load_state_dict(state)
-    assert same(before, values(model))
+    assert equal(before, values(model))
 
 
 @pytest.mark.parametrize("name", ["top_kast", "str", "movement", "l0"])
 def test_half_precision_and_a_change_of_dtype(name):
-    model, optimizer, sparsifier = build(METHODS[name](), model=Small().to(torch.bfloat16))
+    model, optimizer, sparsifier = sparsified(METHODS[name](), model=Small().to(torch.bfloat16))
     train(model, optimizer, sparsifier, 3)
     model.double()
     optimizer.state.clear()

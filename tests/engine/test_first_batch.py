@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from typing import Any
 
@@ -17,18 +18,10 @@ from dst.allocation import PerLayer, Uniform
 from dst.init import Grasp, Synflow
 from dst.planning.first_mask import masks_on_the_way
 from dst.topology.layers import find_layers
-from tests.small import OPTIMIZERS, Small, backward, batch
+from tests.checks import hooks_of
+from tests.small import Small, backward, batch, sparsified
 
-
-def build(method: dst.Method, model: nn.Module | None = None, **options: Any) -> Any:
-    torch.manual_seed(0)
-    model = Small() if model is None else model
-    optimizer = OPTIMIZERS["sgd"](model.parameters())
-    return model, optimizer, dst.Sparsifier(model, optimizer, method, total_steps=12, **options)
-
-
-def hooks(model: nn.Module) -> int:
-    return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+build = functools.partial(sparsified, total_steps=12)
 
 
 def step(model: nn.Module, optimizer: Any, sparsifier: dst.Sparsifier, *args: Any, **kwargs: Any) -> None:
@@ -111,7 +104,7 @@ def test_what_was_measured_survives_a_resume_before_the_step() -> None:
 
 def test_outputs_are_divided_in_the_step_that_makes_the_mask_alone() -> None:
     method = dst.Method("late", 0.3, init=Grasp(50.0), sparsify_at=1)
-    model, optimizer, sparsifier = build(method, nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)))
+    model, optimizer, sparsifier = build(method, model=nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)))
     x, seen = torch.randn(5, 4), []
     for _ in range(3):
         plain = model[2](model[1](model[0](x)))
@@ -126,7 +119,7 @@ def test_outputs_are_divided_in_the_step_that_makes_the_mask_alone() -> None:
         sparsifier.before_step()
         optimizer.step()
     assert seen == pytest.approx([1, 50, 1])
-    assert hooks(model) == 0
+    assert hooks_of(model) == 0
 
 
 def test_fused_attention_is_off_in_that_step_alone_and_after_an_error_too() -> None:
@@ -138,7 +131,7 @@ def test_fused_attention_is_off_in_that_step_alone_and_after_an_error_too() -> N
             seen.append(enabled())
             return super().forward(images)
 
-    model, optimizer, sparsifier = build(methods.grasp(0.3), Watched())
+    model, optimizer, sparsifier = build(methods.grasp(0.3), model=Watched())
     with pytest.raises(RuntimeError):
         model(torch.randn(3, 7))
     assert enabled()
@@ -152,7 +145,7 @@ def test_fused_attention_is_off_in_that_step_alone_and_after_an_error_too() -> N
 
 def test_a_loss_that_has_no_second_derivative_is_refused() -> None:
     """Fused attention outside the module that holds the weights."""
-    model, _, sparsifier = build(methods.grasp(0.3), nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)))
+    model, _, sparsifier = build(methods.grasp(0.3), model=nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4)))
     x = model(torch.randn(2, 1, 5, 4))
     loss = functional.scaled_dot_product_attention(x, x, x).square().sum()
     with pytest.raises(ConfigurationError, match=r"Grasp needs second derivatives .*sdpa_kernel.*another init"):
@@ -205,8 +198,8 @@ class Probe(nn.Module):
 
 
 def test_the_call_is_repeated_without_a_trace() -> None:
-    model, optimizer, sparsifier = build(methods.synflow(0.5, iterations=3), Probe())
-    reference, _plain, _ = build(methods.dense(), Probe())
+    model, optimizer, sparsifier = build(methods.synflow(0.5, iterations=3), model=Probe())
+    reference, _plain, _ = build(methods.dense(), model=Probe())
     reference.load_state_dict(model.state_dict())
     model.drop.eval()
     reference.drop.eval()
@@ -222,7 +215,7 @@ def test_the_call_is_repeated_without_a_trace() -> None:
     assert all(torch.equal(b, dict(reference.named_buffers())[n]) for n, b in model.named_buffers())
     assert [m.training for m in model.modules()] == [m.training for m in reference.modules()]
     assert all(p.grad is None for p in model.parameters())
-    assert hooks(model) == 0
+    assert hooks_of(model) == 0
     first, *others = model.seen
     assert first == (torch.float32, 8, [True, False], 2.0, True)
     # keep has another first dimension than x, so all eight samples stay
@@ -242,7 +235,7 @@ def test_scores_of_one_sample_are_those_of_the_batch() -> None:
     for count in (1, 32):
         torch.manual_seed(0)
         model = Sized(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-        _, optimizer, sparsifier = build(methods.synflow(0.3, iterations=4), model)
+        _, optimizer, sparsifier = build(methods.synflow(0.3, iterations=4), model=model)
         step(model, optimizer, sparsifier, torch.randn(count, 4))
         masks.append(sparsifier.masks)
     assert sizes == [1, *[1] * 4, 32, 32, 1, *[1] * 4]
@@ -252,7 +245,7 @@ def test_scores_of_one_sample_are_those_of_the_batch() -> None:
 def test_a_sequence_that_comes_first_is_not_taken_for_samples() -> None:
     """Cut to its first element, a recurrent network would use none of its recurrent weights."""
     model = nn.GRU(4, 6)
-    _, optimizer, sparsifier = build(methods.synflow(0.3, iterations=4), model)
+    _, optimizer, sparsifier = build(methods.synflow(0.3, iterations=4), model=model)
     lengths = []
     model.register_forward_pre_hook(lambda module, args: lengths.append(len(args[0])))
     step(model, optimizer, sparsifier, torch.randn(5, 2, 4))
@@ -271,7 +264,7 @@ def test_token_ids_stay_as_they_are() -> None:
             self.seen.append(ids.flatten().tolist())
             return self.head(self.words(ids))
 
-    model, optimizer, sparsifier = build(methods.synflow(0.3, iterations=2), Words())
+    model, optimizer, sparsifier = build(methods.synflow(0.3, iterations=2), model=Words())
     step(model, optimizer, sparsifier, torch.tensor([[1, 2, 3], [7, 8, 9]]))
     assert model.seen[0] == model.seen[1] == model.seen[-1] == [1, 2, 3, 7, 8, 9]
 
@@ -285,7 +278,7 @@ def test_the_outermost_module_is_called_however_deep_the_weights_lie() -> None:
         def training_step(self, x: Tensor) -> Tensor:
             return self.inner(x)
 
-    model, _optimizer, sparsifier = build(methods.synflow(0.5, iterations=2), Outer())
+    model, _optimizer, sparsifier = build(methods.synflow(0.5, iterations=2), model=Outer())
     loss = model.training_step(torch.randn(5, 4)).square().mean()
     loss.backward()
     sparsifier.before_step()
@@ -299,7 +292,7 @@ def test_a_shared_weight_is_scored_by_all_its_uses() -> None:
     model[1].weight = model[0].weight
     with torch.no_grad():
         model[0].weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    _, optimizer, sparsifier = build(methods.synflow(0.5, iterations=1), model)
+    _, optimizer, sparsifier = build(methods.synflow(0.5, iterations=1), model=model)
     step(model, optimizer, sparsifier, torch.randn(3, 2))
     # scores: w[i, j] * (column sum of i + row sum of j) = 1·(4+3), 2·(4+7), 3·(6+3), 4·(6+7)
     assert sparsifier.masks["0.weight"].tolist() == [[False, False], [True, True]]
@@ -307,7 +300,7 @@ def test_a_shared_weight_is_scored_by_all_its_uses() -> None:
 
 def test_a_model_called_in_pieces_is_refused() -> None:
     model = nn.ModuleDict({"one": nn.Linear(4, 6), "two": nn.Linear(6, 3)})
-    _, _, sparsifier = build(methods.synflow(0.5), model)
+    _, _, sparsifier = build(methods.synflow(0.5), model=model)
     model["two"](model["one"](torch.randn(5, 4))).square().mean().backward()
     with pytest.raises(StateError, match=r"Synflow repeats the model's call, .*one module .*include="):
         sparsifier.before_step()
@@ -318,7 +311,7 @@ def test_a_model_that_knows_float32_alone_is_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.float())
 
-    model, optimizer, sparsifier = build(methods.synflow(0.5), Stubborn(4, 3))
+    model, optimizer, sparsifier = build(methods.synflow(0.5), model=Stubborn(4, 3))
     with pytest.raises(ConfigurationError, match=r"calls the model in float64 .*dtype"):
         step(model, optimizer, sparsifier, torch.randn(5, 4))
     assert model.training
@@ -331,7 +324,7 @@ def test_scores_that_say_nothing_are_refused(scale: float, reason: str) -> None:
             return super().forward(x.double()).mul(scale).mul(scale)
 
     model = Scaled(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).double()
-    _, _, sparsifier = build(methods.synflow(0.5), model)
+    _, _, sparsifier = build(methods.synflow(0.5), model=model)
     model(torch.randn(5, 4))
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -352,9 +345,9 @@ def test_copies_of_the_model_bring_no_second_watcher() -> None:
 def test_finalize_takes_the_hooks_away() -> None:
     for method in (methods.synflow(0.3), methods.grasp(0.3)):
         model, _, sparsifier = build(method)
-        assert hooks(model) > 0
+        assert hooks_of(model) > 0
         sparsifier.finalize()
-        assert hooks(model) == 0
+        assert hooks_of(model) == 0
 
 
 def test_loading_a_state_with_and_without_mask_decides_whether_to_watch() -> None:
@@ -364,7 +357,7 @@ def test_loading_a_state_with_and_without_mask_decides_whether_to_watch() -> Non
     after = sparsifier.state_dict()
     other, _, resumed = build(methods.synflow(0.3, iterations=2))
     resumed.load_state_dict(after)
-    assert hooks(other) == 0
+    assert hooks_of(other) == 0
     sparsifier.load_state_dict(before)
     step(model, optimizer, sparsifier, batch(0)[0])
     assert sparsifier.is_sparse

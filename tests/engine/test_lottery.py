@@ -24,6 +24,7 @@ from dst.lightning.lottery_levels import run_lottery
 from dst.models.classifier import Classifier, cosine
 from dst.topology.counts import count_active
 from dst.topology.layers import find_layers
+from tests.checks import equal
 from tests.sampling import rotated
 from tests.small import Small
 
@@ -206,10 +207,6 @@ def weights_in(path: Path) -> dict[str, torch.Tensor]:
     return {name: value for name, value in state.items() if name.startswith("model.")}
 
 
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """An undisturbed run: levels 1.0, 0.8, 0.64 and 0.6, rewound to step 4."""
@@ -228,7 +225,7 @@ def test_every_level_is_a_fit_from_the_rewind_point(finished):
     assert [r.level for r in result.levels] == [0, 1, 2, 3]
     assert result.levels[0].step_counts == {"dense": steps, "sparse": 0, "dense_gradient": 0}
     assert result.levels[3].step_counts == {"dense": 0, "sparse": steps - 4, "dense_gradient": 0}
-    assert same(weights_in(folder / "level_03" / "final.ckpt"), dict(_model_state(module)))
+    assert equal(weights_in(folder / "level_03" / "final.ckpt"), dict(_model_state(module)))
     assert all(0 < r.metrics["val/accuracy"] <= 1 for r in result.levels)
 
 
@@ -285,7 +282,7 @@ def test_a_level_that_prunes_nothing_repeats_the_dense_level_to_the_bit(tmp_path
     step = rewind_to if isinstance(rewind_to, int) else 8
     assert power.started == [(0, 0), (1, step)]
     assert all(mask.all() for mask in load_masks(tmp_path / "level_01" / "masks.pt").values())
-    assert same(weights_in(tmp_path / "level_00" / "final.ckpt"), weights_in(tmp_path / "level_01" / "final.ckpt"))
+    assert equal(weights_in(tmp_path / "level_00" / "final.ckpt"), weights_in(tmp_path / "level_01" / "final.ckpt"))
     assert result.levels[1].metrics == result.levels[0].metrics
 
 
@@ -313,15 +310,15 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, tmp_pat
     assert all(started >= level for started, _ in again.started)
     for number in range(4):
         place = f"level_{number:02d}"
-        assert same(weights_in(tmp_path / place / "final.ckpt"), weights_in(reference / place / "final.ckpt"))
+        assert equal(weights_in(tmp_path / place / "final.ckpt"), weights_in(reference / place / "final.ckpt"))
         if number:
-            assert same(load_masks(tmp_path / place / "masks.pt"), load_masks(reference / place / "masks.pt"))
+            assert equal(load_masks(tmp_path / place / "masks.pt"), load_masks(reference / place / "masks.pt"))
     assert [(r.steps, r.step_counts, r.layers) for r in result.levels] == [
         (r.steps, r.step_counts, r.layers) for r in expected.levels
     ]
     if moment[1] != "fit end":  # a fit that was complete has nothing left to measure
         assert [r.metrics for r in result.levels] == [r.metrics for r in expected.levels]
-    assert same(_model_state(module), weights_in(reference / "level_03" / "final.ckpt"))
+    assert equal(_model_state(module), weights_in(reference / "level_03" / "final.ckpt"))
 
 
 def test_an_interrupted_level_goes_on_from_its_last_checkpoint(tmp_path):
@@ -340,7 +337,7 @@ def test_a_first_level_interrupted_before_its_first_checkpoint_starts_over_with_
     with pytest.raises(RuntimeError, match="power cut"):
         run(tmp_path, power, seed=0, method=methods.lottery_ticket_rewind(1 - 1e-9, rewind_to=4))
     run(tmp_path, seed=5, method=methods.lottery_ticket_rewind(1 - 1e-9, rewind_to=4))
-    assert same(weights_in(tmp_path / "level_00" / "final.ckpt"), weights_in(tmp_path / "level_01" / "final.ckpt"))
+    assert equal(weights_in(tmp_path / "level_00" / "final.ckpt"), weights_in(tmp_path / "level_01" / "final.ckpt"))
 
 
 def test_a_finished_run_is_read_and_not_repeated(finished):
@@ -348,7 +345,7 @@ def test_a_finished_run_is_read_and_not_repeated(finished):
     module, result, power = run(folder, seed=5, rewind_to=4)
     assert power.started == []
     assert result.levels == expected.levels
-    assert same(_model_state(module), weights_in(folder / "level_03" / "final.ckpt"))
+    assert equal(_model_state(module), weights_in(folder / "level_03" / "final.ckpt"))
 
 
 def test_density_one_is_the_dense_level_alone(tmp_path):

@@ -18,7 +18,7 @@ from dst.schedules import Constant
 from dst.scores import Magnitude, Momentum
 from dst.topology.optimizer_state import per_weight_state
 from tests.sampling import rotated
-from tests.small import OPTIMIZERS, Small, backward, train
+from tests.small import backward, sparsified, train
 
 METHODS = {
     "dense": lambda: methods.dense(),
@@ -39,13 +39,6 @@ METHODS = {
 }
 
 
-def build(method, optimizer="adamw", steps=24):
-    torch.manual_seed(0)
-    model = Small()
-    made = OPTIMIZERS[optimizer](model.parameters())
-    return model, made, dst.Sparsifier(model, made, method, total_steps=steps)
-
-
 def snapshot(model, optimizer, sparsifier):
     named = {n: model.get_parameter(n) for n in sparsifier.masks}
     state = {n: {k: v.clone() for k, v in per_weight_state(optimizer, p)} for n, p in named.items()}
@@ -59,7 +52,7 @@ def wanted(sparsifier, density):
 
 @pytest.mark.parametrize(("name", "steps", "optimizer_name"), rotated(METHODS, [9, 0], ["adamw", "odd"]))
 def test_counts_are_exact_and_survivors_untouched(name, steps, optimizer_name):
-    model, optimizer, sparsifier = build(METHODS[name](), optimizer_name)
+    model, optimizer, sparsifier = sparsified(METHODS[name](), optimizer_name)
     train(model, optimizer, sparsifier, steps)
     exact = name not in ("dense", "blocks", "mest_soft_bound", "gmp", "dsr", "snfs")
     for density in (0.15, 0.15, 0.6, 0.05, 1.0, 0.2):
@@ -84,7 +77,7 @@ def test_counts_are_exact_and_survivors_untouched(name, steps, optimizer_name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_density_stays_and_training_goes_on(name):
-    model, optimizer, sparsifier = build(METHODS[name]())
+    model, optimizer, sparsifier = sparsified(METHODS[name](), "adamw")
     train(model, optimizer, sparsifier, 6)
     sparsifier.set_density(0.5)
     first, churned = sparsifier.active, False
@@ -105,7 +98,7 @@ def test_a_resume_in_between_is_exact(name, optimizer_name):
     def everything(model, optimizer, sparsifier):
         return copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"], sparsifier.state_dict()])
 
-    run = build(METHODS[name](), optimizer_name)
+    run = sparsified(METHODS[name](), optimizer_name)
     train(*run, 5)
     run[2].set_density(0.5)
     saved = everything(*run)
@@ -113,7 +106,7 @@ def test_a_resume_in_between_is_exact(name, optimizer_name):
     train(*run, 4)
     run[2].set_density(0.1)
     train(*run, 5)
-    again = build(METHODS[name](), optimizer_name)
+    again = sparsified(METHODS[name](), optimizer_name)
     again[0].load_state_dict(saved[0])
     again[2].load_state_dict(saved[2])
     again[1].load_state_dict(optimizer_state)
@@ -225,14 +218,14 @@ def test_patterns_hold(regrow):
 
 @pytest.mark.parametrize("density", [0, -0.1, 1.5, math.nan, True, "0.5", None])
 def test_densities_out_of_range(density):
-    _, _, sparsifier = build(methods.rigl(0.3))
+    _, _, sparsifier = sparsified(methods.rigl(0.3), "adamw")
     with pytest.raises(ConfigurationError, match="density="):
         sparsifier.set_density(density)
     assert sparsifier.density == pytest.approx(0.3, abs=0.01)
 
 
 def test_a_density_that_cannot_hold_changes_nothing():
-    model, optimizer, sparsifier = build(methods.rigl(0.3))
+    model, optimizer, sparsifier = sparsified(methods.rigl(0.3), "adamw")
     before = sparsifier.state_dict()
     with pytest.raises(ConfigurationError, match="keeps 1 weights"):
         sparsifier.set_density(0.001)
@@ -241,7 +234,7 @@ def test_a_density_that_cannot_hold_changes_nothing():
 
 
 def test_where_it_cannot_be_set():
-    _, _, sparsifier = build(methods.static(0.3))
+    _, _, sparsifier = sparsified(methods.static(0.3), "adamw")
     with pytest.raises(StateError, match="dense until step 6"):
         sparsifier.set_density(0.5)
     method = methods.set_(0.3, backend="csr")
@@ -253,7 +246,7 @@ def test_where_it_cannot_be_set():
 
 def test_grown_gradients_are_used_after_a_backward_pass():
     """Set between backward and before_step, the gradient of what has grown is there."""
-    model, optimizer, sparsifier = build(methods.rigl(0.2, start=10))
+    model, optimizer, sparsifier = sparsified(methods.rigl(0.2, start=10), "adamw")
     backward(model, optimizer, 0)
     before = sparsifier.masks
     sparsifier.set_density(0.6)

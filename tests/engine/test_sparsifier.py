@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import dst
 from dst import ConfigurationError, Sparsifier, StateError, methods
@@ -21,19 +21,21 @@ from dst.scores import Random as RandomScore
 from dst.topology.counts import count_active, drop_count
 from dst.topology.optimizer_state import per_weight_state
 from dst.types import waits_for_batch
+from tests.checks import active_counts, check_budget, check_inactive_are_zero, equal, settles_at
 from tests.methods_list import DENSITY, DYNAMIC, LATENT, METHODS, TOTAL_STEPS
 from tests.sampling import rotated
-from tests.small import OPTIMIZERS, Odd, Small, backward, batch, check_budget, random_gradients, settles_at, train
-
-
-def build(method, optimizer="sgd", *, model=None, total_steps=TOTAL_STEPS, **options):
-    model = Small() if model is None else model
-    made = OPTIMIZERS[optimizer](model.parameters()) if isinstance(optimizer, str) else optimizer
-    return model, made, Sparsifier(model, made, method, total_steps=total_steps, **options)
-
-
-def values(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+from tests.small import (
+    OPTIMIZERS,
+    Odd,
+    Small,
+    backward,
+    batch,
+    random_gradients,
+    sparsified,
+    state_dicts,
+    train,
+    values,
+)
 
 
 def states(optimizer, parameter):
@@ -41,28 +43,12 @@ def states(optimizer, parameter):
 
 
 def counts(sparsifier):
-    """Active weights of each layer, counted in the masks themselves."""
-    return [int(layer.part(sparsifier.masks[layer.parameter]).sum()) for layer in sparsifier.layers]
+    """Active weights of each layer, in their order."""
+    return list(active_counts(sparsifier).values())
 
 
 def reported(sparsifier):
     return [line["nonzero"] for line in sparsifier.layer_table()]
-
-
-def equal(a, b):
-    """Whether two nested states are equal to the bit."""
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(equal(x, y) for x, y in zip(a, b, strict=True))
-    if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    return type(a) is type(b) and a == b
-
-
-def assert_inactive_are_zero(model, sparsifier):
-    for name, mask in sparsifier.masks.items():
-        assert not model.get_parameter(name)[~mask].any(), name
 
 
 def through_a_file(state):
@@ -80,7 +66,7 @@ def through_a_file(state):
 )
 def test_what_holds_at_every_step(method_name, optimizer_name):
     method = METHODS[method_name]()
-    model, optimizer, sparsifier = build(method, optimizer_name)
+    model, optimizer, sparsifier = sparsified(method, optimizer_name)
     parameters = {name: model.get_parameter(name) for name in sparsifier.masks}
     budget = None
     fired = 0
@@ -123,7 +109,7 @@ def test_what_holds_at_every_step(method_name, optimizer_name):
             assert all(p.grad is None for p in model.parameters())
         else:
             assert not equal(stepped, prepared) or (waits_for_batch(method.init) and not was_sparse)
-        assert_inactive_are_zero(model, sparsifier)
+        check_inactive_are_zero(model, sparsifier.masks)
         if sparsifier.is_sparse:
             assert counts(sparsifier) == reported(sparsifier)
             moved = due and (method.schedule is not None or method.surplus is not None)
@@ -151,7 +137,7 @@ def test_what_holds_at_every_step(method_name, optimizer_name):
 
 
 def test_the_network_of_these_tests_has_a_layer_of_every_kind():
-    _, _, sparsifier = build(methods.rigl(DENSITY))
+    _, _, sparsifier = sparsified(methods.rigl(DENSITY))
     assert [layer.label for layer in sparsifier.layers] == [
         "conv.weight",
         *(f"attention.in_proj_weight[{part}]" for part in "qkv"),
@@ -178,7 +164,7 @@ def test_the_network_of_these_tests_has_a_layer_of_every_kind():
 def test_rigl_agrees_with_a_plain_implementation(regrow):
     """Sort, layer by layer: drop the smallest magnitudes, grow the largest gradients."""
     method = methods.rigl(DENSITY, update_every=3, regrow_dropped=regrow, fraction=Constant(0.4))
-    model, optimizer, sparsifier = build(method)
+    model, optimizer, sparsifier = sparsified(method)
     seen = regrown = 0
     for step in range(13):
         before, masks = values(model), sparsifier.masks
@@ -219,7 +205,7 @@ def test_momentum_grows_by_the_mean_of_all_dense_gradients():
         fraction=Constant(0.2),
         regrow_dropped=False,
     )
-    model, optimizer, sparsifier = build(method, model=nn.Linear(8, 6))
+    model, optimizer, sparsifier = sparsified(method, model=nn.Linear(8, 6))
     mean = torch.zeros(6, 8)
     for step in range(6):
         inputs = torch.randn(4, 8)
@@ -246,7 +232,7 @@ class Favourite(RandomScore):
 
 def test_a_connection_that_regrows_at_once_keeps_value_and_momentum():
     method = methods.set_(0.5, update_every=1, fraction=Constant(0.5), grow=Favourite(), replace_step=True)
-    model, optimizer, sparsifier = build(method, "adamw")
+    model, optimizer, sparsifier = sparsified(method, "adamw")
     backward(model, optimizer, 0)
     sparsifier.before_step()
     optimizer.step()
@@ -262,7 +248,7 @@ def test_a_connection_that_regrows_at_once_keeps_value_and_momentum():
 
 
 def test_state_that_is_not_per_weight_is_left_alone():
-    model, optimizer, sparsifier = build(methods.rigl(DENSITY, update_every=2, fraction=Constant(0.5)), "odd")
+    model, optimizer, sparsifier = sparsified(methods.rigl(DENSITY, update_every=2, fraction=Constant(0.5)), "odd")
     train(model, optimizer, sparsifier, 4)
     backward(model, optimizer, 4)
     parameter = model.hidden.weight
@@ -284,7 +270,7 @@ def test_state_that_is_not_per_weight_is_left_alone():
 
 def test_updates_happen_at_the_clocks_steps_with_the_schedules_fractions():
     method = methods.rigl(DENSITY, update_every=4, start=2, stop=0.5)
-    model, optimizer, sparsifier = build(method)
+    model, optimizer, sparsifier = sparsified(method)
     history = []
     for _ in range(TOTAL_STEPS):
         updates = sparsifier.updates
@@ -314,7 +300,7 @@ def test_updates_happen_at_the_clocks_steps_with_the_schedules_fractions():
     ids=["dense", "static", "snip", "scratch", "set", "rigl", "momentum"],
 )
 def test_steps_are_counted_by_their_cost(method, expected):
-    model, optimizer, sparsifier = build(method)
+    model, optimizer, sparsifier = sparsified(method)
     train(model, optimizer, sparsifier, TOTAL_STEPS)
     assert sparsifier.step_counts == expected
 
@@ -323,7 +309,7 @@ def test_churn_is_the_share_of_connections_that_are_new():
     method = methods.set_(
         0.5, update_every=2, start=1, fraction=Constant(0.4), regrow_dropped=False, allocation=Uniform()
     )
-    model, optimizer, sparsifier = build(method)
+    model, optimizer, sparsifier = sparsified(method)
     assert sparsifier.churn == sparsifier.drop_fraction == 0
     train(model, optimizer, sparsifier, 1)
     before = sparsifier.masks
@@ -339,7 +325,7 @@ def test_churn_is_the_share_of_connections_that_are_new():
 def test_first_masks_have_the_allocations_counts(allocation, density):
     model = Small()
     weights = values(model)
-    _, _, sparsifier = build(
+    _, _, sparsifier = sparsified(
         methods.static(density, sparsify_at=0, init=Magnitude(), allocation=allocation), model=model
     )
     labels = [layer.label for layer in sparsifier.layers]
@@ -355,7 +341,7 @@ def test_first_masks_have_the_allocations_counts(allocation, density):
 
 
 def test_the_table_of_layers():
-    _, _, sparsifier = build(methods.rigl(0.5, allocation=Uniform()))
+    _, _, sparsifier = sparsified(methods.rigl(0.5, allocation=Uniform()))
     assert sparsifier.layer_table()[-1] == {
         "name": "head.weight",
         "shape": [3, 20],
@@ -370,7 +356,7 @@ def test_the_table_of_layers():
 
 
 def test_static_trains_dense_until_its_mask_is_made_of_the_trained_weights():
-    model, optimizer, sparsifier = build(methods.static(DENSITY, sparsify_at=0.25))
+    model, optimizer, sparsifier = sparsified(methods.static(DENSITY, sparsify_at=0.25))
     reference = Small()
     reference.load_state_dict(model.state_dict())
     plain = OPTIMIZERS["sgd"](reference.parameters())
@@ -397,7 +383,7 @@ def test_static_trains_dense_until_its_mask_is_made_of_the_trained_weights():
 
 
 def test_the_first_step_of_snip_makes_the_mask_and_nothing_else():
-    model, optimizer, sparsifier = build(methods.static(DENSITY, init=Snip()), "adamw")
+    model, optimizer, sparsifier = sparsified(methods.static(DENSITY, init=Snip()), "adamw")
     before = values(model)
     assert not sparsifier.is_sparse
     backward(model, optimizer, 0)
@@ -414,7 +400,7 @@ def test_the_first_step_of_snip_makes_the_mask_and_nothing_else():
 
 
 def test_snip_waits_for_finite_gradients():
-    model, optimizer, sparsifier = build(methods.static(DENSITY, init=Snip()))
+    model, optimizer, sparsifier = sparsified(methods.static(DENSITY, init=Snip()))
     backward(model, optimizer, 0)
     saved = model.hidden.weight.grad[0, 0].clone()
     model.hidden.weight.grad[0, 0] = torch.inf
@@ -427,21 +413,21 @@ def test_snip_waits_for_finite_gradients():
 
 
 def test_snip_names_a_layer_without_gradient():
-    model, _, sparsifier = build(methods.static(DENSITY, init=Snip()))
+    model, _, sparsifier = sparsified(methods.static(DENSITY, init=Snip()))
     model.conv(torch.randn(2, 2, 6, 6)).sum().backward()
     with pytest.raises(ConfigurationError, match=r"attention\.in_proj_weight has no gradient, and Snip needs one"):
         sparsifier.before_step()
 
 
 def test_masks_from_a_file(tmp_path):
-    source, optimizer, made = build(methods.rigl(DENSITY), seed=7)
+    source, optimizer, made = sparsified(methods.rigl(DENSITY), seed=7)
     train(source, optimizer, made, 5)
     path = tmp_path / "masks.pt"
     dst.save_masks(made.masks, path)
     density = made.density
     model = Small()
     weights = values(model)
-    _, optimizer, sparsifier = build(methods.static(density, init=FromFile(str(path))), model=model)
+    _, optimizer, sparsifier = sparsified(methods.static(density, init=FromFile(str(path))), model=model)
     assert equal(sparsifier.masks, made.masks)
     assert all(torch.equal(model.get_parameter(n).detach(), weights[n] * m) for n, m in made.masks.items())
     train(model, optimizer, sparsifier, 3)
@@ -449,13 +435,13 @@ def test_masks_from_a_file(tmp_path):
     with pytest.raises(
         ConfigurationError, match=rf"masks\.pt have density {density:.6g}, the method 0\.5; pass density="
     ):
-        build(methods.static(0.5, init=FromFile(str(path))))
+        sparsified(methods.static(0.5, init=FromFile(str(path))))
     with pytest.raises(StateError, match=r"does not fit the model: has unknown \['head.weight'\]"):
-        build(methods.static(density, init=FromFile(str(path))), exclude=["head"])
+        sparsified(methods.static(density, init=FromFile(str(path))), exclude=["head"])
     masks = {**made.masks, "head.weight": torch.ones(2, 2, dtype=torch.bool)}
     dst.save_masks(masks, path)
     with pytest.raises(StateError, match=r"head\.weight as \(2, 2\) torch.bool, the model as \(3, 20\)"):
-        build(methods.static(density, init=FromFile(str(path))))
+        sparsified(methods.static(density, init=FromFile(str(path))))
 
 
 @pytest.mark.parametrize(
@@ -479,7 +465,7 @@ def test_rescaled_weights_keep_the_variance_of_every_output(module, inputs, chan
     dense = variances()
     method = methods.sparse_from_scratch(0.1, allocation=Uniform())
     original = module.weight.detach().clone()
-    model, _, sparsifier = build(method, model=module)
+    model, _, sparsifier = sparsified(method, model=module)
     ratio = variances() / dense
     assert ratio.mean() == pytest.approx(1, abs=0.05)
     dimension = 1 if isinstance(module, nn.ConvTranspose2d) else 0
@@ -492,7 +478,7 @@ def test_rescaled_weights_keep_the_variance_of_every_output(module, inputs, chan
 
 def test_an_output_without_connections_is_left_at_zero_and_not_at_nan():
     model = nn.Linear(4, 50)
-    build(methods.sparse_from_scratch(0.01, allocation=Uniform()), model=model)
+    sparsified(methods.sparse_from_scratch(0.01, allocation=Uniform()), model=model)
     assert model.weight.isfinite().all()
 
 
@@ -500,7 +486,7 @@ def test_initial_weights_are_not_rescaled_unless_asked():
     for rescale in (False, True):
         model = Small()
         weights = values(model)
-        _, _, sparsifier = build(methods.rigl(DENSITY, rescale_init=rescale), model=model)
+        _, _, sparsifier = sparsified(methods.rigl(DENSITY, rescale_init=rescale), model=model)
         same = all(torch.equal(model.get_parameter(n).detach(), weights[n] * m) for n, m in sparsifier.masks.items())
         assert same is not rescale
 
@@ -512,7 +498,7 @@ def test_initial_weights_are_not_rescaled_unless_asked():
 @pytest.mark.parametrize("name", ["hidden.weight", "attention.in_proj_weight"])
 @pytest.mark.parametrize("make", [methods.rigl, methods.set_])
 def test_a_gradient_that_is_not_finite_skips_the_update_and_counts_it(make, name, value, caplog):
-    model, optimizer, sparsifier = build(make(DENSITY, update_every=2), "sgd")
+    model, optimizer, sparsifier = sparsified(make(DENSITY, update_every=2), "sgd")
     train(model, optimizer, sparsifier, 2)
     masks, updates = sparsifier.masks, sparsifier.updates
     backward(model, optimizer, 2)
@@ -530,7 +516,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update_and_counts_it(make, name
 
 
 def test_large_gradients_whose_sum_overflows_are_finite():
-    model, optimizer, sparsifier = build(methods.rigl(DENSITY, update_every=2))
+    model, optimizer, sparsifier = sparsified(methods.rigl(DENSITY, update_every=2))
     backward(model, optimizer, 0)
     model.hidden.weight.grad.fill_(3e38)
     sparsifier.before_step()
@@ -539,7 +525,7 @@ def test_large_gradients_whose_sum_overflows_are_finite():
 
 def test_a_dense_parameters_gradient_that_is_not_finite_skips_the_update_too():
     """A gradient scaler then takes no step: the update would be made now, and once more at the retry."""
-    model, optimizer, sparsifier = build(methods.rigl(DENSITY, update_every=2))
+    model, optimizer, sparsifier = sparsified(methods.rigl(DENSITY, update_every=2))
     backward(model, optimizer, 0)
     model.head.bias.grad[0] = torch.inf
     sparsifier.before_step()
@@ -547,7 +533,7 @@ def test_a_dense_parameters_gradient_that_is_not_finite_skips_the_update_too():
 
 
 def test_a_step_that_was_not_taken_does_not_advance_the_clock():
-    model, optimizer, sparsifier = build(methods.rigl(DENSITY, update_every=2, start=1))
+    model, optimizer, sparsifier = sparsified(methods.rigl(DENSITY, update_every=2, start=1))
     for _ in range(3):
         backward(model, optimizer, 0)
         sparsifier.before_step()
@@ -558,19 +544,19 @@ def test_a_step_that_was_not_taken_does_not_advance_the_clock():
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_a_gradient_of_an_inactive_weight_that_is_not_finite_does_not_reach_it(value):
-    model, optimizer, sparsifier = build(methods.rigl(DENSITY, start=5))
+    model, optimizer, sparsifier = sparsified(methods.rigl(DENSITY, start=5))
     backward(model, optimizer, 0)
     inactive = tuple((~sparsifier.masks["hidden.weight"]).nonzero()[0])
     model.hidden.weight.grad[inactive] = value
     sparsifier.before_step()
     optimizer.step()
-    assert_inactive_are_zero(model, sparsifier)
+    check_inactive_are_zero(model, sparsifier.masks)
     assert all(p.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("grow", [None, Momentum()])
 def test_a_layer_without_gradient_keeps_its_connections(grow, caplog):
-    model, optimizer, sparsifier = build(methods.rigl(DENSITY, update_every=1, grow=grow, fraction=Constant(0.5)))
+    model, optimizer, sparsifier = sparsified(methods.rigl(DENSITY, update_every=1, grow=grow, fraction=Constant(0.5)))
     before = sparsifier.masks
     model.hidden.weight.requires_grad_(False)  # takes no part any more
     with caplog.at_level(logging.WARNING):
@@ -582,7 +568,7 @@ def test_a_layer_without_gradient_keeps_its_connections(grow, caplog):
 
 
 def test_scores_that_need_no_gradient_rewire_layers_without_one():
-    _, optimizer, sparsifier = build(methods.set_(DENSITY, update_every=1, fraction=Constant(0.5)))
+    _, optimizer, sparsifier = sparsified(methods.set_(DENSITY, update_every=1, fraction=Constant(0.5)))
     before = sparsifier.masks
     sparsifier.before_step()
     optimizer.step()
@@ -618,7 +604,7 @@ def test_several_optimizers_move_their_own_layers_at_their_own_steps():
         optimizer.step()
         changed.append({n for n, m in sparsifier.masks.items() if not torch.equal(before[n], m)})
         assert counts(sparsifier) == budget
-        assert_inactive_are_zero(model, sparsifier)
+        check_inactive_are_zero(model, sparsifier.masks)
     others = set(sparsifier.masks) - own
     nothing: set[str] = set()
     assert changed == [nothing, others, nothing, nothing, own, others, nothing, own]
@@ -634,7 +620,7 @@ def test_one_call_prepares_all_optimizers():
     sparsifier.before_step()
     for optimizer in pairs:
         optimizer.step()
-    assert_inactive_are_zero(model, sparsifier)
+    check_inactive_are_zero(model, sparsifier.masks)
 
 
 def test_snip_refuses_several_optimizers():
@@ -645,31 +631,31 @@ def test_snip_refuses_several_optimizers():
 
 
 def test_a_step_without_before_step_is_an_error():
-    model, optimizer, sparsifier = build(methods.rigl(DENSITY))
+    model, optimizer, sparsifier = sparsified(methods.rigl(DENSITY))
     train(model, optimizer, sparsifier, 1)
     backward(model, optimizer, 1)
     with pytest.raises(StateError, match=r"without sparsifier\.before_step\(\)"):
         optimizer.step()
     assert sparsifier.step == 1
-    assert_inactive_are_zero(model, sparsifier)
+    check_inactive_are_zero(model, sparsifier.masks)
 
 
 def test_a_sparse_parameter_that_no_optimizer_holds_is_named():
     model = Small()
     optimizer = OPTIMIZERS["sgd"]([p for n, p in model.named_parameters() if not n.startswith("head")])
     with pytest.raises(ConfigurationError, match=r"^head\.weight are in no optimizer.*exclude="):
-        build(methods.rigl(DENSITY), optimizer, model=model)
-    build(methods.rigl(DENSITY), optimizer, model=model, exclude=["head"])
+        sparsified(methods.rigl(DENSITY), optimizer, model=model)
+    sparsified(methods.rigl(DENSITY), optimizer, model=model, exclude=["head"])
 
 
 def test_lbfgs_is_refused():
     model = Small()
     with pytest.raises(ConfigurationError, match="LBFGS evaluates the loss several times"):
-        build(methods.rigl(DENSITY), torch.optim.LBFGS(model.parameters()), model=model)
+        sparsified(methods.rigl(DENSITY), torch.optim.LBFGS(model.parameters()), model=model)
 
 
 def test_a_closure_may_prepare_the_step():
-    model, optimizer, sparsifier = build(methods.rigl(DENSITY, update_every=2, replace_step=False))
+    model, optimizer, sparsifier = sparsified(methods.rigl(DENSITY, update_every=2, replace_step=False))
 
     def closure():
         images, labels = batch(0)
@@ -681,12 +667,12 @@ def test_a_closure_may_prepare_the_step():
 
     for _ in range(4):
         optimizer.step(closure)
-        assert_inactive_are_zero(model, sparsifier)
+        check_inactive_are_zero(model, sparsifier.masks)
     assert (sparsifier.step, sparsifier.updates) == (4, 2)
 
 
 def test_clipping_sees_masked_gradients():
-    model, optimizer, sparsifier = build(methods.rigl(DENSITY, start=5))
+    model, optimizer, sparsifier = sparsified(methods.rigl(DENSITY, start=5))
     backward(model, optimizer, 0)
     expected = sum(
         (p.grad * sparsifier.masks.get(n, 1)).square().sum() for n, p in model.named_parameters() if p.grad is not None
@@ -696,13 +682,13 @@ def test_clipping_sees_masked_gradients():
 
 
 def test_finalize_removes_the_hooks_and_leaves_zeros():
-    model, optimizer, sparsifier = build(methods.rigl(DENSITY, update_every=2), "odd")
+    model, optimizer, sparsifier = sparsified(methods.rigl(DENSITY, update_every=2), "odd")
     train(model, optimizer, sparsifier, 3)
     masks = sparsifier.masks
     with torch.no_grad():
         model.hidden.weight.add_(1)
     sparsifier.finalize()
-    assert_inactive_are_zero(model, sparsifier)
+    check_inactive_are_zero(model, sparsifier.masks)
     assert equal(sparsifier.masks, masks)
     backward(model, optimizer, 3)
     optimizer.step()  # an ordinary step again
@@ -712,9 +698,9 @@ def test_finalize_removes_the_hooks_and_leaves_zeros():
 
 
 def test_a_finalized_sparsifier_makes_room_for_the_next():
-    model, optimizer, sparsifier = build(methods.rigl(DENSITY))
+    model, optimizer, sparsifier = sparsified(methods.rigl(DENSITY))
     sparsifier.finalize()
-    _, _, following = build(methods.set_(DENSITY), optimizer, model=model)
+    _, _, following = sparsified(methods.set_(DENSITY), optimizer, model=model)
     train(model, optimizer, following, 2)
     assert (sparsifier.step, following.step) == (0, 2)
 
@@ -726,29 +712,29 @@ def test_a_model_on_the_meta_device_is_refused():
     with torch.device("meta"):
         model = Small()
     with pytest.raises(ConfigurationError, match=r"conv\.weight is on the meta device"):
-        build(methods.rigl(DENSITY), model=model)
+        sparsified(methods.rigl(DENSITY), model=model)
 
 
 def test_complex_weights_are_refused():
     model = nn.Linear(4, 4, dtype=torch.complex64)
     with pytest.raises(ConfigurationError, match=r"weight has dtype torch\.complex64"):
-        build(methods.rigl(DENSITY), model=model)
+        sparsified(methods.rigl(DENSITY), model=model)
 
 
 @pytest.mark.parametrize("total_steps", [0, -1, 1.5, None, True])
 def test_total_steps_must_be_a_positive_number(total_steps):
     with pytest.raises(ConfigurationError, match="total_steps="):
-        build(methods.rigl(DENSITY), total_steps=total_steps)
+        sparsified(methods.rigl(DENSITY), total_steps=total_steps)
 
 
 def test_a_method_of_several_fits_is_refused():
     with pytest.raises(ConfigurationError, match="run_lottery"):
-        build(methods.lottery_ticket_rewind(DENSITY))
+        sparsified(methods.lottery_ticket_rewind(DENSITY))
 
 
 def test_a_mask_that_would_never_be_made_is_refused():
     with pytest.raises(ConfigurationError, match="sparsify_at"):
-        build(methods.static(DENSITY, sparsify_at=TOTAL_STEPS))
+        sparsified(methods.static(DENSITY, sparsify_at=TOTAL_STEPS))
 
 
 class TiedModel(nn.Module):
@@ -762,7 +748,9 @@ class TiedModel(nn.Module):
 
 
 def test_tied_modules_share_one_mask():
-    model, optimizer, sparsifier = build(methods.rigl(0.2, update_every=2, allocation=Uniform()), model=TiedModel())
+    model, optimizer, sparsifier = sparsified(
+        methods.rigl(0.2, update_every=2, allocation=Uniform()), model=TiedModel()
+    )
     assert list(sparsifier.masks) == ["first.weight"]
     for _ in range(5):
         optimizer.zero_grad()
@@ -771,7 +759,7 @@ def test_tied_modules_share_one_mask():
         optimizer.step()
         assert model.second.weight is model.first.weight
         assert int(model.second.weight.count_nonzero()) <= 20 == sparsifier.active
-        assert_inactive_are_zero(model, sparsifier)
+        check_inactive_are_zero(model, sparsifier.masks)
 
 
 def channels_last():
@@ -807,12 +795,12 @@ def test_strides_make_no_difference(make, method_name):
     assert any(not p.is_contiguous() for p in strided.parameters())
     results = []
     for model in (plain, strided):
-        model, optimizer, sparsifier = build(METHODS[method_name](), model=model)
+        model, optimizer, sparsifier = sparsified(METHODS[method_name](), model=model)
         for step in range(10):
             random_gradients(model, step)
             sparsifier.before_step()
             optimizer.step()
-            assert_inactive_are_zero(model, sparsifier)
+            check_inactive_are_zero(model, sparsifier.masks)
         assert counts(sparsifier) == reported(sparsifier)
         results.append((sparsifier.masks, values(model), sparsifier.state_dict()))
     assert not all(mask.all() for mask in results[0][0].values())
@@ -822,11 +810,11 @@ def test_strides_make_no_difference(make, method_name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("method_name", ["rigl", "set", "momentum_growth", "static", "snip", "sparse_from_scratch"])
 def test_other_dtypes(dtype, method_name):
-    model, optimizer, sparsifier = build(METHODS[method_name](), model=Small().to(dtype))
+    model, optimizer, sparsifier = sparsified(METHODS[method_name](), model=Small().to(dtype))
     budget = None
     for _ in range(10):
         train(model, optimizer, sparsifier, 1)
-        assert_inactive_are_zero(model, sparsifier)
+        check_inactive_are_zero(model, sparsifier.masks)
         if sparsifier.is_sparse:
             budget = budget or counts(sparsifier)
             assert counts(sparsifier) == reported(sparsifier) == budget
@@ -836,27 +824,27 @@ def test_other_dtypes(dtype, method_name):
 
 
 def test_a_model_may_change_its_dtype_on_the_way():
-    model, optimizer, sparsifier = build(methods.rigl(DENSITY, update_every=2))
+    model, optimizer, sparsifier = sparsified(methods.rigl(DENSITY, update_every=2))
     train(model, optimizer, sparsifier, 1)
     model.double()
     optimizer.state.clear()
     train(model, optimizer, sparsifier, 4)
-    assert_inactive_are_zero(model, sparsifier)
+    check_inactive_are_zero(model, sparsifier.masks)
     assert counts(sparsifier) == reported(sparsifier)
 
 
 def test_layers_that_are_wholly_dense_are_left_alone():
     table = {"conv.weight": 1.0, "*": 0.25}
-    total = sum(layer.weights for layer in build(methods.dense())[2].layers)
+    total = sum(layer.weights for layer in sparsified(methods.dense())[2].layers)
     method = methods.rigl((144 + 0.25 * (total - 144)) / total, update_every=2, allocation=PerLayer(table))
-    model, optimizer, sparsifier = build(method)
+    model, optimizer, sparsifier = sparsified(method)
     train(model, optimizer, sparsifier, 6)
     assert sparsifier.masks["conv.weight"].all()
     assert model.conv.weight.count_nonzero() == 144
 
 
 def test_dense_trains_as_if_nothing_were_there():
-    model, optimizer, sparsifier = build(methods.dense(), "adamw")
+    model, optimizer, sparsifier = sparsified(methods.dense(), "adamw")
     reference = Small()
     reference.load_state_dict(model.state_dict())
     plain = OPTIMIZERS["adamw"](reference.parameters())
@@ -876,7 +864,7 @@ def test_dense_trains_as_if_nothing_were_there():
 def test_a_seed_reproduces_and_another_differs(method_name):
     def run(seed, disturbed=False):
         torch.manual_seed(3)
-        model, optimizer, sparsifier = build(METHODS[method_name](), seed=seed)
+        model, optimizer, sparsifier = sparsified(METHODS[method_name](), seed=seed)
         for _ in range(9):
             if disturbed:
                 torch.rand(5)  # what others draw from the global stream makes no difference
@@ -889,7 +877,7 @@ def test_a_seed_reproduces_and_another_differs(method_name):
 
 
 def test_the_engine_draws_nothing_from_the_global_stream():
-    model, optimizer, sparsifier = build(methods.set_(DENSITY, update_every=1))
+    model, optimizer, sparsifier = sparsified(methods.set_(DENSITY, update_every=1))
     state = torch.get_rng_state()
     Sparsifier(model, OPTIMIZERS["sgd"](model.parameters()), methods.set_(DENSITY), total_steps=3)
     train(model, optimizer, sparsifier, 3)
@@ -914,7 +902,7 @@ def test_ties_are_broken_by_seed_step_and_layer():
         with torch.no_grad():
             model[0].weight.copy_(torch.linspace(1, 2, 144).view(12, 12))
             model[1].weight.copy_(model[0].weight)
-        _, optimizer, sparsifier = build(method, torch.optim.SGD(model.parameters(), 0.1), model=model, seed=seed)
+        _, optimizer, sparsifier = sparsified(method, torch.optim.SGD(model.parameters(), 0.1), model=model, seed=seed)
         masks = [sparsifier.masks]
         for _ in range(2):
             sparsifier.before_step()
@@ -932,17 +920,11 @@ def test_ties_are_broken_by_seed_step_and_layer():
 
 def test_layers_of_one_shape_get_different_masks():
     model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(2)))
-    _, _, sparsifier = build(methods.rigl(0.2), model=model)
+    _, _, sparsifier = sparsified(methods.rigl(0.2), model=model)
     assert not torch.equal(sparsifier.masks["0.weight"], sparsifier.masks["1.weight"])
 
 
 # --- saving and loading ---------------------------------------------------------------------------------------------
-
-
-def checkpoint(model, optimizer, sparsifier):
-    return through_a_file(
-        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "sparsifier": sparsifier.state_dict()}
-    )
 
 
 def everything(model, optimizer, sparsifier):
@@ -965,9 +947,9 @@ ORDERS = ("weights first", "weights and optimizer first", "sparsifier first")
 )
 def test_a_resume_goes_on_to_the_bit(method_name, optimizer_name, order, at):
     make = METHODS[method_name]
-    model, optimizer, sparsifier = build(make(), optimizer_name, seed=4)
+    model, optimizer, sparsifier = sparsified(make(), optimizer_name, seed=4)
     train(model, optimizer, sparsifier, at)
-    saved = checkpoint(model, optimizer, sparsifier)
+    saved = through_a_file(state_dicts(model, optimizer, sparsifier))
     then = everything(model, optimizer, sparsifier)
     train(model, optimizer, sparsifier, 5)  # an update of every four steps is among them
     expected = everything(model, optimizer, sparsifier)
@@ -992,12 +974,13 @@ def test_a_resume_goes_on_to_the_bit(method_name, optimizer_name, order, at):
 
 def test_weights_may_be_loaded_after_the_state():
     """A connection grown at zero stays active, although its weight is zero; inactive weights stay zero."""
-    model, optimizer, sparsifier = build(methods.rigl(DENSITY, update_every=3, fraction=Constant(0.5)))
+    model, optimizer, sparsifier = sparsified(methods.rigl(DENSITY, update_every=3, fraction=Constant(0.5)))
     train(model, optimizer, sparsifier, 4)  # ends with an update: grown weights are zero
-    saved = checkpoint(model, optimizer, sparsifier)
+    saved = through_a_file(state_dicts(model, optimizer, sparsifier))
     masks = sparsifier.masks
     assert sum(int((model.get_parameter(n)[m] == 0).sum()) for n, m in masks.items()) > 0
-    other, fresh, loaded = build(methods.rigl(DENSITY, update_every=3, fraction=Constant(0.5)))
+    method = methods.rigl(DENSITY, update_every=3, fraction=Constant(0.5))
+    other, fresh, loaded = sparsified(method, model=Small())
     loaded.load_state_dict(saved["sparsifier"])
     other.load_state_dict(saved["model"])
     fresh.load_state_dict(saved["optimizer"])
@@ -1008,7 +991,9 @@ def test_weights_may_be_loaded_after_the_state():
 
 
 def test_a_state_is_a_copy():
-    model, optimizer, sparsifier = build(methods.rigl(DENSITY, update_every=1, grow=Momentum(), fraction=Constant(0.5)))
+    model, optimizer, sparsifier = sparsified(
+        methods.rigl(DENSITY, update_every=1, grow=Momentum(), fraction=Constant(0.5))
+    )
     train(model, optimizer, sparsifier, 2)
     state = sparsifier.state_dict()
     before = copy.deepcopy(state)
@@ -1020,9 +1005,9 @@ def test_a_state_is_a_copy():
 
 
 def test_other_total_steps_are_accepted_with_a_warning(caplog):
-    model, optimizer, sparsifier = build(methods.rigl(DENSITY))
+    model, optimizer, sparsifier = sparsified(methods.rigl(DENSITY))
     train(model, optimizer, sparsifier, 2)
-    _, _, longer = build(methods.rigl(DENSITY), total_steps=100)
+    _, _, longer = sparsified(methods.rigl(DENSITY), total_steps=100)
     with caplog.at_level(logging.WARNING):
         longer.load_state_dict(sparsifier.state_dict())
     assert "24 steps and go on for 100" in caplog.text
@@ -1074,7 +1059,7 @@ REFUSALS = {
 @pytest.fixture(scope="module")
 def trained():
     method = methods.rigl(DENSITY, grow=Momentum(), update_every=2)
-    model, optimizer, sparsifier = build(method)
+    model, optimizer, sparsifier = sparsified(method)
     train(model, optimizer, sparsifier, 5)
     return sparsifier
 
@@ -1082,7 +1067,7 @@ def trained():
 @pytest.mark.parametrize("case", REFUSALS)
 def test_a_state_that_does_not_belong_is_refused_and_changes_nothing(case, trained):
     state = REFUSALS[case](trained.state_dict())
-    model, optimizer, sparsifier = build(trained.method)
+    model, optimizer, sparsifier = sparsified(trained.method)
     train(model, optimizer, sparsifier, 1)
     before = everything(model, optimizer, sparsifier)
     with pytest.raises(StateError) as raised:
@@ -1103,21 +1088,21 @@ def test_a_state_that_does_not_belong_is_refused_and_changes_nothing(case, train
     ],
 )
 def test_a_refusal_names_the_difference(method, named):
-    _, _, sparsifier = build(methods.rigl(DENSITY))
-    _, _, other = build(method)
+    _, _, sparsifier = sparsified(methods.rigl(DENSITY))
+    _, _, other = sparsified(method)
     with pytest.raises(StateError, match=named):
         other.load_state_dict(sparsifier.state_dict())
 
 
 def test_a_state_of_other_parts_of_a_parameter_is_refused():
-    _, _, whole = build(methods.rigl(DENSITY))
-    _, _, partial = build(methods.rigl(DENSITY), exclude=["attention.in_proj_weight[v]"])
+    _, _, whole = sparsified(methods.rigl(DENSITY))
+    _, _, partial = sparsified(methods.rigl(DENSITY), exclude=["attention.in_proj_weight[v]"])
     with pytest.raises(StateError):
         partial.load_state_dict(whole.state_dict())
 
 
 def test_a_dense_part_of_a_parameter_stays_dense():
-    model, optimizer, sparsifier = build(
+    model, optimizer, sparsifier = sparsified(
         methods.rigl(DENSITY, update_every=1, fraction=Constant(0.5)), exclude=["attention.in_proj_weight[v]"]
     )
     train(model, optimizer, sparsifier, 5)
@@ -1132,7 +1117,7 @@ def test_an_optimizer_state_from_a_dense_run_can_be_masked():
     backward(model, optimizer, 0)
     optimizer.step()
     stale = optimizer.state_dict()
-    _, _, sparsifier = build(methods.rigl(DENSITY), optimizer, model=model)
+    _, _, sparsifier = sparsified(methods.rigl(DENSITY), optimizer, model=model)
     optimizer.load_state_dict(stale)
     sparsifier.mask_optimizer_state()
     for name, mask in sparsifier.masks.items():
@@ -1144,7 +1129,7 @@ def test_an_optimizer_state_from_a_dense_run_can_be_masked():
 @pytest.mark.parametrize("replace_step", [True, False])
 def test_a_step_that_is_prepared_twice_is_updated_once(replace_step):
     """As where an fp16 scaler leaves a step out for another optimizer's overflow, or two optimizers take turns."""
-    model, optimizer, sparsifier = build(methods.set_(DENSITY, update_every=1, replace_step=replace_step))
+    model, optimizer, sparsifier = sparsified(methods.set_(DENSITY, update_every=1, replace_step=replace_step))
     backward(model, optimizer, 0)
     sparsifier.before_step()
     masks = sparsifier.masks

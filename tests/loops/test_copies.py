@@ -11,16 +11,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 import dst
 from dst import Sparsifier
+from tests.checks import differences, hooks_of
 from tests.methods_list import METHODS, TOTAL_STEPS
-from tests.resume.fits import differences
 from tests.sampling import rotated
-from tests.small import OPTIMIZERS, Small, backward, batch, train
-
-Trio = tuple[nn.Module, Optimizer, Sparsifier]
+from tests.small import OPTIMIZERS, Small, Trio, backward, batch, sparsified, state_dicts, train
 
 
 def by_torch(held: Any) -> Any:
@@ -37,27 +34,17 @@ HOW: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def build(name: str, optimizer: str = "sgd", csr: bool = False) -> Trio:
+def on_non_zeros() -> Trio:
+    """A trio whose linear layers store only their active weights."""
     torch.manual_seed(0)
-    method = METHODS[name]() if not csr else dst.methods.rigl(0.3, update_every=4, backend="csr")
-    model = dst.prepare(Small(), method)
-    made = OPTIMIZERS[optimizer](model.parameters())
-    return model, made, Sparsifier(model, made, method, total_steps=TOTAL_STEPS)
+    method = dst.methods.rigl(0.3, update_every=4, backend="csr")
+    return sparsified(method, model=dst.prepare(Small(), method))
 
 
 def copied(trio: Trio, how: str, order: tuple[int, ...]) -> Trio:
     held = HOW[how](tuple(trio[i] for i in order))
     model, optimizer, sparsifier = (held[order.index(i)] for i in range(3))
     return model, optimizer, sparsifier
-
-
-def outcome(trio: Trio) -> list[Any]:
-    model, optimizer, sparsifier = trio
-    return [dict(model.state_dict()), optimizer.state_dict(), sparsifier.state_dict()]
-
-
-def hooks_of(model: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
 # Each method once; how, order, moment and optimizer vary with them.
@@ -84,16 +71,16 @@ CASES = [
 def test_a_copy_trains_on_as_the_original(
     name: str, how: str, order: tuple[int, ...], after: int, optimizer: str
 ) -> None:
-    whole = build(name, optimizer)
+    whole = sparsified(name, optimizer)
     train(*whole, after)
     other = copied(whole, how, order)
-    before = copy.deepcopy(outcome(whole))
+    before = copy.deepcopy(state_dicts(*whole))
     assert hooks_of(other[0]) == hooks_of(whole[0])
     train(*other, 8)
     assert other[2].step == after + 8
-    assert not list(differences(before, outcome(whole)))  # the original stands still
+    assert not list(differences(before, state_dicts(*whole)))  # the original stands still
     train(*whole, 8)
-    assert not list(differences(outcome(whole), outcome(other)))
+    assert not list(differences(state_dicts(*whole), state_dicts(*other)))
     assert other[2].is_sparse == whole[2].is_sparse
     for mask_name, mask in other[2].masks.items() if name != "l0" else ():
         assert other[0].get_parameter(mask_name)[~mask].eq(0).all()
@@ -104,18 +91,18 @@ def test_a_copy_trains_on_as_the_original(
 )
 def test_copies_of_sparse_storage(after: int, how: str, order: tuple[int, ...]) -> None:
     """Growth by gradient goes on where the copy is taken one step before an update."""
-    whole = build("rigl", csr=True)
+    whole = on_non_zeros()
     assert "csr" in whole[2].backends.values()
     train(*whole, after)
     other = copied(whole, how, order)
     train(*other, 6)
     train(*whole, 6)
     assert other[2].updates == whole[2].updates > 1
-    assert not list(differences(outcome(whole), outcome(other)))
+    assert not list(differences(state_dicts(*whole), state_dicts(*other)))
 
 
 def test_a_copy_in_the_middle_of_an_accumulated_step_keeps_what_is_collected() -> None:
-    whole = build("rigl", csr=True)
+    whole = on_non_zeros()
     train(*whole, 4)
     backward(whole[0], whole[1], 4)
     other = copied(whole, "deepcopy", (0, 1, 2))
@@ -125,27 +112,27 @@ def test_a_copy_in_the_middle_of_an_accumulated_step_keeps_what_is_collected() -
         torch.nn.functional.cross_entropy(model(batch(5)[0]), batch(5)[1]).backward()
         sparsifier.before_step()
         optimizer.step()
-    assert not list(differences(outcome(whole), outcome(other)))
+    assert not list(differences(state_dicts(*whole), state_dicts(*other)))
 
 
 @pytest.mark.parametrize("how", HOW)
 def test_a_copy_taken_before_training_loads_a_state_as_the_original_does(how: str) -> None:
     """Weights that were loaded before construction, and cut by its first mask, come back in the copy too."""
-    whole = build("rigl", "adamw")
+    whole = sparsified("rigl", "adamw")
     train(*whole, 9)
-    saved = copy.deepcopy(outcome(whole))
+    saved = copy.deepcopy(state_dicts(*whole))
     torch.manual_seed(1)
     model = Small()
-    model.load_state_dict(saved[0])
+    model.load_state_dict(saved["model"])
     optimizer = OPTIMIZERS["adamw"](model.parameters())
-    optimizer.load_state_dict(copy.deepcopy(saved[1]))
+    optimizer.load_state_dict(copy.deepcopy(saved["optimizer"]))
     other = copied((model, optimizer, Sparsifier(model, optimizer, METHODS["rigl"](), total_steps=24)), how, (0, 1, 2))
-    other[2].load_state_dict(saved[2])
-    assert not list(differences(saved, outcome(other)))
+    other[2].load_state_dict(saved["sparsifier"])
+    assert not list(differences(saved, state_dicts(*other)))
 
 
 def test_a_copy_of_what_is_finalized_takes_part_in_nothing() -> None:
-    whole = build("synflow")
+    whole = sparsified("synflow")
     whole[2].finalize()
     model, optimizer, _ = copied(whole, "deepcopy", (0, 1, 2))
     backward(model, optimizer, 0)
@@ -173,7 +160,7 @@ def test_several_optimizers_are_copied_with_their_sparsifier() -> None:
 
 
 def test_an_optimizer_built_anew_is_told_of() -> None:
-    model, _, sparsifier = build("rigl")
+    model, _, sparsifier = sparsified("rigl")
     anew = OPTIMIZERS["sgd"](model.parameters())
 
     def steps() -> None:
@@ -187,7 +174,7 @@ def test_an_optimizer_built_anew_is_told_of() -> None:
 
 
 def test_so_is_one_that_is_built_anew_in_the_middle() -> None:
-    model, optimizer, sparsifier = trio = build("set")
+    model, optimizer, sparsifier = trio = sparsified("set")
     train(*trio, 5)
     backward(model, optimizer, 5)
     anew = OPTIMIZERS["adamw"](model.parameters())
@@ -205,7 +192,7 @@ def test_so_is_one_that_is_built_anew_in_the_middle() -> None:
 @pytest.mark.parametrize("poison", [None, float("inf")])
 def test_steps_that_are_left_out_are_no_other_optimizers(poison: float | None) -> None:
     """By a gradient scaler, a limit on the norm, or while gradients accumulate: the weights stand still."""
-    model, optimizer, sparsifier = build("rigl")
+    model, optimizer, sparsifier = sparsified("rigl")
     for step in range(30):
         backward(model, optimizer, step)
         if poison is not None:
@@ -217,7 +204,7 @@ def test_steps_that_are_left_out_are_no_other_optimizers(poison: float | None) -
 
 def test_an_optimizer_that_takes_two_gradients_a_step_is_served() -> None:
     """Sharpness-aware minimization moves the weights between two calls, and the optimizer steps after the second."""
-    model, optimizer, sparsifier = build("set")
+    model, optimizer, sparsifier = sparsified("set")
     for step in range(8):
         backward(model, optimizer, step)
         sparsifier.before_step()
@@ -231,7 +218,7 @@ def test_an_optimizer_that_takes_two_gradients_a_step_is_served() -> None:
 
 
 def test_what_goes_on_after_finalize_is_nobodys_business() -> None:
-    model, optimizer, sparsifier = build("rigl")
+    model, optimizer, sparsifier = sparsified("rigl")
     sparsifier.finalize()
     for step in range(6):
         backward(model, optimizer, step)
@@ -240,5 +227,5 @@ def test_what_goes_on_after_finalize_is_nobodys_business() -> None:
 
 
 def test_an_optimizer_of_other_parameters_is_passed_over() -> None:
-    _, _, sparsifier = build("rigl")
+    _, _, sparsifier = sparsified("rigl")
     sparsifier.before_step(torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1))

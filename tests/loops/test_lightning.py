@@ -25,8 +25,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import dst
 from dst.checkpoints import load_checkpoint
 from dst.lightning import SparseTraining
+from tests.checks import check_inactive_are_zero, differences
 from tests.methods_list import METHODS
-from tests.resume.fits import BATCHES, Data, Fit, Interrupted, Module, Rows, StopAt, differences
+from tests.resume.fits import BATCHES, Data, Fit, Interrupted, Module, Rows, StopAt
 from tests.sampling import rotated
 
 # What Lightning says of these trainers and modules, sparse or not.
@@ -63,11 +64,6 @@ def masks_of(sparse: SparseTraining) -> dict[str, Tensor]:
     return sparse.sparsifier.masks
 
 
-def check_zero(module: nn.Module, masks: dict[str, Tensor]) -> None:
-    for name, mask in masks.items():
-        assert module.get_parameter(name)[~mask].eq(0).all(), name
-
-
 class Watch(Callback):
     """Checks after every batch, and in every validation, that inactive weights are zero."""
 
@@ -77,11 +73,11 @@ class Watch(Callback):
         self.validated = 0
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, *args: Any) -> None:
-        check_zero(pl_module, masks_of(self.sparse))
+        check_inactive_are_zero(pl_module, masks_of(self.sparse))
         self.seen += 1
 
     def on_validation_batch_start(self, trainer: Any, pl_module: nn.Module, *args: Any) -> None:
-        check_zero(pl_module, masks_of(self.sparse))
+        check_inactive_are_zero(pl_module, masks_of(self.sparse))
         self.validated += 1
 
 
@@ -123,7 +119,7 @@ def test_fp16_overflows_do_not_advance_the_clock(name: str, accumulate: int) -> 
 
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             assert all(p.isfinite().all() for p in module.parameters())
-            check_zero(module, masks_of(sparse))
+            check_inactive_are_zero(module, masks_of(sparse))
             if trainer.global_step - 1 in overflows and not trainer.fit_loop._should_accumulate():
                 self.before["skipped"] = sparse.state_dict()["skipped"]
                 assert not list(differences(self.before, sparse.state_dict()))
@@ -209,7 +205,7 @@ def test_adversaries_with_an_optimizer_each(name: str, tmp_path: Path) -> None:
     assert state["steps"] == [STEPS // 2, STEPS]
     first = {n: m for n, m in masks_of(sparse).items() if n.startswith("generator")}
     assert len(first) == 2
-    check_zero(module, masks_of(sparse))
+    check_inactive_are_zero(module, masks_of(sparse))
     # Interrupted and resumed, both clocks go on.
     resumed = SparseTraining(METHODS[name](), total_steps=STEPS)
     paths = sorted(tmp_path.glob("step=*.ckpt"), key=lambda p: int(p.stem[5:]))
@@ -327,7 +323,7 @@ class Averages(Callback):
         self.validated: list[Tensor] = []
 
     def on_validation_batch_start(self, trainer: Any, pl_module: nn.Module, *args: Any) -> None:
-        check_zero(pl_module, masks_of(self.sparse))
+        check_inactive_are_zero(pl_module, masks_of(self.sparse))
         self.validated.append(pl_module.get_parameter("hidden.weight").detach().clone())
 
 
@@ -351,7 +347,7 @@ def test_exponential_averages_are_masked_when_validated_and_saved(name: str, fir
             assert checkpoint["state_dict"][n][~mask].eq(0).all()  # the average
             assert checkpoint["current_model_state"][n][~mask].eq(0).all()
         assert list(differences(checkpoint["state_dict"], checkpoint["current_model_state"]))
-    check_zero(fit.module, trained)  # and the averages have become the model's weights
+    check_inactive_are_zero(fit.module, trained)  # and the averages have become the model's weights
     assert torch.equal(fit.module.get_parameter("hidden.weight"), look.validated[-1])
 
 
@@ -363,8 +359,8 @@ def test_stochastic_averages_are_masked(name: str, first: str) -> None:
     watch = Watch(sparse)
     trainer([*order, watch], max_epochs=4).fit(module, datamodule=Data())
     assert average._average_model is not None
-    check_zero(average._average_model, masks_of(sparse))
-    check_zero(module, masks_of(sparse))
+    check_inactive_are_zero(average._average_model, masks_of(sparse))
+    check_inactive_are_zero(module, masks_of(sparse))
     assert torch.equal(module.hidden.weight, average._average_model.hidden.weight)
     assert watch.seen >= STEPS
 
@@ -386,7 +382,7 @@ def test_the_same_trainer_fits_twice() -> None:
     assert (sparse.sparsifier.step, sparse.sparsifier.updates) == (24, 5)
     assert sparse.sparsifier.last_update is not None
     assert sparse.sparsifier.last_update.step == 16
-    check_zero(module, masks_of(sparse))
+    check_inactive_are_zero(module, masks_of(sparse))
     assert any(not torch.equal(m, between[n]) for n, m in masks_of(sparse).items())
 
 
@@ -456,7 +452,7 @@ def test_validating_and_testing_alone_change_nothing(tmp_path: Path) -> None:
     assert sparse.sparsifier is not None
     assert sparse.sparsifier.step == STEPS
     assert sparse.sparsifier.updates > 5
-    check_zero(module, masks_of(sparse))
+    check_inactive_are_zero(module, masks_of(sparse))
 
 
 def test_validation_within_a_fit_sees_sparse_weights() -> None:

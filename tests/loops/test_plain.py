@@ -17,31 +17,10 @@ from torch.utils.checkpoint import checkpoint
 import dst
 from dst.init import Snip
 from dst.scores import Momentum
+from tests.checks import active_counts, check_budget, check_inactive_are_zero, differences
 from tests.methods_list import DYNAMIC, METHODS, TOTAL_STEPS
-from tests.resume.fits import differences
 from tests.sampling import rotated
-from tests.small import OPTIMIZERS, Small, backward, batch, check_budget, train
-
-
-def build(name: str, optimizer: str = "sgd", model: nn.Module | None = None) -> Any:
-    torch.manual_seed(0)
-    model = Small() if model is None else model
-    made = OPTIMIZERS[optimizer](model.parameters())
-    return model, made, dst.Sparsifier(model, made, METHODS[name](), total_steps=TOTAL_STEPS)
-
-
-def state(model: nn.Module, optimizer: torch.optim.Optimizer, sparsifier: dst.Sparsifier) -> dict[str, Any]:
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "sparsifier": sparsifier.state_dict()}
-
-
-def check_zero(model: nn.Module, sparsifier: dst.Sparsifier) -> None:
-    for name, mask in sparsifier.masks.items():
-        assert model.get_parameter(name)[~mask].eq(0).all(), name
-
-
-def budgets(sparsifier: dst.Sparsifier) -> dict[str, int]:
-    """Active weights by layer, counted from the masks themselves."""
-    return {layer.label: int(layer.part(sparsifier.masks[layer.parameter]).sum()) for layer in sparsifier.layers}
+from tests.small import Small, backward, batch, sparsified, state_dicts, train
 
 
 @pytest.mark.parametrize(
@@ -83,7 +62,7 @@ def test_an_update_sees_the_accumulated_gradient(method: dst.Method) -> None:
 @pytest.mark.parametrize("name", ["rigl", "set", "static_from_start", "snip"])
 def test_clipping_sees_masked_gradients(name: str) -> None:
     """At updates that take the place of a step too: there are gradients to clip and to log until the step begins."""
-    model, optimizer, sparsifier = build(name)
+    model, optimizer, sparsifier = sparsified(name)
     for step in range(TOTAL_STEPS):
         backward(model, optimizer, step)
         dense = {n: p.grad.clone() for n, p in model.named_parameters()}
@@ -104,12 +83,12 @@ def test_clipping_sees_masked_gradients(name: str) -> None:
             assert all(p.grad is None for p in model.parameters())
         else:
             assert list(differences(before, model.state_dict()))
-        check_zero(model, sparsifier)
+        check_inactive_are_zero(model, sparsifier.masks)
 
 
 def scaled_run(name: str, overflows: Collection[int], where: str, optimizer: str = "adamw") -> dict[str, Any]:
     """Train with a gradient scaler; before the steps in ``overflows`` an attempt is made whose gradients overflow."""
-    model, made, sparsifier = build(name, optimizer)
+    model, made, sparsifier = sparsified(name, optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12, growth_interval=1000)
     for step in range(TOTAL_STEPS):
         for overflow in [True, False] if step in overflows else [False]:
@@ -127,20 +106,20 @@ def scaled_run(name: str, overflows: Collection[int], where: str, optimizer: str
                             bad = torch.where(sparsifier.masks[n], p.grad, bad)
                         p.grad = bad
             scaler.unscale_(made)
-            before = copy.deepcopy(state(model, made, sparsifier))
+            before = copy.deepcopy(state_dicts(model, made, sparsifier))
             sparsifier.before_step()
             scaler.step(made)
             scaler.update()
             if overflow:
-                after = state(model, made, sparsifier)
+                after = state_dicts(model, made, sparsifier)
                 before["sparsifier"]["skipped"] = after["sparsifier"]["skipped"]
                 found = [d for d in differences(before, after) if "first_mask" not in d]
                 assert not found, found
-            check_zero(model, sparsifier)
+            check_inactive_are_zero(model, sparsifier.masks)
     assert sparsifier.step == TOTAL_STEPS
     if overflows:
         assert scaler.get_scale() == 2.0 ** (12 - len(overflows))
-    return {**state(model, made, sparsifier), "skips": sparsifier.skipped}
+    return {**state_dicts(model, made, sparsifier), "skips": sparsifier.skipped}
 
 
 @pytest.mark.parametrize(
@@ -166,7 +145,7 @@ def test_overflows_under_a_gradient_scaler_leave_no_trace(name: str, where: str)
 @pytest.mark.parametrize("name", ["snip", "rigl_snip", "static_at_step"])
 def test_an_overflow_where_the_first_mask_is_due_puts_it_off(name: str) -> None:
     made_at = 5 if name == "static_at_step" else 0
-    model, optimizer, sparsifier = build(name)
+    model, optimizer, sparsifier = sparsified(name)
     train(model, optimizer, sparsifier, made_at)
     backward(model, optimizer, made_at)
     for p in model.parameters():
@@ -177,24 +156,24 @@ def test_an_overflow_where_the_first_mask_is_due_puts_it_off(name: str) -> None:
     train(model, optimizer, sparsifier, 1)
     assert sparsifier.is_sparse
     train(model, optimizer, sparsifier, TOTAL_STEPS - made_at - 1)
-    check_zero(model, sparsifier)
+    check_inactive_are_zero(model, sparsifier.masks)
     assert all(p.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", rotated(METHODS, share=(1, 3)))
 def test_bfloat16_weights(name: str) -> None:
-    model, optimizer, sparsifier = build(name, model=Small().bfloat16())
+    model, optimizer, sparsifier = sparsified(name, model=Small().bfloat16())
     for _ in range(TOTAL_STEPS):
         train(model, optimizer, sparsifier, 1)
-        check_zero(model, sparsifier)
-        assert budgets(sparsifier) == {row["name"]: row["nonzero"] for row in sparsifier.layer_table()}
+        check_inactive_are_zero(model, sparsifier.masks)
+        assert active_counts(sparsifier) == {row["name"]: row["nonzero"] for row in sparsifier.layer_table()}
     check_budget(sparsifier, METHODS[name]())
     assert all(p.dtype == torch.bfloat16 and p.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", ["rigl", "momentum_growth", "set"])
 def test_bfloat16_autocast(name: str) -> None:
-    model, optimizer, sparsifier = build(name)
+    model, optimizer, sparsifier = sparsified(name)
     first = sparsifier.masks
     for step in range(TOTAL_STEPS):
         images, labels = batch(step)
@@ -204,9 +183,9 @@ def test_bfloat16_autocast(name: str) -> None:
         loss.backward()
         sparsifier.before_step()
         optimizer.step()
-        check_zero(model, sparsifier)
+        check_inactive_are_zero(model, sparsifier.masks)
     assert sparsifier.updates > 3
-    assert sum(map(int, budgets(sparsifier).values())) == sum(int(m.sum()) for m in first.values())
+    assert sum(map(int, active_counts(sparsifier).values())) == sum(int(m.sum()) for m in first.values())
 
 
 def test_parameter_groups_with_settings_of_their_own() -> None:
@@ -219,7 +198,7 @@ def test_parameter_groups_with_settings_of_their_own() -> None:
     ]
     optimizer = torch.optim.SGD(groups, 0.05, momentum=0.9, weight_decay=0.01)
     sparsifier = dst.Sparsifier(model, optimizer, METHODS["rigl_with_step"](), total_steps=TOTAL_STEPS)
-    counts = budgets(sparsifier)
+    counts = active_counts(sparsifier)
     before = copy.deepcopy(model.state_dict())
     train(model, optimizer, sparsifier, 4)  # there are no updates in steps 1 to 3, and the one at step 0 drops weights
     kept = sparsifier.masks["conv.weight"] & before["conv.weight"].ne(0)
@@ -227,13 +206,13 @@ def test_parameter_groups_with_settings_of_their_own() -> None:
     assert torch.equal(model.conv.bias, before["conv.bias"])
     assert not torch.equal(model.norm.bias, before["norm.bias"])
     train(model, optimizer, sparsifier, TOTAL_STEPS - 4)
-    check_zero(model, sparsifier)
-    assert budgets(sparsifier) == counts
+    check_inactive_are_zero(model, sparsifier.masks)
+    assert active_counts(sparsifier) == counts
     assert [g["lr"] for g in optimizer.param_groups] == [0.0, 0.05, 0.1]
 
 
 def test_a_group_that_is_added_later_trains_and_its_weights_stay_dense() -> None:
-    model, optimizer, sparsifier = build("rigl")
+    model, optimizer, sparsifier = sparsified("rigl")
     extra = nn.Parameter(torch.ones(5, 5))
     optimizer.add_param_group({"params": [extra]})
     for step in range(6):
@@ -243,7 +222,7 @@ def test_a_group_that_is_added_later_trains_and_its_weights_stay_dense() -> None
         optimizer.step()
     assert extra.ne(0).all()
     assert extra.ne(1).all()
-    check_zero(model, sparsifier)
+    check_inactive_are_zero(model, sparsifier.masks)
 
 
 def test_two_optimizers_keep_their_own_clocks() -> None:
@@ -253,7 +232,7 @@ def test_two_optimizers_keep_their_own_clocks() -> None:
     one = torch.optim.SGD([*model.conv.parameters(), *model.norm.parameters(), *model.attention.parameters()], 0.05)
     two = torch.optim.AdamW([*model.hidden.parameters(), *model.head.parameters()], 0.01)
     sparsifier = dst.Sparsifier(model, [one, two], METHODS["rigl"](), total_steps=TOTAL_STEPS)
-    counts = budgets(sparsifier)
+    counts = active_counts(sparsifier)
     for step in range(12):
         model.zero_grad()
         functional.cross_entropy(model(batch(step)[0]), batch(step)[1]).backward()
@@ -266,9 +245,9 @@ def test_two_optimizers_keep_their_own_clocks() -> None:
             sparsifier.before_step(one)
             moved = {n for n, m in sparsifier.masks.items() if not torch.equal(m, before[n])}
             one.step()
-        check_zero(model, sparsifier)
+        check_inactive_are_zero(model, sparsifier.masks)
     assert sparsifier.state_dict()["steps"] == [4, 12]
-    assert budgets(sparsifier) == counts
+    assert active_counts(sparsifier) == counts
     assert sparsifier.updates == 1 + 3  # at steps 0 of one; 0, 4 and 8 of two
 
 
@@ -280,8 +259,8 @@ def test_lbfgs_is_refused() -> None:
 
 def test_a_closure_that_prepares_the_step_itself() -> None:
     """SGD takes a closure too, and calls it once."""
-    model, optimizer, sparsifier = build("rigl")
-    reference = build("rigl")
+    model, optimizer, sparsifier = sparsified("rigl")
+    reference = sparsified("rigl")
     train(*reference, 10)
     for step in range(10):
 
@@ -291,16 +270,16 @@ def test_a_closure_that_prepares_the_step_itself() -> None:
             return 0.0
 
         optimizer.step(closure)
-    assert not list(differences(state(*reference), state(model, optimizer, sparsifier)))
+    assert not list(differences(state_dicts(*reference), state_dicts(model, optimizer, sparsifier)))
 
 
 def test_a_step_that_was_not_prepared_is_an_error() -> None:
-    model, optimizer, sparsifier = build("rigl")
+    model, optimizer, sparsifier = sparsified("rigl")
     train(model, optimizer, sparsifier, 2)
     backward(model, optimizer, 2)
     with pytest.raises(dst.StateError, match=r"without sparsifier\.before_step"):
         optimizer.step()
-    check_zero(model, sparsifier)
+    check_inactive_are_zero(model, sparsifier.masks)
     sparsifier.finalize()
     optimizer.step()  # dense from here on
 
@@ -308,7 +287,7 @@ def test_a_step_that_was_not_prepared_is_an_error() -> None:
 @pytest.mark.parametrize("name", rotated(DYNAMIC, share=(0, 2)))
 def test_a_step_that_was_prepared_and_not_taken_is_rewired_once(name: str) -> None:
     """Loops that leave a step out, for a norm that is too large, prepare the same step again."""
-    model, optimizer, sparsifier = build(name)
+    model, optimizer, sparsifier = sparsified(name)
     train(model, optimizer, sparsifier, 4)
     updates = sparsifier.updates
     backward(model, optimizer, 4)
@@ -320,7 +299,7 @@ def test_a_step_that_was_prepared_and_not_taken_is_rewired_once(name: str) -> No
     assert all(torch.equal(m, sparsifier.masks[n]) for n, m in masks.items())
     optimizer.step()
     assert sparsifier.step == 5
-    check_zero(model, sparsifier)
+    check_inactive_are_zero(model, sparsifier.masks)
 
 
 class Chatty(torch.optim.SGD):
@@ -342,7 +321,7 @@ def test_an_optimizer_that_calls_its_base_class() -> None:
     for step in range(TOTAL_STEPS):
         train(model, optimizer, sparsifier, 1)
         assert sparsifier.step == step + 1
-        check_zero(model, sparsifier)
+        check_inactive_are_zero(model, sparsifier.masks)
     assert sum(sparsifier.step_counts.values()) == TOTAL_STEPS
 
 
@@ -362,10 +341,10 @@ def test_gradient_checkpointing_changes_nothing(name: str) -> None:
     model = Checkpointed()
     torch.manual_seed(0)
     plain = Small()
-    runs = [build(name, model=m) for m in (model, plain)]
+    runs = [sparsified(name, model=m) for m in (model, plain)]
     for run in runs:
         train(*run, TOTAL_STEPS)
-    assert not list(differences(state(*runs[0]), state(*runs[1])))
+    assert not list(differences(state_dicts(*runs[0]), state_dicts(*runs[1])))
 
 
 @pytest.mark.slow
@@ -397,7 +376,7 @@ def test_a_compiled_module_is_compiled_once() -> None:
     assert set(sparsifier.masks) == {"0.weight", "2.weight"}
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["recompile_limit"]
-    check_zero(model, sparsifier)
+    check_inactive_are_zero(model, sparsifier.masks)
     other = run(reference, reference)
     assert sum(int((sparsifier.masks[n] != m).sum()) for n, m in other.masks.items()) <= 4  # rounding may tip a few
     torch._dynamo.reset()

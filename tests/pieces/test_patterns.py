@@ -22,7 +22,8 @@ from dst.schedules import Constant, Cubic
 from dst.scores import Momentum
 from dst.topology.layers import SparseLayer, find_layers
 from dst.topology.seeding import folded_generator
-from tests.small import Small, backward, check_budget
+from tests.checks import check_budget
+from tests.small import Small, backward
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn import functional
 from dst.data.loader import TensorLoader
 from dst.lightning import SparseTraining
 from tests import small
+from tests.checks import differences
 from tests.methods_list import TOTAL_STEPS
 
 warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -187,25 +188,6 @@ class Fit:
             "metrics": dict(self.trainer.callback_metrics),
             "step": self.trainer.global_step,
         }
-
-
-def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
-    """Where two nested values differ, to the bit.
-
-    Not in dtype: ``Optimizer.load_state_dict`` itself turns whole numbers and flags into the weights' dtype.
-    """
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        left, right = (t.detach().double().numpy().tobytes() for t in (a, b))
-        if a.shape != b.shape or left != right:
-            yield path
-    elif isinstance(a, dict) and isinstance(b, dict):
-        for key in [*a, *(k for k in b if k not in a)]:
-            yield from differences(a.get(key), b.get(key), f"{path}/{key}")
-    elif isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            yield from differences(x, y, f"{path}/{i}")
-    elif type(a) is not type(b) or a != b:
-        yield f"{path}: {a!r} {b!r}"
 
 
 def check_same(whole: Fit, resumed: Fit) -> None:

@@ -11,8 +11,9 @@ import torch
 from dst import Method, methods
 from dst.lightning import SparseTraining
 from dst.nn import SparseLinear
+from tests.checks import differences
 from tests.methods_list import DENSITY
-from tests.resume.fits import Fit, check_same, differences
+from tests.resume.fits import Fit, check_same
 from tests.resume.test_lightning import SELDOM, SaveAt
 from tests.sampling import rotated
 

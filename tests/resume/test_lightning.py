@@ -16,9 +16,10 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, LearningRa
 import dst
 from dst.checkpoints import load_checkpoint
 from dst.lightning import SparseTraining
+from tests.checks import differences
 from tests.distributed.processes import exit_code_of
 from tests.methods_list import DYNAMIC, METHODS, TOTAL_STEPS
-from tests.resume.fits import BATCHES, Fit, Interrupted, Module, StopAt, check_rows, check_same, differences
+from tests.resume.fits import BATCHES, Fit, Interrupted, Module, StopAt, check_rows, check_same
 from tests.sampling import rotated
 
 pytestmark = [

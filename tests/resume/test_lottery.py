@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import Callback
 import dst
 from dst.checkpoints import load_checkpoint
 from dst.lightning.lottery_levels import LotteryResult, run_lottery
-from tests.resume.fits import BATCHES, Data, Interrupted, Module, Rows, StopAt, differences
+from tests.checks import differences
+from tests.resume.fits import BATCHES, Data, Interrupted, Module, Rows, StopAt
 from tests.sampling import rotated
 
 LEVELS = 3  # densities 1, 0.5, 0.3

@@ -8,37 +8,25 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import dst
 from dst.checkpoints import load_checkpoint, save_atomically
+from tests.checks import differences
 from tests.methods_list import METHODS, TOTAL_STEPS
-from tests.resume.fits import differences
 from tests.sampling import rotated
-from tests.small import OPTIMIZERS, Small, train
+from tests.small import OPTIMIZERS, Small, sparsified, state_dicts, train
 
 
-def build(name: str, optimizer: str = "sgd") -> tuple[nn.Module, torch.optim.Optimizer, dst.Sparsifier]:
-    torch.manual_seed(0)
-    model = Small()
-    made = OPTIMIZERS[optimizer](model.parameters())
-    return model, made, dst.Sparsifier(model, made, METHODS[name](), total_steps=TOTAL_STEPS)
-
-
-def state(model: nn.Module, optimizer: torch.optim.Optimizer, sparsifier: dst.Sparsifier) -> dict[str, Any]:
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "sparsifier": sparsifier.state_dict()}
-
-
-# The other half of the methods resumes in tests/unit/test_sparsifier.py.
+# The other half of the methods resumes in tests/engine/test_sparsifier.py.
 @pytest.mark.parametrize(
     ("name", "optimizer", "first"),
     rotated(METHODS, ("adamw", "odd"), (("model", "optimizer"), ("model",), ("optimizer",), ()), share=(1, 2)),
 )
 def test_resume_in_a_new_process_order(name: str, optimizer: str, first: tuple[str, ...], tmp_path: Path) -> None:
     """Weights and optimizer before the sparsifier is built, after it, or one of each: all continue exactly."""
-    whole = build(name, optimizer)
+    whole = sparsified(name, optimizer)
     train(*whole, 5)
-    torch.save(state(*whole), tmp_path / "5.pt")
+    torch.save(state_dicts(*whole), tmp_path / "5.pt")
     train(*whole, 14)  # past the last update of clocks that stop at three quarters
     saved = torch.load(tmp_path / "5.pt", weights_only=True)
     torch.manual_seed(1)
@@ -52,31 +40,31 @@ def test_resume_in_a_new_process_order(name: str, optimizer: str, first: tuple[s
         targets[key].load_state_dict(saved[key])
     sparsifier.load_state_dict(saved["sparsifier"])
     train(model, made, sparsifier, 14)
-    found = list(differences(state(*whole), state(model, made, sparsifier)))
+    found = list(differences(state_dicts(*whole), state_dicts(model, made, sparsifier)))
     assert not found, (first, found)
 
 
 def test_loading_the_sparsifier_before_weights_and_optimizer(tmp_path: Path) -> None:
-    whole = build("rigl", "adamw")
+    whole = sparsified("rigl", "adamw")
     train(*whole, 5)
-    saved = copy.deepcopy(state(*whole))
+    saved = copy.deepcopy(state_dicts(*whole))
     train(*whole, TOTAL_STEPS - 5)
-    model, optimizer, sparsifier = build("rigl", "adamw")
+    model, optimizer, sparsifier = sparsified("rigl", "adamw")
     sparsifier.load_state_dict(saved["sparsifier"])
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     train(model, optimizer, sparsifier, TOTAL_STEPS - 5)
-    assert not list(differences(state(*whole), state(model, optimizer, sparsifier)))
+    assert not list(differences(state_dicts(*whole), state_dicts(model, optimizer, sparsifier)))
 
 
 def test_weights_and_state_that_are_active_and_zero_stay_active() -> None:
     """Connections grown at zero, a moment before the save, are in the mask and not in the weights."""
-    model, optimizer, sparsifier = build("rigl")
+    model, optimizer, sparsifier = sparsified("rigl")
     train(model, optimizer, sparsifier, 5)  # the last step was an update, and took the place of the step
-    saved = copy.deepcopy(state(model, optimizer, sparsifier))
+    saved = copy.deepcopy(state_dicts(model, optimizer, sparsifier))
     grown = sum(int((saved["model"][n].eq(0) & m).sum()) for n, m in saved["sparsifier"]["masks"].items())
     assert grown > 10
-    again = build("rigl")
+    again = sparsified("rigl")
     again[0].load_state_dict(saved["model"])
     again[2].load_state_dict(saved["sparsifier"])
     assert all(torch.equal(m, sparsifier.masks[n]) for n, m in again[2].masks.items())
@@ -84,9 +72,9 @@ def test_weights_and_state_that_are_active_and_zero_stay_active() -> None:
 
 def test_a_first_mask_does_not_cut_what_a_dense_checkpoint_left_to_the_mask_of_the_state() -> None:
     """Momentum at connections that the first mask lacks and the saved mask has must survive construction."""
-    whole = build("set", "adamw")
+    whole = sparsified("set", "adamw")
     train(*whole, 9)
-    saved = copy.deepcopy(state(*whole))
+    saved = copy.deepcopy(state_dicts(*whole))
     model = Small()
     optimizer = OPTIMIZERS["adamw"](model.parameters())
     model.load_state_dict(saved["model"])
@@ -95,7 +83,7 @@ def test_a_first_mask_does_not_cut_what_a_dense_checkpoint_left_to_the_mask_of_t
     first = sparsifier.masks["hidden.weight"]
     assert (saved["sparsifier"]["masks"]["hidden.weight"] & ~first).any()
     sparsifier.load_state_dict(saved["sparsifier"])
-    assert not list(differences(saved, state(model, optimizer, sparsifier)))
+    assert not list(differences(saved, state_dicts(model, optimizer, sparsifier)))
 
 
 DAMAGE: dict[str, tuple[Any, str]] = {
@@ -120,17 +108,17 @@ DAMAGE: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("what", DAMAGE)
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(what: str) -> None:
-    model, optimizer, sparsifier = build("rigl")
+    model, optimizer, sparsifier = sparsified("rigl")
     train(model, optimizer, sparsifier, 6)
     damage, message = DAMAGE[what]
-    before = copy.deepcopy(state(model, optimizer, sparsifier))
+    before = copy.deepcopy(state_dicts(model, optimizer, sparsifier))
     with pytest.raises(dst.StateError, match=message):
         sparsifier.load_state_dict(damage(copy.deepcopy(before["sparsifier"])))
-    assert not list(differences(before, state(model, optimizer, sparsifier)))
+    assert not list(differences(before, state_dicts(model, optimizer, sparsifier)))
 
 
 def test_a_saved_state_does_not_change_as_training_goes_on(tmp_path: Path) -> None:
-    model, optimizer, sparsifier = build("watching_twice")
+    model, optimizer, sparsifier = sparsified("watching_twice")
     train(model, optimizer, sparsifier, 6)
     held = sparsifier.state_dict()
     copied = copy.deepcopy(held)

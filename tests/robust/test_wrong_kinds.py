@@ -11,14 +11,7 @@ from torch import nn
 
 import dst
 from tests.methods_list import METHODS, TOTAL_STEPS
-from tests.small import Small, train
-
-
-def build(name: str) -> tuple[nn.Module, torch.optim.Optimizer, dst.Sparsifier]:
-    torch.manual_seed(0)
-    model = Small()
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    return model, optimizer, dst.Sparsifier(model, optimizer, METHODS[name](), total_steps=TOTAL_STEPS)
+from tests.small import Small, sparsified, train
 
 
 class AcceleratedOptimizer(torch.optim.Optimizer):
@@ -39,8 +32,8 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
 
 
 def test_a_wrapped_optimizer_is_looked_through() -> None:
-    model, optimizer, _ = build("rigl")
-    plain = build("rigl")
+    model, optimizer, _ = sparsified("rigl", "adamw")
+    plain = sparsified("rigl", "adamw")
     torch.manual_seed(0)
     model = Small()
     wrapped = AcceleratedOptimizer(torch.optim.AdamW(model.parameters(), 0.01))

@@ -9,6 +9,7 @@ import torch
 
 from dst import load_masks, save_masks
 from dst.errors import StateError
+from tests.checks import equal
 
 
 @pytest.fixture
@@ -16,15 +17,11 @@ def masks():
     return {"a.weight": torch.rand(5, 4) < 0.5, "b.weight": torch.rand(3, 2, 2, 2) < 0.1}
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
-
-
 def test_masks_return_as_they_were(tmp_path, masks):
     path = tmp_path / "deeper" / "masks.pt"
     save_masks(masks, path)
-    assert same(load_masks(path), masks)
-    assert same(load_masks(str(path)), masks)
+    assert equal(load_masks(path), masks)
+    assert equal(load_masks(str(path)), masks)
 
 
 def test_a_file_is_replaced_in_one_move(tmp_path, masks, monkeypatch):
@@ -39,7 +36,7 @@ def test_a_file_is_replaced_in_one_move(tmp_path, masks, monkeypatch):
     monkeypatch.setattr(torch, "save", fails)
     with pytest.raises(OSError, match="disk full"):
         save_masks({"a.weight": torch.ones(1, 1)}, path)
-    assert same(load_masks(path), masks)
+    assert equal(load_masks(path), masks)
 
 
 def test_no_file_is_left_behind(tmp_path, masks):
