@@ -459,7 +459,7 @@ def test_masks_from_a_file_have_the_pattern(tmp_path):
     from_file = dst.init.FromFile(str(tmp_path / "masks.pt"))
     again = trained(methods.rigl(0.4, init=from_file, pattern=Block(2, 2), update_every=50, start=10), steps=1)
     assert all(torch.equal(again.masks[name], mask) for name, mask in sparsifier.masks.items())
-    with pytest.raises(ConfigurationError, match=r"mask of conv.weight in .* has not the pattern Diagonal"):
+    with pytest.raises(ConfigurationError, match=r"mask of conv.weight in .* does not have the pattern Diagonal"):
         trained(methods.rigl(0.4, init=from_file, pattern=Diagonal()), steps=1)
 
 
