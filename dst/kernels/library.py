@@ -6,7 +6,7 @@ import ctypes
 from ctypes import c_int, c_int64, c_void_p
 from pathlib import Path
 
-ABI = 6
+ABI = 7
 ISA = ("portable", "avx2", "avx512")
 _SIGNATURES = {
     "dst_forward": [
@@ -17,6 +17,14 @@ _SIGNATURES = {
         *[c_int, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64],
         *[c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int],
     ],
+    "dst_rows_forward": [
+        *[c_int, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64],
+        *[c_void_p, c_int64, c_int64, c_void_p, c_int, c_int],
+    ],
+    "dst_rows_backward": [
+        *[c_int, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64],
+        *[c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int],
+    ],
     "dst_gradient": [c_int, c_int64, c_int64, c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int],
     "dst_gather": [c_int, c_int64, c_void_p, c_void_p, c_void_p, c_int],
     "dst_transpose_pattern": [c_int, c_int64, c_int64, *[c_void_p] * 5],
@@ -26,6 +34,8 @@ _SIGNATURES = {
     "dst_grow_update": [c_int, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 4, *[c_void_p] * 5],
     "dst_grow_finish": [c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
 }
+# These return 0, or 1 where there was no memory for scratch.
+_FALLIBLE = ("dst_run_chain", "dst_rows_forward", "dst_rows_backward")
 
 
 def open_library(path: Path) -> ctypes.CDLL:
@@ -42,5 +52,5 @@ def open_library(path: Path) -> ctypes.CDLL:
     for name, types in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = types
-        function.restype = c_int64 if name == "dst_run_chain" else None
+        function.restype = c_int64 if name in _FALLIBLE else None
     return library

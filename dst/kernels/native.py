@@ -160,6 +160,66 @@ class Kernels:
         )  # fmt: skip
         return gx, gv, gb, gt
 
+    def rows_forward(self, pattern: Pattern, row_values: Tensor, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+        """Return ``x Wᵀ + bias`` (then ReLU) for many row-major examples.
+
+        Args:
+            pattern: positions of the non-zeros.
+            row_values: the values in row order, ``[nnz]``.
+            x: ``[batch, columns]``; copied unless its rows are contiguous.
+            bias: ``[rows]``, contiguous, or None.
+            relu: apply ReLU.
+
+        Returns:
+            ``[batch, rows]``, contiguous.
+        """
+        x = _row_major(x)
+        batch = x.shape[0]
+        y = torch.empty(batch, pattern.rows, dtype=x.dtype)
+        failed = self._library.dst_rows_forward(
+            x.dtype is torch.float64, pattern.wide, pattern.rows, pattern.columns, pattern.row_pointers.data_ptr(),
+            pattern.column_indices.data_ptr(), row_values.data_ptr(), x.data_ptr(), x.stride(0), y.data_ptr(),
+            pattern.rows, batch, None if bias is None else bias.data_ptr(), relu, torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"no memory for the scratch of a {pattern.rows}x{pattern.columns} layer")
+        return y
+
+    def rows_backward(
+        self, pattern: Pattern, values: Tensor, x: Tensor, g: Tensor, y: Tensor | None, *, input: bool, bias: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Return the gradients of input, values and bias for many row-major examples.
+
+        Args:
+            pattern: positions of the non-zeros.
+            values: the values in column order, ``[nnz]``.
+            x: ``[batch, columns]``, as given to `rows_forward`.
+            g: gradient of the output, ``[batch, rows]``; copied unless its rows are contiguous.
+            y: the output if ReLU was applied, else None.
+            input: compute the gradient of the input.
+            bias: compute the gradient of the bias.
+
+        Returns:
+            Input gradient ``[batch, columns]``, contiguous, or None; values' gradient ``[nnz]``; bias gradient ``[rows]``
+            or None.
+        """
+        x, g = _row_major(x), _row_major(g)
+        y = None if y is None else _row_major(y)
+        batch, rows = g.shape
+        gx = torch.empty(batch, pattern.columns, dtype=x.dtype) if input else None
+        gv = torch.empty_like(values)
+        gb = torch.empty(rows, dtype=x.dtype) if bias else None
+        failed = self._library.dst_rows_backward(
+            x.dtype is torch.float64, pattern.wide, rows, pattern.columns, pattern.column_pointers.data_ptr(),
+            pattern.row_indices.data_ptr(), values.data_ptr(), x.data_ptr(), x.stride(0), g.data_ptr(), g.stride(0),
+            None if y is None else y.data_ptr(), 0 if y is None else y.stride(0),
+            None if gx is None else gx.data_ptr(), pattern.columns, gv.data_ptr(),
+            None if gb is None else gb.data_ptr(), batch, torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"no memory for the scratch of a {rows}x{pattern.columns} layer")
+        return gx, gv, gb
+
     def chain(self, layers: Sequence[ChainLayer]) -> CompiledChain:
         """Prepare forward passes through ``layers``; their tensors must not be resized or moved while it is used."""
         return CompiledChain(self._library, layers)
@@ -167,6 +227,10 @@ class Kernels:
     def top_k(self, k: int, dtype: torch.dtype, key: int) -> NativeTopK:
         """Return an empty running top-k for tiles of ``dtype``, its ties broken by ``key``."""
         return NativeTopK(self._library, k, dtype, key)
+
+
+def _row_major(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
 class NativeTopK:

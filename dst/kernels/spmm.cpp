@@ -15,6 +15,7 @@
 #ifndef DST_ISA
 // ------------------------------------------------------------------------------------------------ common half
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -84,6 +85,72 @@ struct Dense {
     const T* bias;
     bool relu;
     int threads;
+};
+
+// The layer over row-major examples (rows.cpp): strides are those between examples.
+template <class T>
+struct RowsForward {
+    int64_t rows, columns;
+    const int32_t* pointers;
+    const void* indices;
+    const T* values;
+    const T* x;
+    int64_t x_stride;
+    T* y;
+    int64_t y_stride;
+    int64_t batch;
+    const T* bias;
+    bool relu;
+    int threads;
+};
+
+template <class T>
+struct RowsBackward {
+    int64_t rows, columns;
+    const int32_t* pointers;
+    const void* indices;
+    const T* values;
+    const T* x;
+    int64_t x_stride;
+    const T* g;
+    int64_t g_stride;
+    const T* y;  // the output where ReLU was applied, otherwise null
+    int64_t y_stride;
+    T* gx;  // may be null: the first layer needs no input gradient
+    int64_t gx_stride;
+    T* gv;
+    T* gb;  // may be null
+    int64_t batch;
+    int threads;
+};
+
+// Memory of a thread that calls: kept from call to call while it is small. New memory of this size would be mapped, zeroed
+// and unmapped by the system at every call.
+constexpr int64_t kScratchBytes = 16 << 20;
+
+struct Scratch {
+    char* data = nullptr;
+    int64_t size = 0;
+
+    ~Scratch() { std::free(data); }
+
+    // At least `bytes`, from the start of a cache line; null without memory.
+    char* lines(int64_t bytes) {
+        bytes += 63;
+        if (bytes > size) {
+            std::free(data);
+            data = static_cast<char*>(std::malloc(size_t(bytes)));
+            size = data ? bytes : 0;
+        }
+        return data ? reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(data) + 63) / 64 * 64) : nullptr;
+    }
+
+    void trim() {
+        if (size <= kScratchBytes) return;
+        std::free(data);
+        data = nullptr;
+        size = 0;
+    }
 };
 
 // How the batch is cut: `tiles` pieces of at most `vectors` vectors each.
@@ -215,6 +282,32 @@ void run_backward(const Backward<T>& a, int wide) {
 }
 
 template <class T>
+bool run_rows_forward(const RowsForward<T>& a, int wide, Scratch& memory) {
+#ifdef DST_X86
+    if (level() == 2)
+        return wide ? avx512::rows_forward<T, int32_t>(a, memory) : avx512::rows_forward<T, uint16_t>(a, memory);
+    if (level() == 1) return wide ? avx2::rows_forward<T, int32_t>(a, memory) : avx2::rows_forward<T, uint16_t>(a, memory);
+#endif
+    return wide ? portable::rows_forward<T, int32_t>(a, memory) : portable::rows_forward<T, uint16_t>(a, memory);
+}
+
+template <class T>
+bool run_rows_backward(const RowsBackward<T>& a, int wide, Scratch& memory) {
+#ifdef DST_X86
+    if (level() == 2)
+        return wide ? avx512::rows_backward<T, int32_t>(a, memory) : avx512::rows_backward<T, uint16_t>(a, memory);
+    if (level() == 1) return wide ? avx2::rows_backward<T, int32_t>(a, memory) : avx2::rows_backward<T, uint16_t>(a, memory);
+#endif
+    return wide ? portable::rows_backward<T, int32_t>(a, memory) : portable::rows_backward<T, uint16_t>(a, memory);
+}
+
+// The scratch of this thread for the kernels over row-major examples.
+inline Scratch& rows_scratch() {
+    static thread_local Scratch scratch;
+    return scratch;
+}
+
+template <class T>
 void run_gradient(int64_t features, int64_t batch, const T* g, int64_t g_stride, int batch_major, const T* y,
                   int64_t y_stride, T* out, T* bias, int threads) {
 #ifdef DST_X86
@@ -223,33 +316,6 @@ void run_gradient(int64_t features, int64_t batch, const T* g, int64_t g_stride,
 #endif
     return portable::gradient<T>(features, batch, g, g_stride, batch_major, y, y_stride, out, bias, threads);
 }
-
-// Activations between the layers of a chain: one buffer a thread, kept from call to call while it is small. New memory of
-// this size would be mapped, zeroed and unmapped by the system at every call.
-constexpr int64_t kScratchBytes = 16 << 20;
-
-struct Scratch {
-    char* data = nullptr;
-    int64_t size = 0;
-
-    ~Scratch() { std::free(data); }
-
-    char* reserve(int64_t bytes) {
-        if (bytes > size) {
-            std::free(data);
-            data = static_cast<char*>(std::malloc(size_t(bytes)));
-            size = data ? bytes : 0;
-        }
-        return data;
-    }
-
-    void trim() {
-        if (size <= kScratchBytes) return;
-        std::free(data);
-        data = nullptr;
-        size = 0;
-    }
-};
 
 template <class T>
 void run_layer(const dst_layer& l, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t batch, int threads) {
@@ -275,10 +341,9 @@ int run_chain(const dst_layer* layers, int64_t count, const T* x, int64_t x_stri
     int64_t piece = kScratchBytes / int64_t(2 * sizeof(T)) / std::max<int64_t>(1, widest) / 128 * 128;
     piece = std::min(batch, std::max<int64_t>(128, piece));
     const int64_t side = (widest * piece + line - 1) / line * line;
-    char* memory = scratch.reserve(int64_t(sizeof(T)) * (2 * side + line));
-    if (!memory) return 1;
     T* sides[2];
-    sides[0] = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+    sides[0] = reinterpret_cast<T*>(scratch.lines(int64_t(sizeof(T)) * 2 * side));
+    if (!sides[0]) return 1;
     sides[1] = sides[0] + side;
     for (int64_t b = 0; b < batch; b += piece) {
         const int64_t lanes = std::min(piece, batch - b);
@@ -445,7 +510,7 @@ void grow_update(T* tile, int64_t n, int64_t base, const int64_t* exclude, int64
 extern "C" {
 
 // Version of this interface; the loader refuses a library built from another one.
-int dst_abi() { return 6; }
+int dst_abi() { return 7; }
 
 // Instruction set in use: 0 portable, 1 AVX2, 2 AVX-512. `dst_set_isa` lowers it (for tests); it never raises it above
 // what the machine has.
@@ -499,6 +564,42 @@ void dst_gradient(int is_double, int64_t features, int64_t batch, const void* g,
     else
         run_gradient<float>(features, batch, (const float*)g, g_stride, batch_major, (const float*)y, y_stride, (float*)out,
                             (float*)bias, threads);
+}
+
+// A layer over row-major examples, as dst_forward and dst_backward are over feature-major ones; worth it where there are
+// many. Strides lie between examples. The backward pass zeroes the output gradient where `y` is given and not positive,
+// `gx` and `gb` may be null, `gv` is in column order. Both return 0, or 1 without memory for scratch.
+int64_t dst_rows_forward(int is_double, int wide, int64_t rows, int64_t columns, const int32_t* pointers, const void* indices,
+                         const void* values, const void* x, int64_t x_stride, void* y, int64_t y_stride, int64_t batch,
+                         const void* bias, int relu, int threads) {
+    Scratch& memory = rows_scratch();
+    bool done;
+    if (is_double)
+        done = run_rows_forward<double>({rows, columns, pointers, indices, (const double*)values, (const double*)x, x_stride,
+                                         (double*)y, y_stride, batch, (const double*)bias, relu != 0, threads}, wide, memory);
+    else
+        done = run_rows_forward<float>({rows, columns, pointers, indices, (const float*)values, (const float*)x, x_stride,
+                                        (float*)y, y_stride, batch, (const float*)bias, relu != 0, threads}, wide, memory);
+    memory.trim();
+    return !done;
+}
+
+int64_t dst_rows_backward(int is_double, int wide, int64_t rows, int64_t columns, const int32_t* pointers,
+                          const void* indices, const void* values, const void* x, int64_t x_stride, const void* g,
+                          int64_t g_stride, const void* y, int64_t y_stride, void* gx, int64_t gx_stride, void* gv, void* gb,
+                          int64_t batch, int threads) {
+    Scratch& memory = rows_scratch();
+    bool done;
+    if (is_double)
+        done = run_rows_backward<double>({rows, columns, pointers, indices, (const double*)values, (const double*)x, x_stride,
+                                          (const double*)g, g_stride, (const double*)y, y_stride, (double*)gx, gx_stride,
+                                          (double*)gv, (double*)gb, batch, threads}, wide, memory);
+    else
+        done = run_rows_backward<float>({rows, columns, pointers, indices, (const float*)values, (const float*)x, x_stride,
+                                         (const float*)g, g_stride, (const float*)y, y_stride, (float*)gx, gx_stride,
+                                         (float*)gv, (float*)gb, batch, threads}, wide, memory);
+    memory.trim();
+    return !done;
 }
 
 void dst_gather(int is_double, int64_t n, const int32_t* permutation, const void* from, void* to, int threads) {
@@ -1109,6 +1210,8 @@ void gradient(int64_t features, int64_t batch, const T* g, int64_t g_stride, int
     };
     in_parallel(blocks, threads, features * batch, body);
 }
+
+#include "rows.cpp"
 
 }  // namespace DST_ISA
 }  // namespace

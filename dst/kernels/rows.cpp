@@ -1,0 +1,479 @@
+// Sparse layers over many row-major examples: X is [batch, in], Y is [batch, out]. Included by spmm.cpp once per
+// instruction set, inside that set's namespace.
+//
+// The batch is cut into blocks of a few vectors of examples. The block of an operand is transposed in registers into
+// scratch, [features, block], where a non-zero weight is again one scalar times one contiguous vector; results are
+// transposed on their way out. Scratch stays in the caches, so memory sees every operand once, in its own order.
+
+// Vectors of examples in a block. Forward: a narrow block if the input then fits the first-level cache, otherwise a wide
+// one, which pays for index, weight and loop once for more examples. Backward: the input and the sum of a column both
+// stay in registers ("both"), or the input alone.
+#if DST_LEVEL == 2
+constexpr int kNarrow = 4, kWide = 8, kBoth = 8, kOne = 8;
+constexpr int64_t kFarBytes = 512 * 1024;
+#else
+constexpr int kNarrow = 4, kWide = 8, kBoth = 4, kOne = 8;
+constexpr int64_t kFarBytes = 256 * 1024;
+#endif
+constexpr int64_t kNearBytes = 32 * 1024;
+
+// ---- transposing in registers
+// A vector is gathered from 16-byte pieces of several rows; what remains is to transpose the pieces in place.
+template <class T>
+struct Turn;
+
+#if DST_LEVEL == 2
+template <>
+struct Turn<float> {
+    using V = __m512;
+    static DST_INLINE V pieces(const float* p, int64_t step) {
+        V v = _mm512_castps128_ps512(_mm_loadu_ps(p));
+        v = _mm512_insertf32x4(v, _mm_loadu_ps(p + step), 1);
+        v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 2 * step), 2);
+        return _mm512_insertf32x4(v, _mm_loadu_ps(p + 3 * step), 3);
+    }
+    static DST_INLINE void transpose(V* v) {
+        const V a = _mm512_unpacklo_ps(v[0], v[1]), b = _mm512_unpackhi_ps(v[0], v[1]);
+        const V c = _mm512_unpacklo_ps(v[2], v[3]), d = _mm512_unpackhi_ps(v[2], v[3]);
+        v[0] = _mm512_shuffle_ps(a, c, 0x44);
+        v[1] = _mm512_shuffle_ps(a, c, 0xEE);
+        v[2] = _mm512_shuffle_ps(b, d, 0x44);
+        v[3] = _mm512_shuffle_ps(b, d, 0xEE);
+    }
+};
+
+template <>
+struct Turn<double> {
+    using V = __m512d;
+    static DST_INLINE V pieces(const double* p, int64_t step) {
+        V v = _mm512_castpd128_pd512(_mm_loadu_pd(p));
+        v = _mm512_insertf64x2(v, _mm_loadu_pd(p + step), 1);
+        v = _mm512_insertf64x2(v, _mm_loadu_pd(p + 2 * step), 2);
+        return _mm512_insertf64x2(v, _mm_loadu_pd(p + 3 * step), 3);
+    }
+    static DST_INLINE void transpose(V* v) {
+        const V a = _mm512_unpacklo_pd(v[0], v[1]);
+        v[1] = _mm512_unpackhi_pd(v[0], v[1]);
+        v[0] = a;
+    }
+};
+
+#elif DST_LEVEL == 1
+template <>
+struct Turn<float> {
+    using V = __m256;
+    static DST_INLINE V pieces(const float* p, int64_t step) {
+        return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + step), 1);
+    }
+    static DST_INLINE void transpose(V* v) {
+        const V a = _mm256_unpacklo_ps(v[0], v[1]), b = _mm256_unpackhi_ps(v[0], v[1]);
+        const V c = _mm256_unpacklo_ps(v[2], v[3]), d = _mm256_unpackhi_ps(v[2], v[3]);
+        v[0] = _mm256_shuffle_ps(a, c, 0x44);
+        v[1] = _mm256_shuffle_ps(a, c, 0xEE);
+        v[2] = _mm256_shuffle_ps(b, d, 0x44);
+        v[3] = _mm256_shuffle_ps(b, d, 0xEE);
+    }
+};
+
+template <>
+struct Turn<double> {
+    using V = __m256d;
+    static DST_INLINE V pieces(const double* p, int64_t step) {
+        return _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(p)), _mm_loadu_pd(p + step), 1);
+    }
+    static DST_INLINE void transpose(V* v) {
+        const V a = _mm256_unpacklo_pd(v[0], v[1]);
+        v[1] = _mm256_unpackhi_pd(v[0], v[1]);
+        v[0] = a;
+    }
+};
+
+#else
+template <class T>
+struct Turn {
+    using V = typename Simd<T>::V;
+    static DST_INLINE V pieces(const T* p, int64_t) { return Simd<T>::load(p); }
+    static DST_INLINE void transpose(V* v) {
+        for (int i = 0; i < Simd<T>::W; ++i)
+            for (int j = 0; j < i; ++j) {
+                const T a = v[i][j];
+                v[i][j] = v[j][i];
+                v[j][i] = a;
+            }
+    }
+};
+#endif
+
+// Elements of a cache line: features are moved in lines, so that every line of an operand is touched once.
+template <class T>
+constexpr int64_t kLine = 64 / sizeof(T);
+
+template <class T>
+struct Operand {
+    const T* data;
+    int64_t stride;
+    const T* y;  // where it is not positive the operand counts as zero; read only if MASK
+    int64_t y_stride;
+};
+
+// Bring `lanes` rows of an operand into scratch [features, NV vectors]; lanes beyond are zero. `sums` receives the sum of
+// every feature if SUM.
+template <class T, int NV, bool MASK, bool SUM>
+void turn_in(const Operand<T>& a, int64_t lanes, int64_t features, T* out, T* sums) {
+    using S = Simd<T>;
+    using V = typename S::V;
+    constexpr int64_t L = NV * S::W, line = kLine<T>;
+    constexpr int K = 16 / sizeof(T);
+    for (int64_t f = 0; f < features; f += line) {
+        const bool whole = f + line <= features;
+        const int64_t to = whole ? f + line : features;
+        V total[line / K];
+        if (SUM)
+            for (V& t : total) t = S::zero();
+        int64_t l = 0;
+        for (; whole && l + S::W <= lanes; l += S::W) {
+            const T* in = a.data + l * a.stride + f;
+            const T* y = MASK ? a.y + l * a.y_stride + f : nullptr;
+            for (int q = 0; q < line / K; ++q) {
+                V v[K];
+                for (int i = 0; i < K; ++i) {
+                    v[i] = Turn<T>::pieces(in + i * a.stride + q * K, K * a.stride);
+                    if (MASK) v[i] = S::where_positive(Turn<T>::pieces(y + i * a.y_stride + q * K, K * a.y_stride), v[i]);
+                    if (SUM) total[q] = S::add(total[q], v[i]);
+                }
+                Turn<T>::transpose(v);
+                for (int i = 0; i < K; ++i) S::store(out + (f + q * K + i) * L + l, v[i]);
+            }
+        }
+        if (SUM && whole)
+            for (int q = 0; q < line / K; ++q) {
+                T parts[S::W];
+                S::store(parts, total[q]);
+                for (int i = 0; i < S::W; ++i) sums[f + q * K + i % K] += parts[i];
+            }
+        if (l == L) continue;
+        for (int64_t i = f; i < to; ++i) {
+            for (int64_t m = l; m < lanes; ++m) {
+                T v = a.data[m * a.stride + i];
+                if (MASK && a.y[m * a.y_stride + i] <= T(0)) v = 0;
+                if (SUM) sums[i] += v;
+                out[i * L + m] = v;
+            }
+            for (int64_t m = lanes; m < L; ++m) out[i * L + m] = 0;
+        }
+    }
+}
+
+// Bring up to a line of features, scratch [features, NV vectors], back to `lanes` rows.
+template <class T, int NV>
+DST_INLINE void turn_out(const T* in, int64_t lanes, int64_t features, T* out, int64_t stride) {
+    using S = Simd<T>;
+    using V = typename S::V;
+    constexpr int64_t L = NV * S::W, line = kLine<T>;
+    constexpr int K = 16 / sizeof(T);
+    int64_t l = 0;
+    if (features == line)
+        for (; l + S::W <= lanes; l += S::W)
+            for (int q = 0; q < S::W; q += K)
+                for (int64_t f = 0; f < line; f += S::W) {
+                    V v[K];
+                    for (int i = 0; i < K; ++i) v[i] = Turn<T>::pieces(in + (f + i) * L + l + q, K * L);
+                    Turn<T>::transpose(v);
+                    for (int i = 0; i < K; ++i) S::store(out + (l + q + i) * stride + f, v[i]);
+                }
+    for (; l < lanes; ++l)
+        for (int64_t f = 0; f < features; ++f) out[l * stride + f] = in[f * L + l];
+}
+
+// ---- a compressed matrix cut into `count` runs of its indices, so that a run of the operand stays in the cache
+struct Cuts {
+    int64_t count, run, lines;
+    const int32_t* pointers;
+    const int32_t* inner;  // [count - 1, lines]: where the runs after the first begin
+
+    const int32_t* from(int64_t k) const { return k == 0 ? pointers : inner + (k - 1) * lines; }
+    const int32_t* to(int64_t k) const { return k + 1 == count ? pointers + 1 : inner + k * lines; }
+};
+
+inline Cuts plan_cuts(int64_t features, int64_t bytes, int64_t lines, const int32_t* pointers) {
+    Cuts cuts;
+    cuts.count = std::max<int64_t>(1, (features * bytes + kFarBytes - 1) / kFarBytes);
+    cuts.run = (features + cuts.count - 1) / cuts.count;
+    cuts.lines = lines;
+    cuts.pointers = pointers;
+    cuts.inner = nullptr;
+    return cuts;
+}
+
+template <class I>
+void find_cuts(Cuts& cuts, const I* indices, int32_t* inner, int threads) {
+    cuts.inner = inner;
+    in_parallel(cuts.count > 1 ? cuts.lines : 0, threads, cuts.lines * cuts.count * 64, [&](int64_t i) {
+        const I *at = indices + cuts.pointers[i], *end = indices + cuts.pointers[i + 1];
+        for (int64_t k = 1; k < cuts.count; ++k) {
+            at = std::lower_bound(at, end, k * cuts.run, [](I index, int64_t bound) { return int64_t(index) < bound; });
+            inner[(k - 1) * cuts.lines + i] = int32_t(at - indices);
+        }
+    });
+}
+
+// Workers take tasks in turn; worker w alone uses the w-th part of the scratch.
+template <class F>
+void share(int64_t tasks, int threads, int64_t work, const F& body) {
+    if (threads <= 1 || work <= kSerialWork) {
+        for (int64_t i = 0; i < tasks; ++i) body(0, i);
+        return;
+    }
+    std::atomic<int64_t> next{0};
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int w = 0; w < threads; ++w)
+        for (int64_t i = next++; i < tasks; i = next++) body(w, i);
+}
+
+inline int64_t round_line(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// ---- forward
+template <class T, class I, int NV>
+void rows_block(const RowsForward<T>& a, const Cuts& cuts, int64_t first, int64_t lanes, T* scratch) {
+    using S = Simd<T>;
+    using V = typename S::V;
+    constexpr int64_t L = NV * S::W, line = kLine<T>;
+    constexpr int U = NV <= 2 ? 4 : NV <= 4 ? 2 : 1;  // independent sums hide the latency of the multiply-add
+    T *x = scratch, *out = x + a.columns * L, *partial = out + line * L;
+    turn_in<T, NV, false, false>({a.x + first * a.x_stride, a.x_stride, nullptr, 0}, lanes, a.columns, x, nullptr);
+    const I* indices = static_cast<const I*>(a.indices);
+    const T* values = a.values;
+    const T* bias = a.bias;
+    const int64_t rows = a.rows;
+    for (int64_t k = 0; k < cuts.count; ++k) {
+        const int32_t *from = cuts.from(k), *to = cuts.to(k);
+        const bool last = k + 1 == cuts.count, relu = last && a.relu;
+        for (int64_t group = 0; group < rows; group += line) {
+            const int64_t size = std::min(line, rows - group);
+            for (int64_t i = 0; i < size; ++i) {
+                const int64_t r = group + i;
+                V sum[U][NV];
+                for (int v = 0; v < NV; ++v) {
+                    sum[0][v] = k ? S::load(partial + r * L + v * S::W) : S::set(bias ? bias[r] : T(0));
+                    for (int u = 1; u < U; ++u) sum[u][v] = S::zero();
+                }
+                int64_t j = from[r];
+                const int64_t end = to[r];
+                for (; j + U <= end; j += U)
+                    for (int u = 0; u < U; ++u) {
+                        const T* row = x + int64_t(indices[j + u]) * L;
+                        const V w = S::set(values[j + u]);
+                        for (int v = 0; v < NV; ++v) sum[u][v] = S::fma(w, S::load(row + v * S::W), sum[u][v]);
+                    }
+                for (; j < end; ++j) {
+                    const T* row = x + int64_t(indices[j]) * L;
+                    const V w = S::set(values[j]);
+                    for (int v = 0; v < NV; ++v) sum[0][v] = S::fma(w, S::load(row + v * S::W), sum[0][v]);
+                }
+                T* y = last ? out + i * L : partial + r * L;
+                for (int v = 0; v < NV; ++v) {
+                    V s = sum[0][v];
+                    for (int u = 1; u < U; ++u) s = S::add(s, sum[u][v]);
+                    if (relu) s = S::positive(s);
+                    S::store(y + v * S::W, s);
+                }
+            }
+            if (last) turn_out<T, NV>(out, lanes, size, a.y + first * a.y_stride + group, a.y_stride);
+        }
+    }
+}
+
+template <class T, class I, int NV>
+void rows_any_block(const RowsForward<T>& a, const Cuts& cuts, int64_t first, int64_t lanes, T* scratch) {
+    if constexpr (NV > 1) {
+        if (lanes <= NV / 2 * Simd<T>::W) return rows_any_block<T, I, NV / 2>(a, cuts, first, lanes, scratch);
+    }
+    rows_block<T, I, NV>(a, cuts, first, lanes, scratch);
+}
+
+template <class T, class I, int NV>
+bool rows_forward_in(const RowsForward<T>& a, Scratch& memory) {
+    constexpr int64_t L = NV * Simd<T>::W, size = sizeof(T);
+    const int64_t blocks = (a.batch + L - 1) / L;
+    const int threads = int(std::min<int64_t>(std::max(1, a.threads), blocks));
+    Cuts cuts = plan_cuts(a.columns, L * size, a.rows, a.pointers);
+    const int64_t each = (a.columns + kLine<T> + (cuts.count > 1 ? a.rows : 0)) * L;
+    const int64_t inner = round_line((cuts.count - 1) * a.rows * 4);
+    char* data = memory.lines(each * size * threads + inner);
+    if (!data) return false;
+    find_cuts(cuts, static_cast<const I*>(a.indices), reinterpret_cast<int32_t*>(data), a.threads);
+    T* scratch = reinterpret_cast<T*>(data + inner);
+    const int64_t work = (int64_t(a.pointers[a.rows]) + a.rows + a.columns) * a.batch;
+    share(blocks, threads, work, [&](int worker, int64_t i) {
+        rows_any_block<T, I, NV>(a, cuts, i * L, std::min(L, a.batch - i * L), scratch + worker * each);
+    });
+    return true;
+}
+
+template <class T, class I>
+bool rows_forward(const RowsForward<T>& a, Scratch& memory) {
+    if (a.batch <= 0 || a.rows <= 0) return true;
+    if (a.columns * int64_t(kNarrow * Simd<T>::W * sizeof(T)) <= kNearBytes) return rows_forward_in<T, I, kNarrow>(a, memory);
+    return rows_forward_in<T, I, kWide>(a, memory);
+}
+
+// ---- backward: one column of W, whose input and sum stay in registers; every vector of the output gradient is loaded once
+// and feeds the input gradient and the weight's own
+template <class T, int NV>
+struct Column {
+    using S = Simd<T>;
+    using V = typename S::V;
+    V x[NV], sum[NV];
+
+    template <bool INPUT>
+    DST_INLINE V step(const T* g, T weight) {
+        const V w = S::set(weight);
+        V dot = S::zero();
+        for (int v = 0; v < NV; ++v) {
+            const V d = S::load(g + v * S::W);
+            if (INPUT) sum[v] = S::fma(w, d, sum[v]);
+            dot = S::fma(x[v], d, dot);
+        }
+        return dot;
+    }
+};
+
+template <class T>
+DST_INLINE void accumulate4(const T* parts, T* out, bool fresh) {
+    typedef T Four __attribute__((vector_size(4 * sizeof(T))));
+    Four a, b;
+    std::memcpy(&a, parts, sizeof a);
+    if (!fresh) {
+        std::memcpy(&b, out, sizeof b);
+        a += b;
+    }
+    std::memcpy(out, &a, sizeof a);
+}
+
+template <class T, class I, int NV, bool INPUT>
+void columns_block(const RowsBackward<T>& a, const Cuts& cuts, int64_t begin, int64_t end, int64_t first, int64_t lanes,
+                   bool fresh, T* gv, T* gb, T* scratch) {
+    using S = Simd<T>;
+    using V = typename S::V;
+    constexpr int64_t L = NV * S::W, line = kLine<T>;
+    T *g = scratch, *x = g + a.rows * L, *out = x + (end - begin) * L, *partial = out + line * L;
+    const Operand<T> gradient = {a.g + first * a.g_stride, a.g_stride, a.y ? a.y + first * a.y_stride : nullptr, a.y_stride};
+    if (a.y && gb) turn_in<T, NV, true, true>(gradient, lanes, a.rows, g, gb);
+    else if (a.y) turn_in<T, NV, true, false>(gradient, lanes, a.rows, g, nullptr);
+    else if (gb) turn_in<T, NV, false, true>(gradient, lanes, a.rows, g, gb);
+    else turn_in<T, NV, false, false>(gradient, lanes, a.rows, g, nullptr);
+    const Operand<T> input = {a.x + first * a.x_stride + begin, a.x_stride, nullptr, 0};
+    turn_in<T, NV, false, false>(input, lanes, end - begin, x, nullptr);
+    const I* indices = static_cast<const I*>(a.indices);
+    const T* values = a.values;
+    for (int64_t k = 0; k < cuts.count; ++k) {
+        const int32_t *from = cuts.from(k), *to = cuts.to(k);
+        const bool last = k + 1 == cuts.count;
+        for (int64_t group = begin; group < end; group += line) {
+            const int64_t size = std::min(line, end - group);
+            for (int64_t i = 0; i < size; ++i) {
+                const int64_t c = group + i;
+                Column<T, NV> column;
+                for (int v = 0; v < NV; ++v) {
+                    column.x[v] = S::load(x + (c - begin) * L + v * S::W);
+                    if (INPUT) column.sum[v] = k ? S::load(partial + (c - begin) * L + v * S::W) : S::zero();
+                }
+                const int64_t stop = to[c];
+                int64_t j = from[c];
+                T parts[4];
+                for (; j + 4 <= stop; j += 4) {
+                    V dot[4];
+                    for (int q = 0; q < 4; ++q)
+                        dot[q] = column.template step<INPUT>(g + int64_t(indices[j + q]) * L, values[j + q]);
+                    S::sum4(dot[0], dot[1], dot[2], dot[3], parts);
+                    accumulate4(parts, gv + j, fresh);
+                }
+                if (j < stop) {
+                    V dot[4];
+                    for (int q = 0; q < 4; ++q)
+                        dot[q] = j + q < stop ? column.template step<INPUT>(g + int64_t(indices[j + q]) * L, values[j + q])
+                                              : S::zero();
+                    S::sum4(dot[0], dot[1], dot[2], dot[3], parts);
+                    for (int q = 0; j + q < stop; ++q) gv[j + q] = fresh ? parts[q] : gv[j + q] + parts[q];
+                }
+                if (INPUT) {
+                    T* gx = last ? out + i * L : partial + (c - begin) * L;
+                    for (int v = 0; v < NV; ++v) S::store(gx + v * S::W, column.sum[v]);
+                }
+            }
+            if (INPUT && last) turn_out<T, NV>(out, lanes, size, a.gx + first * a.gx_stride + group, a.gx_stride);
+        }
+    }
+}
+
+template <class T, class I, int NV, bool INPUT>
+void columns_any_block(const RowsBackward<T>& a, const Cuts& cuts, int64_t begin, int64_t end, int64_t first,
+                       int64_t lanes, bool fresh, T* gv, T* gb, T* scratch) {
+    if constexpr (NV > 1) {
+        if (lanes <= NV / 2 * Simd<T>::W)
+            return columns_any_block<T, I, NV / 2, INPUT>(a, cuts, begin, end, first, lanes, fresh, gv, gb, scratch);
+    }
+    columns_block<T, I, NV, INPUT>(a, cuts, begin, end, first, lanes, fresh, gv, gb, scratch);
+}
+
+// The weight's gradient is summed within slices of the batch, then over the slices in their order. How many there are
+// depends on shapes alone; more threads than slices share the columns of a slice, which changes no sum.
+constexpr int64_t kMostSlices = 32, kSliceBytes = 32 << 20;
+
+template <class T, class I, int NV, bool INPUT>
+bool rows_backward_in(const RowsBackward<T>& a, Scratch& memory) {
+    constexpr int64_t L = NV * Simd<T>::W, size = sizeof(T);
+    const int64_t nnz = a.pointers[a.columns], blocks = (a.batch + L - 1) / L;
+    int64_t slices = kSliceBytes / std::max<int64_t>(1, nnz * size);
+    slices = std::max<int64_t>(1, std::min({slices, blocks, kMostSlices}));
+    int threads = std::max(1, a.threads);
+    const int64_t work = (2 * nnz + a.rows + 2 * a.columns) * a.batch;
+    if (work <= kSerialWork) threads = 1;
+    const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(a.columns, (threads + slices - 1) / slices));
+    threads = int(std::min<int64_t>(threads, slices * shares));
+    Cuts cuts = plan_cuts(a.rows, L * size, a.columns, a.pointers);
+    const int64_t each = (a.rows + a.columns + kLine<T> + (INPUT && cuts.count > 1 ? a.columns : 0)) * L;
+    const int64_t inner = round_line((cuts.count - 1) * a.columns * 4), one = round_line((nnz + a.rows) * size);
+    char* data = memory.lines(inner + each * size * threads + one * (slices - 1));
+    if (!data) return false;
+    find_cuts(cuts, static_cast<const I*>(a.indices), reinterpret_cast<int32_t*>(data), threads);
+    T* scratch = reinterpret_cast<T*>(data + inner);
+    char* slice_data = data + inner + each * size * threads;
+    const auto slice = [&](int64_t s) { return s ? reinterpret_cast<T*>(slice_data + (s - 1) * one) : a.gv; };
+    const auto slice_bias = [&](int64_t s) { return s ? slice(s) + nnz : a.gb; };
+    const int64_t total = nnz + 4 * a.columns;
+    share(slices * shares, threads, work, [&](int worker, int64_t i) {
+        const int64_t s = i / shares, q = i % shares;
+        const int64_t begin = q == 0 ? 0 : balanced_cut(a.pointers, a.columns, total * q / shares);
+        const int64_t end = q + 1 == shares ? a.columns : balanced_cut(a.pointers, a.columns, total * (q + 1) / shares);
+        T* gb = a.gb && q == 0 ? slice_bias(s) : nullptr;
+        if (gb) std::fill(gb, gb + a.rows, T(0));
+        const int64_t from = blocks * s / slices, to = blocks * (s + 1) / slices;
+        for (int64_t b = from; b < to; ++b)
+            columns_any_block<T, I, NV, INPUT>(a, cuts, begin, end, b * L, std::min(L, a.batch - b * L), b == from, slice(s), gb,
+                                               scratch + worker * each);
+    });
+    if (slices == 1) return true;
+    constexpr int64_t piece = 1024;
+    in_parallel((nnz + piece - 1) / piece, threads, nnz * slices, [&](int64_t i) {
+        const int64_t to = std::min(nnz, (i + 1) * piece);
+        for (int64_t s = 1; s < slices; ++s) {
+            const T* from = slice(s);
+            for (int64_t j = i * piece; j < to; ++j) a.gv[j] += from[j];
+        }
+    });
+    if (a.gb)
+        for (int64_t s = 1; s < slices; ++s)
+            for (int64_t r = 0; r < a.rows; ++r) a.gb[r] += slice_bias(s)[r];
+    return true;
+}
+
+template <class T, class I>
+bool rows_backward(const RowsBackward<T>& a, Scratch& memory) {
+    if (a.batch <= 0) {
+        std::fill(a.gv, a.gv + a.pointers[a.columns], T(0));
+        if (a.gb) std::fill(a.gb, a.gb + a.rows, T(0));
+        return true;
+    }
+    return a.gx ? rows_backward_in<T, I, kBoth, true>(a, memory) : rows_backward_in<T, I, kOne, false>(a, memory);
+}
