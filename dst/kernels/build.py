@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("spmm.cpp")
+INCLUDED = (Path(__file__).with_name("conv.cpp"),)
 
 # No -ffast-math: infinities and NaN must survive. GCC's own AVX-512 headers trigger the two warnings silenced here.
 FLAGS = (
@@ -44,8 +45,9 @@ def find_compiler() -> str | None:
 
 
 def digest() -> str:
-    """Return a short hash of the source and the flags: a library built from anything else is another file."""
-    content = SOURCE.read_bytes() + " ".join(FLAGS).encode() + Path(__file__).read_bytes()
+    """Return a short hash of the sources and the flags: a library built from anything else is another file."""
+    sources = b"".join(path.read_bytes() for path in (SOURCE, *INCLUDED))
+    content = sources + " ".join(FLAGS).encode() + Path(__file__).read_bytes()
     return hashlib.sha256(content).hexdigest()[:16]
 
 

@@ -6,7 +6,7 @@ import ctypes
 from ctypes import c_int, c_int64, c_void_p
 from pathlib import Path
 
-ABI = 6
+ABI = 7
 ISA = ("portable", "avx2", "avx512")
 _SIGNATURES = {
     "dst_forward": [
@@ -18,6 +18,8 @@ _SIGNATURES = {
         *[c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int],
     ],
     "dst_gradient": [c_int, c_int64, c_int64, c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int],
+    "dst_conv_forward": [c_int, c_int, *[c_void_p] * 7, c_int, c_int],
+    "dst_conv_backward": [c_int, c_int, *[c_void_p] * 9, c_int],
     "dst_gather": [c_int, c_int64, c_void_p, c_void_p, c_void_p, c_int],
     "dst_transpose_pattern": [c_int, c_int64, c_int64, *[c_void_p] * 5],
     "dst_match_patterns": [c_int, c_int64, *[c_void_p] * 7],
@@ -26,6 +28,7 @@ _SIGNATURES = {
     "dst_grow_update": [c_int, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 4, *[c_void_p] * 5],
     "dst_grow_finish": [c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
 }
+_RESULTS = {"dst_run_chain": c_int64, "dst_conv_forward": c_int, "dst_conv_backward": c_int}
 
 
 def open_library(path: Path) -> ctypes.CDLL:
@@ -42,5 +45,5 @@ def open_library(path: Path) -> ctypes.CDLL:
     for name, types in _SIGNATURES.items():
         function = getattr(library, name)
         function.argtypes = types
-        function.restype = c_int64 if name == "dst_run_chain" else None
+        function.restype = _RESULTS.get(name)
     return library

@@ -15,11 +15,13 @@
 #ifndef DST_ISA
 // ------------------------------------------------------------------------------------------------ common half
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -112,7 +114,36 @@ inline int64_t balanced_cut(const int32_t* pointers, int64_t rows, int64_t targe
     return lo;
 }
 
+// A buffer kept from call to call while it is small: new memory of this size would be mapped, zeroed and unmapped by the
+// system at every call.
+constexpr int64_t kScratchBytes = 16 << 20;
+
+struct Scratch {
+    char* data = nullptr;
+    int64_t size = 0;
+
+    ~Scratch() { std::free(data); }
+
+    char* reserve(int64_t bytes) {
+        if (bytes > size) {
+            std::free(data);
+            data = static_cast<char*>(std::malloc(size_t(bytes)));
+            size = data ? bytes : 0;
+        }
+        return data;
+    }
+
+    void trim() {
+        if (size <= kScratchBytes) return;
+        std::free(data);
+        data = nullptr;
+        size = 0;
+    }
+};
+
 }  // namespace
+
+#include "conv.cpp"
 
 // ---- one inclusion per instruction set
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -215,6 +246,24 @@ void run_backward(const Backward<T>& a, int wide) {
 }
 
 template <class T>
+bool run_conv_forward(const ConvForward<T>& a, int wide) {
+#ifdef DST_X86
+    if (level() == 2) return wide ? avx512::conv_forward<T, int32_t>(a) : avx512::conv_forward<T, uint16_t>(a);
+    if (level() == 1) return wide ? avx2::conv_forward<T, int32_t>(a) : avx2::conv_forward<T, uint16_t>(a);
+#endif
+    return wide ? portable::conv_forward<T, int32_t>(a) : portable::conv_forward<T, uint16_t>(a);
+}
+
+template <class T>
+bool run_conv_backward(const ConvBackward<T>& a, int wide) {
+#ifdef DST_X86
+    if (level() == 2) return wide ? avx512::conv_backward<T, int32_t>(a) : avx512::conv_backward<T, uint16_t>(a);
+    if (level() == 1) return wide ? avx2::conv_backward<T, int32_t>(a) : avx2::conv_backward<T, uint16_t>(a);
+#endif
+    return wide ? portable::conv_backward<T, int32_t>(a) : portable::conv_backward<T, uint16_t>(a);
+}
+
+template <class T>
 void run_gradient(int64_t features, int64_t batch, const T* g, int64_t g_stride, int batch_major, const T* y,
                   int64_t y_stride, T* out, T* bias, int threads) {
 #ifdef DST_X86
@@ -223,33 +272,6 @@ void run_gradient(int64_t features, int64_t batch, const T* g, int64_t g_stride,
 #endif
     return portable::gradient<T>(features, batch, g, g_stride, batch_major, y, y_stride, out, bias, threads);
 }
-
-// Activations between the layers of a chain: one buffer a thread, kept from call to call while it is small. New memory of
-// this size would be mapped, zeroed and unmapped by the system at every call.
-constexpr int64_t kScratchBytes = 16 << 20;
-
-struct Scratch {
-    char* data = nullptr;
-    int64_t size = 0;
-
-    ~Scratch() { std::free(data); }
-
-    char* reserve(int64_t bytes) {
-        if (bytes > size) {
-            std::free(data);
-            data = static_cast<char*>(std::malloc(size_t(bytes)));
-            size = data ? bytes : 0;
-        }
-        return data;
-    }
-
-    void trim() {
-        if (size <= kScratchBytes) return;
-        std::free(data);
-        data = nullptr;
-        size = 0;
-    }
-};
 
 template <class T>
 void run_layer(const dst_layer& l, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t batch, int threads) {
@@ -445,7 +467,7 @@ void grow_update(T* tile, int64_t n, int64_t base, const int64_t* exclude, int64
 extern "C" {
 
 // Version of this interface; the loader refuses a library built from another one.
-int dst_abi() { return 6; }
+int dst_abi() { return 7; }
 
 // Instruction set in use: 0 portable, 1 AVX2, 2 AVX-512. `dst_set_isa` lowers it (for tests); it never raises it above
 // what the machine has.
@@ -499,6 +521,27 @@ void dst_gradient(int is_double, int64_t features, int64_t batch, const void* g,
     else
         run_gradient<float>(features, batch, (const float*)g, g_stride, batch_major, (const float*)y, y_stride, (float*)out,
                             (float*)bias, threads);
+}
+
+// Convolve NCHW images with a weight by rows; `bias` may be null. Returns 0, or 1 without memory for scratch.
+int dst_conv_forward(int is_double, int wide, const dst_conv* shape, const int32_t* pointers, const void* indices,
+                     const void* values, const void* x, void* y, const void* bias, int relu, int threads) {
+    if (is_double)
+        return !run_conv_forward<double>({*shape, pointers, indices, (const double*)values, (const double*)x, (double*)y,
+                                          (const double*)bias, relu != 0, threads}, wide);
+    return !run_conv_forward<float>({*shape, pointers, indices, (const float*)values, (const float*)x, (float*)y,
+                                     (const float*)bias, relu != 0, threads}, wide);
+}
+
+// The gradients of the input (where `gx` is given), of the values by columns, and of the bias (where `gb` is given).
+// Returns 0, or 1 without memory for scratch.
+int dst_conv_backward(int is_double, int wide, const dst_conv* shape, const int32_t* pointers, const void* indices,
+                      const void* values, const void* x, const void* g, void* gx, void* gv, void* gb, int threads) {
+    if (is_double)
+        return !run_conv_backward<double>({*shape, pointers, indices, (const double*)values, (const double*)x,
+                                           (const double*)g, (double*)gx, (double*)gv, (double*)gb, threads}, wide);
+    return !run_conv_backward<float>({*shape, pointers, indices, (const float*)values, (const float*)x, (const float*)g,
+                                      (float*)gx, (float*)gv, (float*)gb, threads}, wide);
 }
 
 void dst_gather(int is_double, int64_t n, const int32_t* permutation, const void* from, void* to, int threads) {
@@ -1112,4 +1155,6 @@ void gradient(int64_t features, int64_t batch, const T* g, int64_t g_stride, int
 
 }  // namespace DST_ISA
 }  // namespace
+
+#include "conv.cpp"
 #endif
