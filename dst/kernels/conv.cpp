@@ -26,7 +26,7 @@ struct dst_conv {
 namespace {
 
 // Bytes that the scratch of one band may take: most of a second-level cache.
-constexpr int64_t kBandBytes = 256 * 1024;
+constexpr int64_t kBandBytes = 320 * 1024;
 
 // Parts in which the gradients of the weights are summed, and so the most threads that a backward pass can use.
 constexpr int64_t kParts = 16;
@@ -390,34 +390,63 @@ int lane_rows(LaneRows<T>& out, T* images, int64_t planes, int64_t rows, int64_t
     return count;
 }
 
-// Bring rows of all planes into the scratch.
+// The images' side of a scratch: which rows and columns of which planes it holds.
 template <class T>
-void pack(const T* images, int64_t planes, int64_t rows, int64_t columns, int64_t batch, const Bands& bands, int64_t unit,
-          int64_t height, int64_t first_row, int64_t count, const bool* wanted, const Columns& placed, const T* zeros,
-          T* scratch, int64_t plane) {
-    using S = Simd<T>;
-    const int32_t* offsets = placed.offsets.data();
-    for (int64_t r = 0; r < count; ++r) {
-        if (wanted && !wanted[r]) continue;
-        LaneRows<const T> from;
-        T* to = scratch + r * placed.slots * S::W;
-        if (!lane_rows<const T>(from, images, planes, rows, columns, batch, bands, unit, height, first_row + r, zeros)) {
-            for (int64_t c = 0; c < planes; ++c) std::memset(to + c * plane, 0, size_t(placed.slots * S::W) * sizeof(T));
-            continue;
-        }
-        for (int64_t c = 0; c < planes; ++c) {
-            read_lanes<T>(from.at, placed.first, placed.last, [&](int64_t i, typename S::V v) { S::store(to + offsets[i], v); });
-            from.next();
-            to += plane;
-        }
+struct Source {
+    T* images;
+    int64_t planes, rows, columns, batch;
+    int64_t height;  // rows between the first ones of successive bands
+    int64_t first, count;
+    const bool* wanted;  // rows of the scratch that are used; null: all
+    Columns placed;
+    int64_t plane;  // elements of the scratch between planes
+
+    template <class Body>
+    void over_rows(const Bands& bands, int64_t unit, T* spare, const Body& body) const {
+        std::vector<LaneRows<T>> lanes{size_t(count)};
+        std::vector<int> valid(size_t(count), 0);
+        for (int64_t r = 0; r < count; ++r)
+            valid[r] = lane_rows<T>(lanes[r], images, planes, rows, columns, batch, bands, unit, height, first + r, spare);
+        // Rows are the inner loop: every image is then read or written in one stream for long enough to be prefetched.
+        for (int64_t c = 0; c < planes; ++c)
+            for (int64_t r = 0; r < count; ++r) {
+                if (wanted && !wanted[r]) continue;
+                body(lanes[r].at, valid[r], c * plane + r * placed.slots * LaneRows<T>::W);
+                lanes[r].next();
+            }
     }
+};
+
+// Bring a unit's rows into the scratch.
+template <class T>
+void pack(const Source<const T>& s, const Bands& bands, int64_t unit, const T* zeros, T* scratch) {
+    using S = Simd<T>;
+    const int32_t* offsets = s.placed.offsets.data();
+    s.over_rows(bands, unit, zeros, [&](const T* const* lanes, int valid, int64_t at) {
+        T* to = scratch + at;
+        if (valid)
+            read_lanes<T>(lanes, s.placed.first, s.placed.last, [&](int64_t i, typename S::V v) { S::store(to + offsets[i], v); });
+        else
+            std::memset(to, 0, size_t(s.placed.slots * S::W) * sizeof(T));
+    });
+}
+
+// Bring a unit's rows back from the scratch.
+template <class T>
+void unpack(const Source<T>& s, const Bands& bands, int64_t unit, T* spare, const T* scratch) {
+    const int32_t* offsets = s.placed.offsets.data();
+    s.over_rows(bands, unit, spare, [&](T* const* lanes, int valid, int64_t at) {
+        const T* from = scratch + at;
+        if (valid)
+            write_lanes<T>(lanes, s.placed.first, s.placed.last, [&](int64_t i) { return Simd<T>::load(from + offsets[i]); });
+    });
 }
 
 constexpr int kMostPositions = 8;
 
 // NV consecutive positions of a row of the output, for all channels.
 template <class T, int NV>
-void conv_strip(const ConvForward<T>& a, const int32_t* taps, const T* in, const LaneRows<T>& rows, int64_t column) {
+void conv_strip(const ConvForward<T>& a, const int32_t* taps, const T* in, T* out, int64_t plane) {
     using S = Simd<T>;
     using V = typename S::V;
     constexpr int U = NV <= 2 ? 4 : NV <= 4 ? 2 : 1;  // independent sums hide the latency of the multiply-add
@@ -425,7 +454,6 @@ void conv_strip(const ConvForward<T>& a, const int32_t* taps, const T* in, const
     const T *values = a.values, *bias = a.bias;
     const bool relu = a.relu;
     const int64_t outputs = a.s.outputs;
-    LaneRows<T> to = rows;
     int64_t j = pointers[0];
     for (int64_t o = 0; o < outputs; ++o) {
         V sum[U][NV];
@@ -449,18 +477,17 @@ void conv_strip(const ConvForward<T>& a, const int32_t* taps, const T* in, const
         for (int k = 0; k < NV; ++k) {
             for (int u = 1; u < U; ++u) sum[0][k] = S::add(sum[0][k], sum[u][k]);
             if (relu) sum[0][k] = S::positive(sum[0][k]);
+            S::store(out + k * S::W, sum[0][k]);
         }
-        write_lanes<T>(to.at, column, column + NV, [&](int64_t i) { return sum[0][i - column]; });
-        to.next();
+        out += plane;
     }
 }
 
 template <class T, int NV>
-void conv_strips(const ConvForward<T>& a, const int32_t* taps, const T* in, const LaneRows<T>& rows, int64_t column,
-                 int64_t positions) {
+void conv_strips(const ConvForward<T>& a, const int32_t* taps, const T* in, T* out, int64_t plane, int64_t positions) {
     if constexpr (NV > 0) {
-        if (positions != NV) return conv_strips<T, NV - 1>(a, taps, in, rows, column, positions);
-        conv_strip<T, NV>(a, taps, in, rows, column);
+        if (positions != NV) return conv_strips<T, NV - 1>(a, taps, in, out, plane, positions);
+        conv_strip<T, NV>(a, taps, in, out, plane);
     }
 }
 
@@ -507,33 +534,35 @@ bool conv_forward(const ConvForward<T>& a) {
                                          (s.kernel_width - 1) * s.dilation_width + 1, s.stride_width, W);
     const double read = 3.0 * double(s.channels * placed.slots);
     const double row = double(s.out_width) * (0.5 * double(a.pointers[s.outputs]) + 3.0 * double(s.outputs));
-    const int64_t fit = (kBandBytes / int64_t(sizeof(T)) / std::max<int64_t>(1, s.channels * placed.slots * W) - halo) /
-                            s.stride_height + 1;
-    const Bands bands = cut_bands(s.batch, s.out_height, 1, fit, W, row + read * double(s.stride_height),
-                                  read * double(halo - s.stride_height), a.threads);
+    const int64_t row_size = (s.channels * placed.slots * s.stride_height + s.outputs * s.out_width) * W * int64_t(sizeof(T));
+    const int64_t halo_size = s.channels * placed.slots * (halo - s.stride_height) * W * int64_t(sizeof(T));
+    const Bands bands = cut_bands(s.batch, s.out_height, 1, (kBandBytes - halo_size) / row_size, W,
+                                  row + read * double(s.stride_height), read * double(halo - s.stride_height), a.threads);
     const int64_t rows = (bands.height - 1) * s.stride_height + halo;
-    const int64_t plane = plane_size<T>(rows, placed.slots, W);
-    const std::vector<int32_t> taps =
-        forward_taps<I>(s, a.pointers, static_cast<const I*>(a.indices), plane, placed.slots, W);
     const auto wanted = std::make_unique<bool[]>(size_t(rows));
     for (int64_t r = 0; r < bands.height; ++r)
         for (int64_t h = 0; h < s.kernel_height; ++h) wanted[r * s.stride_height + h * s.dilation_height] = true;
-    const int64_t packed = whole_lines(s.channels * plane * int64_t(sizeof(T)));
-    const int64_t zeros = whole_lines(s.width * int64_t(sizeof(T))), dump = whole_lines(s.out_width * int64_t(sizeof(T)));
-    return over_units(bands.units, a.threads, packed + zeros + dump, [&](int64_t unit, char* memory) {
-        T* scratch = reinterpret_cast<T*>(memory);
-        const T* nothing = reinterpret_cast<T*>(memory + packed);
-        T* spare = reinterpret_cast<T*>(memory + packed + zeros);
-        pack<T>(a.x, s.channels, s.height, s.width, s.batch, bands, unit, bands.height * s.stride_height, -s.pad_height, rows,
-                wanted.get(), placed, nothing, scratch, plane);
-        for (int64_t r = 0; r < bands.height; ++r) {
-            LaneRows<T> to;
-            if (!lane_rows<T>(to, a.y, s.outputs, s.out_height, s.out_width, s.batch, bands, unit, bands.height, r, spare)) break;
+    const Source<const T> x{a.x, s.channels, s.height, s.width, s.batch, bands.height * s.stride_height, -s.pad_height, rows,
+                            wanted.get(), placed, plane_size<T>(rows, placed.slots, W)};
+    const Source<T> y{a.y, s.outputs, s.out_height, s.out_width, s.batch, bands.height, 0, bands.height, nullptr,
+                      place_columns(s.out_width, 0, s.out_width, 1, W), plane_size<T>(bands.height, s.out_width, W)};
+    const std::vector<int32_t> taps =
+        forward_taps<I>(s, a.pointers, static_cast<const I*>(a.indices), x.plane, placed.slots, W);
+    const int64_t in_size = whole_lines(s.channels * x.plane * int64_t(sizeof(T)));
+    const int64_t out_size = whole_lines(s.outputs * y.plane * int64_t(sizeof(T)));
+    const int64_t spare_size = whole_lines(std::max(s.width, s.out_width) * int64_t(sizeof(T)));
+    return over_units(bands.units, a.threads, in_size + out_size + 2 * spare_size, [&](int64_t unit, char* memory) {
+        T* in = reinterpret_cast<T*>(memory);
+        T* out = reinterpret_cast<T*>(memory + in_size);
+        const T* zeros = reinterpret_cast<T*>(memory + in_size + out_size);
+        T* spare = reinterpret_cast<T*>(memory + in_size + out_size + spare_size);
+        pack<T>(x, bands, unit, zeros, in);
+        for (int64_t r = 0; r < bands.height; ++r)
             over_strips(s.out_width, [&](int64_t from, int64_t count) {
-                const T* in = scratch + (r * s.stride_height * placed.slots + from) * W;
-                conv_strips<T, kMostPositions>(a, taps.data(), in, to, from, count);
+                conv_strips<T, kMostPositions>(a, taps.data(), in + (r * s.stride_height * placed.slots + from) * W,
+                                               out + (r * s.out_width + from) * W, y.plane, count);
             });
-        }
+        unpack<T>(y, bands, unit, spare, out);
     });
 }
 
@@ -545,26 +574,24 @@ struct Strip {
     const int32_t* offsets;
     const T* values;
     T* sums;  // of the weights' gradients
-    const T* g;
-    int64_t channels;
+    const T *g, *x;
+    T* gx;  // may be null
+    int64_t channels, plane;
 };
 
-// `input(c, x)` writes the input of channel c to x, `output(c, sum)` takes its gradient; channels come in order.
-template <class T, int NV, bool INPUT, class Read, class Write>
-DST_INLINE void conv_back_strip(const Strip<T>& a, const Read& read, const Write& write) {
+template <class T, int NV, bool INPUT>
+void conv_back_strip(const Strip<T>& a) {
     using S = Simd<T>;
     using V = typename S::V;
     constexpr int Q = kMostVectors >= 8 ? 4 : 2;  // taps whose sums fit into the registers next to those of the input
     const int32_t* offsets = a.offsets;
-    const T *values = a.values, *g = a.g;
-    T* sums = a.sums;
+    const T *values = a.values, *g = a.g, *x = a.x;
+    T *sums = a.sums, *gx = a.gx;
     int64_t j = a.pointers[0];
     for (int64_t c = 0; c < a.channels; ++c) {
-        alignas(64) T x[NV * S::W];
         V sum[NV];
         for (int k = 0; k < NV; ++k) sum[k] = S::zero();
         const int64_t end = a.pointers[c + 1];
-        read(c, x, j < end);
         for (; j + 4 <= end; j += 4) {
             V dot[4];
             for (int p = 0; p < 4; p += Q) {
@@ -608,59 +635,20 @@ DST_INLINE void conv_back_strip(const Strip<T>& a, const Read& read, const Write
             for (int q = 0; q < left; ++q) sums[j + q] += out[q];
             j = end;
         }
-        if (INPUT) write(c, sum);
-    }
-}
-
-// Rows of the images are read and written in place.
-template <class T, int NV, bool INPUT>
-void conv_back_direct(const Strip<T>& a, const LaneRows<const T>& x_rows, const LaneRows<T>& gx_rows, int64_t column) {
-    using S = Simd<T>;
-    LaneRows<const T> from = x_rows;
-    LaneRows<T> to = gx_rows;
-    conv_back_strip<T, NV, INPUT>(
-        a,
-        [&](int64_t, T* x, bool used) {
-            if (used)
-                read_lanes<T>(from.at, column, column + NV,
-                              [&](int64_t i, typename S::V v) { S::store(x + (i - column) * S::W, v); });
-            from.next();
-        },
-        [&](int64_t, const typename S::V* sum) {
-            write_lanes<T>(to.at, column, column + NV, [&](int64_t i) { return sum[i - column]; });
-            to.next();
-        });
-}
-
-// Rows of the images lie in a scratch, `plane` elements a channel.
-template <class T, int NV, bool INPUT>
-void conv_back_packed(const Strip<T>& a, const T* x_row, T* gx_row, int64_t plane) {
-    using S = Simd<T>;
-    conv_back_strip<T, NV, INPUT>(
-        a,
-        [&](int64_t c, T* x, bool used) {
-            if (used) std::memcpy(x, x_row + c * plane, NV * S::W * sizeof(T));
-        },
-        [&](int64_t c, const typename S::V* sum) {
-            for (int k = 0; k < NV; ++k) S::store(gx_row + c * plane + k * S::W, sum[k]);
-        });
-}
-
-template <class T, int NV>
-void conv_back_strips(const Strip<T>& a, const LaneRows<const T>& x, const LaneRows<T>* gx, int64_t column, int64_t positions) {
-    if constexpr (NV > 0) {
-        if (positions != NV) return conv_back_strips<T, NV - 1>(a, x, gx, column, positions);
-        if (gx) conv_back_direct<T, NV, true>(a, x, *gx, column);
-        else conv_back_direct<T, NV, false>(a, x, LaneRows<T>(), column);
+        if (INPUT) {
+            for (int k = 0; k < NV; ++k) S::store(gx + k * S::W, sum[k]);
+            gx += a.plane;
+        }
+        x += a.plane;
     }
 }
 
 template <class T, int NV>
-void conv_back_strips(const Strip<T>& a, const T* x, T* gx, int64_t plane, int64_t positions) {
+void conv_back_strips(const Strip<T>& a, int64_t positions) {
     if constexpr (NV > 0) {
-        if (positions != NV) return conv_back_strips<T, NV - 1>(a, x, gx, plane, positions);
-        if (gx) conv_back_packed<T, NV, true>(a, x, gx, plane);
-        else conv_back_packed<T, NV, false>(a, x, nullptr, plane);
+        if (positions != NV) return conv_back_strips<T, NV - 1>(a, positions);
+        if (a.gx) conv_back_strip<T, NV, true>(a);
+        else conv_back_strip<T, NV, false>(a);
     }
 }
 
@@ -703,73 +691,52 @@ bool conv_backward(const ConvBackward<T>& a) {
     const int64_t left = floor_div(s.pad_width - (s.kernel_width - 1) * s.dilation_width, s.stride_width);
     const int64_t right = floor_div(s.width - 1 + s.pad_width, s.stride_width);
     const Columns placed = place_columns(s.out_width, -left, right - left + 1, 1, W);
-    const bool direct = s.stride_width == 1;
     const Columns split = place_columns(s.width, 0, s.width, s.stride_width, W);
     const auto rows_of = [&](int64_t height) { return floor_div(height - 1 + s.pad_height, s.stride_height) - top + 1; };
     const double read = 3.0 * double(s.outputs * placed.slots) / double(s.stride_height);
     const double row = double(s.width) * ((a.gx ? 1.0 : 0.6) * double(n) / double(s.stride_height * s.stride_width) +
                                           6.0 * double(s.channels));
-    const int64_t halo = rows_of(s.stride_height) * s.stride_height - s.stride_height;
-    const int64_t fit = kBandBytes / int64_t(sizeof(T)) / (s.outputs * placed.slots * W) * s.stride_height - halo;
-    const Bands bands = cut_bands(s.batch, s.height, s.stride_height, fit, W, row + read, read * double(halo), kParts / 2);
+    const int64_t halo = (rows_of(s.stride_height) - 1) * s.stride_height;
+    const int64_t row_size = (s.outputs * placed.slots + (a.gx ? 2 : 1) * s.channels * split.slots * s.stride_height) * W *
+                             int64_t(sizeof(T)) / s.stride_height;
+    const int64_t halo_size = s.outputs * placed.slots * halo / s.stride_height * W * int64_t(sizeof(T));
+    const Bands bands = cut_bands(s.batch, s.height, s.stride_height, (kBandBytes - halo_size) / row_size, W, row + read,
+                                  read * double(halo), kParts / 2);
     const int64_t rows = rows_of(bands.height);
-    const int64_t plane = plane_size<T>(rows, placed.slots, W), row_plane = plane_size<T>(1, split.slots, W);
-    const BackwardTaps<T> taps = backward_taps<T, I>(s, a.pointers, static_cast<const I*>(a.indices), a.values, plane, top,
+    const Source<const T> g{a.g, s.outputs, s.out_height, s.out_width, s.batch, bands.height / s.stride_height, top, rows,
+                            nullptr, placed, plane_size<T>(rows, placed.slots, W)};
+    const int64_t plane = plane_size<T>(bands.height, split.slots, W);
+    const Source<const T> x{a.x, s.channels, s.height, s.width, s.batch, bands.height, 0, bands.height, nullptr, split, plane};
+    const Source<T> gx{a.gx, s.channels, s.height, s.width, s.batch, bands.height, 0, bands.height, nullptr, split, plane};
+    const BackwardTaps<T> taps = backward_taps<T, I>(s, a.pointers, static_cast<const I*>(a.indices), a.values, g.plane, top,
                                                      left, placed.slots, W);
     const int64_t parts = std::min(kParts, bands.units);
     std::vector<T> sums(size_t(parts * n), T(0));
-    const int64_t packed = whole_lines(s.outputs * plane * int64_t(sizeof(T)));
-    const int64_t row_bytes = direct ? 0 : whole_lines(s.channels * row_plane * int64_t(sizeof(T)));
-    const int64_t spare_bytes = whole_lines(std::max(s.width, s.out_width) * int64_t(sizeof(T)));
-    const bool done = over_units(parts, a.threads, packed + 2 * (row_bytes + spare_bytes), [&](int64_t part, char* memory) {
-        T* scratch = reinterpret_cast<T*>(memory);
-        T* x_row = reinterpret_cast<T*>(memory + packed);
-        T* gx_row = reinterpret_cast<T*>(memory + packed + row_bytes);
-        const T* nothing = reinterpret_cast<T*>(memory + packed + 2 * row_bytes);
-        T* spare = reinterpret_cast<T*>(memory + packed + 2 * row_bytes + spare_bytes);
+    const int64_t g_size = whole_lines(s.outputs * g.plane * int64_t(sizeof(T)));
+    const int64_t x_size = whole_lines(s.channels * plane * int64_t(sizeof(T))), gx_size = a.gx ? x_size : 0;
+    const int64_t spare_size = whole_lines(std::max(s.width, s.out_width) * int64_t(sizeof(T)));
+    const int64_t size = g_size + x_size + gx_size + 2 * spare_size;
+    const bool done = over_units(parts, a.threads, size, [&](int64_t part, char* memory) {
+        T* g_scratch = reinterpret_cast<T*>(memory);
+        T* x_scratch = reinterpret_cast<T*>(memory + g_size);
+        T* gx_scratch = reinterpret_cast<T*>(memory + g_size + x_size);
+        const T* zeros = reinterpret_cast<T*>(memory + g_size + x_size + gx_size);
+        T* spare = reinterpret_cast<T*>(memory + g_size + x_size + gx_size + spare_size);
         for (int64_t unit = bands.units * part / parts; unit < bands.units * (part + 1) / parts; ++unit) {
-            pack<T>(a.g, s.outputs, s.out_height, s.out_width, s.batch, bands, unit, bands.height / s.stride_height, top,
-                    rows, nullptr, placed, nothing, scratch, plane);
-            for (int64_t r = 0; r < bands.height; ++r) {
-                LaneRows<const T> from;
-                LaneRows<T> to;
-                if (!lane_rows<const T>(from, a.x, s.channels, s.height, s.width, s.batch, bands, unit, bands.height, r, nothing))
-                    break;
-                if (a.gx)
-                    lane_rows<T>(to, a.gx, s.channels, s.height, s.width, s.batch, bands, unit, bands.height, r, spare);
-                const int64_t phase = r % s.stride_height * s.stride_width;
-                const T* g_row = scratch + r / s.stride_height * placed.slots * W;
-                Strip<T> strip{nullptr, taps.offsets.data(), taps.values.data(), sums.data() + part * n, nullptr, s.channels};
-                if (direct) {
-                    strip.pointers = taps.pointers.data() + phase * (s.channels + 1);
-                    over_strips(s.width, [&](int64_t at, int64_t count) {
-                        strip.g = g_row + at * W;
-                        conv_back_strips<T, kMostPositions>(strip, from, a.gx ? &to : nullptr, at, count);
-                    });
-                    continue;
-                }
-                const int32_t* offsets = split.offsets.data();
-                LaneRows<const T> plane_rows = from;
-                for (int64_t c = 0; c < s.channels; ++c) {
-                    read_lanes<T>(plane_rows.at, 0, s.width, [&](int64_t i, typename Simd<T>::V v) {
-                        Simd<T>::store(x_row + c * row_plane + offsets[i], v);
-                    });
-                    plane_rows.next();
-                }
-                for (int64_t q = 0; q < s.stride_width; ++q) {
-                    strip.pointers = taps.pointers.data() + (phase + q) * (s.channels + 1);
-                    const int64_t each = split.slots / s.stride_width, count_q = ceil_div(s.width - q, s.stride_width);
-                    over_strips(std::max<int64_t>(0, count_q), [&](int64_t at, int64_t count) {
-                        strip.g = g_row + at * W;
-                        const int64_t slot = (q * each + at) * W;
-                        conv_back_strips<T, kMostPositions>(strip, x_row + slot, a.gx ? gx_row + slot : nullptr, row_plane, count);
+            pack<T>(g, bands, unit, zeros, g_scratch);
+            pack<T>(x, bands, unit, zeros, x_scratch);
+            for (int64_t r = 0; r < bands.height; ++r)
+                for (int64_t q = 0; q < std::min(s.stride_width, s.width); ++q) {
+                    const int64_t phase = r % s.stride_height * s.stride_width + q;
+                    over_strips(ceil_div(s.width - q, s.stride_width), [&](int64_t at, int64_t count) {
+                        const int64_t slot = (r * split.slots + q * (split.slots / s.stride_width) + at) * W;
+                        conv_back_strips<T, kMostPositions>(
+                            {taps.pointers.data() + phase * (s.channels + 1), taps.offsets.data(), taps.values.data(),
+                             sums.data() + part * n, g_scratch + (r / s.stride_height * placed.slots + at) * W,
+                             x_scratch + slot, a.gx ? gx_scratch + slot : nullptr, s.channels, plane}, count);
                     });
                 }
-                for (int64_t c = 0; a.gx && c < s.channels; ++c) {
-                    write_lanes<T>(to.at, 0, s.width, [&](int64_t i) { return Simd<T>::load(gx_row + c * row_plane + offsets[i]); });
-                    to.next();
-                }
-            }
+            if (a.gx) unpack<T>(gx, bands, unit, spare, gx_scratch);
         }
     });
     in_parallel(n, a.threads, n * parts, [&](int64_t j) {
