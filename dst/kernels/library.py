@@ -26,6 +26,8 @@ _SIGNATURES = {
         *[c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int],
     ],
     "dst_gradient": [c_int, c_int64, c_int64, c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int],
+    "dst_conv_forward": [c_int, c_int, *[c_void_p] * 7, c_int, c_int],
+    "dst_conv_backward": [c_int, c_int, *[c_void_p] * 9, c_int],
     "dst_gather": [c_int, c_int64, c_void_p, c_void_p, c_void_p, c_int],
     "dst_transpose_pattern": [c_int, c_int64, c_int64, *[c_void_p] * 5],
     "dst_match_patterns": [c_int, c_int64, *[c_void_p] * 7],
@@ -35,7 +37,7 @@ _SIGNATURES = {
     "dst_grow_finish": [c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
 }
 # These return 0, or 1 where there was no memory for scratch.
-_FALLIBLE = ("dst_run_chain", "dst_rows_forward", "dst_rows_backward")
+_FALLIBLE = ("dst_run_chain", "dst_rows_forward", "dst_rows_backward", "dst_conv_forward", "dst_conv_backward")
 
 
 def open_library(path: Path) -> ctypes.CDLL:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dst.kernels.chain import ChainLayer, CompiledChain
+from dst.kernels.geometry import ConvShape
 from dst.kernels.library import ISA, open_library
 from dst.kernels.pattern import Pattern, split_flat
 
@@ -36,6 +37,8 @@ class Kernels:
         self._backward = self._library.dst_backward
         self._gradient = self._library.dst_gradient
         self._gather = self._library.dst_gather
+        self._conv_forward = self._library.dst_conv_forward
+        self._conv_backward = self._library.dst_conv_backward
 
     @property
     def isa(self) -> str:
@@ -218,6 +221,65 @@ class Kernels:
         )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for the scratch of a {rows}x{pattern.columns} layer")
+        return gx, gv, gb
+
+    def conv_forward(
+        self, pattern: Pattern, shape: ConvShape, row_values: Tensor, x: Tensor, bias: Tensor | None, relu: bool = False
+    ) -> Tensor:
+        """Convolve images with a weight of which only the non-zeros are given.
+
+        Args:
+            pattern: positions of the non-zeros of the weight as ``[out, in * kernel height * kernel width]``.
+            shape: sizes of the convolution.
+            row_values: the values in row order, ``[nnz]``.
+            x: ``[batch, in, height, width]``, contiguous.
+            bias: ``[out]``, contiguous, or None.
+            relu: apply ReLU.
+
+        Returns:
+            ``[batch, out, out height, out width]``, contiguous.
+
+        Raises:
+            MemoryError: no memory for scratch.
+        """
+        y = torch.empty(shape.output, dtype=x.dtype)
+        failed = self._conv_forward(
+            x.dtype is torch.float64, pattern.wide, shape.address, pattern.row_pointers.data_ptr(),
+            pattern.column_indices.data_ptr(), row_values.data_ptr(), x.data_ptr(), y.data_ptr(),
+            None if bias is None else bias.data_ptr(), relu, torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for the scratch of a convolution")
+        return y
+
+    def conv_backward(
+        self, pattern: Pattern, shape: ConvShape, values: Tensor, x: Tensor, g: Tensor, *, input: bool, bias: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Return the gradients of input (or None), values and bias (or None) of a convolution.
+
+        Args:
+            pattern: as for `conv_forward`.
+            shape: sizes of the convolution.
+            values: the values in column order, ``[nnz]``.
+            x: ``[batch, in, height, width]``, contiguous.
+            g: gradient of the output, contiguous.
+            input: compute the gradient of the input.
+            bias: compute the gradient of the bias.
+
+        Raises:
+            MemoryError: no memory for scratch.
+        """
+        gx = torch.empty_like(x) if input else None
+        gv = torch.empty_like(values)
+        gb = torch.empty(pattern.rows, dtype=x.dtype) if bias else None
+        failed = self._conv_backward(
+            x.dtype is torch.float64, pattern.wide, shape.address, pattern.column_pointers.data_ptr(),
+            pattern.row_indices.data_ptr(), values.data_ptr(), x.data_ptr(), g.data_ptr(),
+            None if gx is None else gx.data_ptr(), gv.data_ptr(), None if gb is None else gb.data_ptr(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError("no memory for the scratch of a convolution")
         return gx, gv, gb
 
     def chain(self, layers: Sequence[ChainLayer]) -> CompiledChain:

@@ -21,6 +21,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -179,7 +180,36 @@ inline int64_t balanced_cut(const int32_t* pointers, int64_t rows, int64_t targe
     return lo;
 }
 
+// A buffer kept from call to call while it is small: new memory of this size would be mapped, zeroed and unmapped by the
+// system at every call.
+constexpr int64_t kScratchBytes = 16 << 20;
+
+struct Scratch {
+    char* data = nullptr;
+    int64_t size = 0;
+
+    ~Scratch() { std::free(data); }
+
+    char* reserve(int64_t bytes) {
+        if (bytes > size) {
+            std::free(data);
+            data = static_cast<char*>(std::malloc(size_t(bytes)));
+            size = data ? bytes : 0;
+        }
+        return data;
+    }
+
+    void trim() {
+        if (size <= kScratchBytes) return;
+        std::free(data);
+        data = nullptr;
+        size = 0;
+    }
+};
+
 }  // namespace
+
+#include "conv.cpp"
 
 // ---- one inclusion per instruction set
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
@@ -305,6 +335,24 @@ bool run_rows_backward(const RowsBackward<T>& a, int wide, Scratch& memory) {
 inline Scratch& rows_scratch() {
     static thread_local Scratch scratch;
     return scratch;
+}
+
+template <class T>
+bool run_conv_forward(const ConvForward<T>& a, int wide) {
+#ifdef DST_X86
+    if (level() == 2) return wide ? avx512::conv_forward<T, int32_t>(a) : avx512::conv_forward<T, uint16_t>(a);
+    if (level() == 1) return wide ? avx2::conv_forward<T, int32_t>(a) : avx2::conv_forward<T, uint16_t>(a);
+#endif
+    return wide ? portable::conv_forward<T, int32_t>(a) : portable::conv_forward<T, uint16_t>(a);
+}
+
+template <class T>
+bool run_conv_backward(const ConvBackward<T>& a, int wide) {
+#ifdef DST_X86
+    if (level() == 2) return wide ? avx512::conv_backward<T, int32_t>(a) : avx512::conv_backward<T, uint16_t>(a);
+    if (level() == 1) return wide ? avx2::conv_backward<T, int32_t>(a) : avx2::conv_backward<T, uint16_t>(a);
+#endif
+    return wide ? portable::conv_backward<T, int32_t>(a) : portable::conv_backward<T, uint16_t>(a);
 }
 
 template <class T>
@@ -600,6 +648,27 @@ int64_t dst_rows_backward(int is_double, int wide, int64_t rows, int64_t columns
                                          (float*)gv, (float*)gb, batch, threads}, wide, memory);
     memory.trim();
     return !done;
+}
+
+// Convolve NCHW images with a weight by rows; `bias` may be null. Returns 0, or 1 without memory for scratch.
+int dst_conv_forward(int is_double, int wide, const dst_conv* shape, const int32_t* pointers, const void* indices,
+                     const void* values, const void* x, void* y, const void* bias, int relu, int threads) {
+    if (is_double)
+        return !run_conv_forward<double>({*shape, pointers, indices, (const double*)values, (const double*)x, (double*)y,
+                                          (const double*)bias, relu != 0, threads}, wide);
+    return !run_conv_forward<float>({*shape, pointers, indices, (const float*)values, (const float*)x, (float*)y,
+                                     (const float*)bias, relu != 0, threads}, wide);
+}
+
+// The gradients of the input (where `gx` is given), of the values by columns, and of the bias (where `gb` is given).
+// Returns 0, or 1 without memory for scratch.
+int dst_conv_backward(int is_double, int wide, const dst_conv* shape, const int32_t* pointers, const void* indices,
+                      const void* values, const void* x, const void* g, void* gx, void* gv, void* gb, int threads) {
+    if (is_double)
+        return !run_conv_backward<double>({*shape, pointers, indices, (const double*)values, (const double*)x,
+                                           (const double*)g, (double*)gx, (double*)gv, (double*)gb, threads}, wide);
+    return !run_conv_backward<float>({*shape, pointers, indices, (const float*)values, (const float*)x, (const float*)g,
+                                      (float*)gx, (float*)gv, (float*)gb, threads}, wide);
 }
 
 void dst_gather(int is_double, int64_t n, const int32_t* permutation, const void* from, void* to, int threads) {
@@ -1215,4 +1284,6 @@ void gradient(int64_t features, int64_t batch, const T* g, int64_t g_stride, int
 
 }  // namespace DST_ISA
 }  // namespace
+
+#include "conv.cpp"
 #endif

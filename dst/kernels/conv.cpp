@@ -1,0 +1,752 @@
+// Direct sparse convolution of NCHW images; included by spmm.cpp, once in its common half and once per instruction set.
+//
+// Layout. One vector holds the same element of as many images as it has lanes: a non-zero weight is then one scalar times
+// aligned vectors at consecutive positions of a row, whatever the size of the image, and no lane is spent on padding. A
+// band of rows is brought into this order in a scratch that fits the second-level cache, with its padding in place, so a
+// tap (channel, row, column of the kernel) is one offset into the scratch; outputs are brought back from registers. Where
+// the batch has fewer images than a vector has lanes, bands of one image take lanes too. With a stride the columns are
+// stored by their remainder, which keeps the positions that a tap reads consecutive.
+//
+// Every element is summed in an order that depends on shapes alone; gradients of weights are summed in a number of parts
+// that depends on shapes alone, and these in turn.
+
+#ifndef DST_ISA
+#ifndef DST_CONV_COMMON
+#define DST_CONV_COMMON
+// ------------------------------------------------------------------------------------------------ common half
+
+extern "C" {
+// Sizes of a convolution; the weight is [outputs, channels * kernel_height * kernel_width].
+struct dst_conv {
+    int64_t batch, channels, height, width, outputs, out_height, out_width;
+    int64_t kernel_height, kernel_width, stride_height, stride_width, pad_height, pad_width, dilation_height, dilation_width;
+};
+}
+
+namespace {
+
+// Bytes that the scratch of one band may take: most of a second-level cache.
+constexpr int64_t kBandBytes = 320 * 1024;
+
+// Parts in which the gradients of the weights are summed, and so the most threads that a backward pass can use.
+constexpr int64_t kParts = 16;
+
+template <class T>
+struct ConvForward {
+    dst_conv s;
+    const int32_t* pointers;  // by rows
+    const void* indices;
+    const T* values;
+    const T* x;
+    T* y;
+    const T* bias;
+    bool relu;
+    int threads;
+};
+
+template <class T>
+struct ConvBackward {
+    dst_conv s;
+    const int32_t* pointers;  // by columns
+    const void* indices;
+    const T* values;
+    const T* x;
+    const T* g;
+    T* gx;  // may be null
+    T* gv;
+    T* gb;  // may be null
+    int threads;
+};
+
+inline Scratch& conv_scratch() {
+    static thread_local Scratch scratch;
+    return scratch;
+}
+
+inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t whole_lines(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
+
+// Elements of a plane of the scratch: an odd number of cache lines, so that the same place in successive planes falls into
+// different sets of the first-level cache.
+template <class T>
+int64_t plane_size(int64_t rows, int64_t slots, int64_t lanes) {
+    const int64_t line = 64 / sizeof(T);
+    return (ceil_div(rows * slots * lanes, line) | 1) * line;
+}
+
+// How images are cut into bands of `height` rows: lane i holds band i / batch of image i % batch.
+struct Bands {
+    int64_t height, lanes, units;
+};
+
+// The cheapest cut whose bands have at most `fit` rows, a multiple of `step`. A unit costs its rows and a constant.
+inline Bands cut_bands(int64_t batch, int64_t rows, int64_t step, int64_t fit, int64_t width, double row_cost,
+                       double unit_cost, int64_t parallel) {
+    Bands best{};
+    double least = 0;
+    for (int64_t height = step; height < rows + step; height += step) {
+        if (height > fit && best.height) break;
+        const int64_t lanes = batch * ceil_div(rows, height), units = ceil_div(lanes, width);
+        const double cost = double(ceil_div(units, parallel)) * (row_cost * double(height) + unit_cost);
+        if (best.height && cost >= least) continue;
+        best = {height, lanes, units};
+        least = cost;
+    }
+    return best;
+}
+
+// Where the columns of a row go in the scratch: offsets in elements of columns [first, last).
+struct Columns {
+    int64_t first, last, slots;
+    std::vector<int32_t> offsets;  // by column
+};
+
+// Column i is padded column i + shift; padded columns are stored by their remainder modulo the stride. Columns beyond
+// the `padded` ones are not stored.
+inline Columns place_columns(int64_t width, int64_t shift, int64_t padded, int64_t stride, int64_t lanes) {
+    Columns c;
+    const int64_t each = ceil_div(padded, stride);
+    c.slots = each * stride;
+    c.first = std::min(width, std::max<int64_t>(0, -shift));
+    c.last = std::max(c.first, std::min(width, padded - shift));
+    c.offsets.assign(size_t(width), 0);
+    for (int64_t i = c.first; i < c.last; ++i)
+        c.offsets[i] = int32_t(((i + shift) % stride * each + (i + shift) / stride) * lanes);
+    return c;
+}
+
+// Taps by output channel: offsets into the scratch in elements.
+template <class I>
+std::vector<int32_t> forward_taps(const dst_conv& s, const int32_t* pointers, const I* indices, int64_t plane,
+                                  int64_t slots, int64_t lanes) {
+    const int64_t each = slots / s.stride_width;
+    std::vector<int32_t> column(size_t(s.channels * s.kernel_height * s.kernel_width));
+    size_t i = 0;
+    for (int64_t c = 0; c < s.channels; ++c)
+        for (int64_t h = 0; h < s.kernel_height; ++h)
+            for (int64_t w = 0; w < s.kernel_width; ++w) {
+                const int64_t across = w * s.dilation_width;
+                column[i++] = int32_t(c * plane + (h * s.dilation_height * slots + across % s.stride_width * each +
+                                                   across / s.stride_width) * lanes);
+            }
+    const int64_t n = pointers[s.outputs];
+    std::vector<int32_t> taps(size_t(n), 0);
+    for (int64_t j = 0; j < n; ++j) taps[j] = column[indices[j]];
+    return taps;
+}
+
+// Taps by phase (the remainders of an input position modulo the strides), then by input channel.
+template <class T>
+struct BackwardTaps {
+    std::vector<int32_t> pointers;   // [phases, channels + 1]
+    std::vector<int32_t> offsets;    // into the scratch, in elements
+    std::vector<int32_t> positions;  // in the values
+    std::vector<T> values;
+};
+
+template <class T, class I>
+BackwardTaps<T> backward_taps(const dst_conv& s, const int32_t* pointers, const I* indices, const T* values, int64_t plane,
+                              int64_t top, int64_t left, int64_t slots, int64_t lanes) {
+    const int64_t n = pointers[s.channels * s.kernel_height * s.kernel_width];
+    BackwardTaps<T> t;
+    t.offsets.reserve(size_t(n));
+    t.positions.reserve(size_t(n));
+    t.values.reserve(size_t(n));
+    for (int64_t down = 0; down < s.stride_height; ++down)
+        for (int64_t across = 0; across < s.stride_width; ++across)
+            for (int64_t c = 0; c <= s.channels; ++c) {
+                t.pointers.push_back(int32_t(t.offsets.size()));
+                if (c == s.channels) break;
+                for (int64_t h = 0; h < s.kernel_height; ++h) {
+                    const int64_t row = down + s.pad_height - h * s.dilation_height;
+                    if (row % s.stride_height) continue;
+                    for (int64_t w = 0; w < s.kernel_width; ++w) {
+                        const int64_t column = across + s.pad_width - w * s.dilation_width;
+                        if (column % s.stride_width) continue;
+                        const int64_t at = ((row / s.stride_height - top) * slots + column / s.stride_width - left) * lanes;
+                        const int64_t k = (c * s.kernel_height + h) * s.kernel_width + w;
+                        for (int32_t j = pointers[k]; j < pointers[k + 1]; ++j) {
+                            t.offsets.push_back(int32_t(int64_t(indices[j]) * plane + at));
+                            t.positions.push_back(j);
+                            t.values.push_back(values[j]);
+                        }
+                    }
+                }
+            }
+    return t;
+}
+
+}  // namespace
+#endif
+#else
+// ------------------------------------------------------------------------------------------- per instruction set
+namespace {
+namespace DST_ISA {
+
+// G consecutive elements of every image, between one vector per image part and one vector per element. `load` reads
+// element `at` and its successors of each lane, `store` writes them.
+template <class T>
+struct Group;
+
+#if DST_LEVEL == 2
+template <>
+struct Group<float> {
+    using V = __m512;
+    static constexpr int G = 4;
+    static DST_INLINE void transpose(V* v) {
+        const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(v[0], v[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(v[0], v[1]));
+        const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(v[2], v[3])), d = _mm512_castps_pd(_mm512_unpackhi_ps(v[2], v[3]));
+        v[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
+        v[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
+        v[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
+        v[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
+    }
+    static DST_INLINE void load(const float* const* p, int64_t at, V* v) {
+        for (int q = 0; q < 4; ++q) {
+            const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p[q] + at)), _mm_loadu_ps(p[q + 4] + at), 1);
+            const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p[q + 8] + at)), _mm_loadu_ps(p[q + 12] + at), 1);
+            v[q] = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+        }
+        transpose(v);
+    }
+    static DST_INLINE void store(float* const* p, int64_t at, V* v) {
+        transpose(v);
+        for (int q = 0; q < 4; ++q) {
+            _mm_storeu_ps(p[q] + at, _mm512_castps512_ps128(v[q]));
+            _mm_storeu_ps(p[q + 4] + at, _mm512_extractf32x4_ps(v[q], 1));
+            _mm_storeu_ps(p[q + 8] + at, _mm512_extractf32x4_ps(v[q], 2));
+            _mm_storeu_ps(p[q + 12] + at, _mm512_extractf32x4_ps(v[q], 3));
+        }
+    }
+};
+
+template <>
+struct Group<double> {
+    using V = __m512d;
+    static constexpr int G = 2;
+    static DST_INLINE void transpose(V* v) {
+        const V a = _mm512_unpacklo_pd(v[0], v[1]), b = _mm512_unpackhi_pd(v[0], v[1]);
+        v[0] = a;
+        v[1] = b;
+    }
+    static DST_INLINE void load(const double* const* p, int64_t at, V* v) {
+        for (int q = 0; q < 2; ++q) {
+            const __m256d low = _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(p[q] + at)), _mm_loadu_pd(p[q + 2] + at), 1);
+            const __m256d high = _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(p[q + 4] + at)), _mm_loadu_pd(p[q + 6] + at), 1);
+            v[q] = _mm512_insertf64x4(_mm512_castpd256_pd512(low), high, 1);
+        }
+        transpose(v);
+    }
+    static DST_INLINE void store(double* const* p, int64_t at, V* v) {
+        transpose(v);
+        for (int q = 0; q < 2; ++q) {
+            _mm_storeu_pd(p[q] + at, _mm512_castpd512_pd128(v[q]));
+            _mm_storeu_pd(p[q + 2] + at, _mm512_extractf64x2_pd(v[q], 1));
+            _mm_storeu_pd(p[q + 4] + at, _mm512_extractf64x2_pd(v[q], 2));
+            _mm_storeu_pd(p[q + 6] + at, _mm512_extractf64x2_pd(v[q], 3));
+        }
+    }
+};
+
+#elif DST_LEVEL == 1
+template <>
+struct Group<float> {
+    using V = __m256;
+    static constexpr int G = 4;
+    static DST_INLINE void transpose(V* v) {
+        const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(v[0], v[1])), b = _mm256_castps_pd(_mm256_unpackhi_ps(v[0], v[1]));
+        const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(v[2], v[3])), d = _mm256_castps_pd(_mm256_unpackhi_ps(v[2], v[3]));
+        v[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
+        v[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
+        v[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
+        v[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
+    }
+    static DST_INLINE void load(const float* const* p, int64_t at, V* v) {
+        for (int q = 0; q < 4; ++q)
+            v[q] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p[q] + at)), _mm_loadu_ps(p[q + 4] + at), 1);
+        transpose(v);
+    }
+    static DST_INLINE void store(float* const* p, int64_t at, V* v) {
+        transpose(v);
+        for (int q = 0; q < 4; ++q) {
+            _mm_storeu_ps(p[q] + at, _mm256_castps256_ps128(v[q]));
+            _mm_storeu_ps(p[q + 4] + at, _mm256_extractf128_ps(v[q], 1));
+        }
+    }
+};
+
+template <>
+struct Group<double> {
+    using V = __m256d;
+    static constexpr int G = 2;
+    static DST_INLINE void transpose(V* v) {
+        const V a = _mm256_unpacklo_pd(v[0], v[1]), b = _mm256_unpackhi_pd(v[0], v[1]);
+        v[0] = a;
+        v[1] = b;
+    }
+    static DST_INLINE void load(const double* const* p, int64_t at, V* v) {
+        for (int q = 0; q < 2; ++q)
+            v[q] = _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(p[q] + at)), _mm_loadu_pd(p[q + 2] + at), 1);
+        transpose(v);
+    }
+    static DST_INLINE void store(double* const* p, int64_t at, V* v) {
+        transpose(v);
+        for (int q = 0; q < 2; ++q) {
+            _mm_storeu_pd(p[q] + at, _mm256_castpd256_pd128(v[q]));
+            _mm_storeu_pd(p[q + 2] + at, _mm256_extractf128_pd(v[q], 1));
+        }
+    }
+};
+
+#else
+template <class T>
+struct Group {
+    using V = typename Simd<T>::V;
+    static constexpr int G = 1;
+    static DST_INLINE void load(const T* const* p, int64_t at, V* v) {
+        for (int l = 0; l < Simd<T>::W; ++l) v[0][l] = p[l][at];
+    }
+    static DST_INLINE void store(T* const* p, int64_t at, V* v) {
+        for (int l = 0; l < Simd<T>::W; ++l) p[l][at] = v[0][l];
+    }
+};
+#endif
+
+// Call put(i, vector) for the elements i of [from, to) of every lane; some may come twice.
+template <class T, class Put>
+DST_INLINE void read_lanes(const T* const* lanes, int64_t from, int64_t to, const Put& put) {
+    using S = Simd<T>;
+    constexpr int G = Group<T>::G;
+    typename S::V v[G];
+    int64_t i = from;
+    for (; i + G <= to; i += G) {
+        Group<T>::load(lanes, i, v);
+        for (int q = 0; q < G; ++q) put(i + q, v[q]);
+    }
+    if (i == to) return;
+    if (to - from >= G) {
+        Group<T>::load(lanes, to - G, v);
+        for (int q = 0; q < G; ++q) put(to - G + q, v[q]);
+        return;
+    }
+    for (; i < to; ++i) {
+        T one[S::W];
+        for (int l = 0; l < S::W; ++l) one[l] = lanes[l][i];
+        put(i, S::load(one));
+    }
+}
+
+// Write get(i) to the elements i of [from, to) of every lane.
+template <class T, class Get>
+DST_INLINE void write_lanes(T* const* lanes, int64_t from, int64_t to, const Get& get) {
+    using S = Simd<T>;
+    constexpr int G = Group<T>::G;
+    typename S::V v[G];
+    int64_t i = from;
+    for (; i + G <= to; i += G) {
+        for (int q = 0; q < G; ++q) v[q] = get(i + q);
+        Group<T>::store(lanes, i, v);
+    }
+    if (i == to) return;
+    if (to - from >= G) {
+        for (int q = 0; q < G; ++q) v[q] = get(to - G + q);
+        Group<T>::store(lanes, to - G, v);
+        return;
+    }
+    for (; i < to; ++i) {
+        T one[S::W];
+        S::store(one, get(i));
+        for (int l = 0; l < S::W; ++l) lanes[l][i] = one[l];
+    }
+}
+
+// One row of every lane, in successive planes. Lanes without an image or beyond its rows stay at `spare`.
+template <class T>
+struct LaneRows {
+    static constexpr int W = Simd<std::remove_const_t<T>>::W;
+    T* at[W];
+    int64_t step[W];
+
+    void next() {
+        for (int l = 0; l < W; ++l) at[l] += step[l];
+    }
+};
+
+// The row `start + row` of the first plane of every lane of a unit, where `start` is the band's number times `height`.
+// Returns how many lanes have one.
+template <class T>
+int lane_rows(LaneRows<T>& out, T* images, int64_t planes, int64_t rows, int64_t columns, int64_t batch, const Bands& bands,
+              int64_t unit, int64_t height, int64_t row, T* spare) {
+    constexpr int W = LaneRows<T>::W;
+    int count = 0;
+    for (int l = 0; l < W; ++l) {
+        const int64_t lane = unit * W + l, r = lane / batch * height + row;
+        const bool valid = lane < bands.lanes && r >= 0 && r < rows;
+        out.at[l] = valid ? images + (lane % batch * planes * rows + r) * columns : spare;
+        out.step[l] = valid ? rows * columns : 0;
+        count += valid;
+    }
+    return count;
+}
+
+// The images' side of a scratch: which rows and columns of which planes it holds.
+template <class T>
+struct Source {
+    T* images;
+    int64_t planes, rows, columns, batch;
+    int64_t height;  // rows between the first ones of successive bands
+    int64_t first, count;
+    const bool* wanted;  // rows of the scratch that are used; null: all
+    Columns placed;
+    int64_t plane;  // elements of the scratch between planes
+
+    template <class Body>
+    void over_rows(const Bands& bands, int64_t unit, T* spare, const Body& body) const {
+        std::vector<LaneRows<T>> lanes{size_t(count)};
+        std::vector<int> valid(size_t(count), 0);
+        for (int64_t r = 0; r < count; ++r)
+            valid[r] = lane_rows<T>(lanes[r], images, planes, rows, columns, batch, bands, unit, height, first + r, spare);
+        // Rows are the inner loop: every image is then read or written in one stream for long enough to be prefetched.
+        for (int64_t c = 0; c < planes; ++c)
+            for (int64_t r = 0; r < count; ++r) {
+                if (wanted && !wanted[r]) continue;
+                body(lanes[r].at, valid[r], c * plane + r * placed.slots * LaneRows<T>::W);
+                lanes[r].next();
+            }
+    }
+};
+
+// Bring a unit's rows into the scratch.
+template <class T>
+void pack(const Source<const T>& s, const Bands& bands, int64_t unit, const T* zeros, T* scratch) {
+    using S = Simd<T>;
+    const int32_t* offsets = s.placed.offsets.data();
+    s.over_rows(bands, unit, zeros, [&](const T* const* lanes, int valid, int64_t at) {
+        T* to = scratch + at;
+        if (valid)
+            read_lanes<T>(lanes, s.placed.first, s.placed.last, [&](int64_t i, typename S::V v) { S::store(to + offsets[i], v); });
+        else
+            std::memset(to, 0, size_t(s.placed.slots * S::W) * sizeof(T));
+    });
+}
+
+// Bring a unit's rows back from the scratch.
+template <class T>
+void unpack(const Source<T>& s, const Bands& bands, int64_t unit, T* spare, const T* scratch) {
+    const int32_t* offsets = s.placed.offsets.data();
+    s.over_rows(bands, unit, spare, [&](T* const* lanes, int valid, int64_t at) {
+        const T* from = scratch + at;
+        if (valid)
+            write_lanes<T>(lanes, s.placed.first, s.placed.last, [&](int64_t i) { return Simd<T>::load(from + offsets[i]); });
+    });
+}
+
+constexpr int kMostPositions = 8;
+
+// NV consecutive positions of a row of the output, for all channels.
+template <class T, int NV>
+void conv_strip(const ConvForward<T>& a, const int32_t* taps, const T* in, T* out, int64_t plane) {
+    using S = Simd<T>;
+    using V = typename S::V;
+    constexpr int U = NV <= 2 ? 4 : NV <= 4 ? 2 : 1;  // independent sums hide the latency of the multiply-add
+    const int32_t* pointers = a.pointers;
+    const T *values = a.values, *bias = a.bias;
+    const bool relu = a.relu;
+    const int64_t outputs = a.s.outputs;
+    int64_t j = pointers[0];
+    for (int64_t o = 0; o < outputs; ++o) {
+        V sum[U][NV];
+        const V start = S::set(bias ? bias[o] : T(0));
+        for (int k = 0; k < NV; ++k) {
+            sum[0][k] = start;
+            for (int u = 1; u < U; ++u) sum[u][k] = S::zero();
+        }
+        const int64_t end = pointers[o + 1];
+        for (; j + U <= end; j += U)
+            for (int u = 0; u < U; ++u) {
+                const T* row = in + taps[j + u];
+                const V w = S::set(values[j + u]);
+                for (int k = 0; k < NV; ++k) sum[u][k] = S::fma(w, S::load(row + k * S::W), sum[u][k]);
+            }
+        for (; j < end; ++j) {
+            const T* row = in + taps[j];
+            const V w = S::set(values[j]);
+            for (int k = 0; k < NV; ++k) sum[0][k] = S::fma(w, S::load(row + k * S::W), sum[0][k]);
+        }
+        for (int k = 0; k < NV; ++k) {
+            for (int u = 1; u < U; ++u) sum[0][k] = S::add(sum[0][k], sum[u][k]);
+            if (relu) sum[0][k] = S::positive(sum[0][k]);
+            S::store(out + k * S::W, sum[0][k]);
+        }
+        out += plane;
+    }
+}
+
+template <class T, int NV>
+void conv_strips(const ConvForward<T>& a, const int32_t* taps, const T* in, T* out, int64_t plane, int64_t positions) {
+    if constexpr (NV > 0) {
+        if (positions != NV) return conv_strips<T, NV - 1>(a, taps, in, out, plane, positions);
+        conv_strip<T, NV>(a, taps, in, out, plane);
+    }
+}
+
+// Call body(from, count) for strips of at most kMostPositions of n positions.
+template <class F>
+inline void over_strips(int64_t n, const F& body) {
+    const int64_t strips = ceil_div(n, kMostPositions);
+    for (int64_t i = 0; i < strips; ++i) {
+        const int64_t from = n * i / strips;
+        body(from, n * (i + 1) / strips - from);
+    }
+}
+
+// Run body(index, memory) for n indices; a thread takes the next one when it is done. `memory` are `bytes` of the
+// thread's own, zeroed at the start. Returns false without memory.
+template <class F>
+inline bool over_units(int64_t n, int threads, int64_t bytes, const F& body) {
+    std::atomic<int64_t> next{0};
+    std::atomic<bool> failed{false};
+    const int team = int(std::min<int64_t>(n, threads));
+#pragma omp parallel num_threads(team) if (team > 1)
+    {
+        Scratch& scratch = conv_scratch();
+        char* memory = scratch.reserve(bytes + 64);
+        if (!memory) {
+            failed = true;
+        } else {
+            memory = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
+            std::memset(memory, 0, size_t(bytes));
+            for (int64_t i = next++; i < n; i = next++) body(i, memory);
+            scratch.trim();
+        }
+    }
+    return !failed;
+}
+
+template <class T, class I>
+bool conv_forward(const ConvForward<T>& a) {
+    const dst_conv& s = a.s;
+    constexpr int64_t W = Simd<T>::W;
+    if (s.batch <= 0 || s.outputs <= 0 || s.out_height <= 0 || s.out_width <= 0) return true;
+    const int64_t halo = (s.kernel_height - 1) * s.dilation_height + 1;
+    const Columns placed = place_columns(s.width, s.pad_width, (s.out_width - 1) * s.stride_width +
+                                         (s.kernel_width - 1) * s.dilation_width + 1, s.stride_width, W);
+    const double read = 3.0 * double(s.channels * placed.slots);
+    const double row = double(s.out_width) * (0.5 * double(a.pointers[s.outputs]) + 3.0 * double(s.outputs));
+    const int64_t row_size = (s.channels * placed.slots * s.stride_height + s.outputs * s.out_width) * W * int64_t(sizeof(T));
+    const int64_t halo_size = s.channels * placed.slots * (halo - s.stride_height) * W * int64_t(sizeof(T));
+    const Bands bands = cut_bands(s.batch, s.out_height, 1, (kBandBytes - halo_size) / row_size, W,
+                                  row + read * double(s.stride_height), read * double(halo - s.stride_height), a.threads);
+    const int64_t rows = (bands.height - 1) * s.stride_height + halo;
+    const auto wanted = std::make_unique<bool[]>(size_t(rows));
+    for (int64_t r = 0; r < bands.height; ++r)
+        for (int64_t h = 0; h < s.kernel_height; ++h) wanted[r * s.stride_height + h * s.dilation_height] = true;
+    const Source<const T> x{a.x, s.channels, s.height, s.width, s.batch, bands.height * s.stride_height, -s.pad_height, rows,
+                            wanted.get(), placed, plane_size<T>(rows, placed.slots, W)};
+    const Source<T> y{a.y, s.outputs, s.out_height, s.out_width, s.batch, bands.height, 0, bands.height, nullptr,
+                      place_columns(s.out_width, 0, s.out_width, 1, W), plane_size<T>(bands.height, s.out_width, W)};
+    const std::vector<int32_t> taps =
+        forward_taps<I>(s, a.pointers, static_cast<const I*>(a.indices), x.plane, placed.slots, W);
+    const int64_t in_size = whole_lines(s.channels * x.plane * int64_t(sizeof(T)));
+    const int64_t out_size = whole_lines(s.outputs * y.plane * int64_t(sizeof(T)));
+    const int64_t spare_size = whole_lines(std::max(s.width, s.out_width) * int64_t(sizeof(T)));
+    return over_units(bands.units, a.threads, in_size + out_size + 2 * spare_size, [&](int64_t unit, char* memory) {
+        T* in = reinterpret_cast<T*>(memory);
+        T* out = reinterpret_cast<T*>(memory + in_size);
+        const T* zeros = reinterpret_cast<T*>(memory + in_size + out_size);
+        T* spare = reinterpret_cast<T*>(memory + in_size + out_size + spare_size);
+        pack<T>(x, bands, unit, zeros, in);
+        for (int64_t r = 0; r < bands.height; ++r)
+            over_strips(s.out_width, [&](int64_t from, int64_t count) {
+                conv_strips<T, kMostPositions>(a, taps.data(), in + (r * s.stride_height * placed.slots + from) * W,
+                                               out + (r * s.out_width + from) * W, y.plane, count);
+            });
+        unpack<T>(y, bands, unit, spare, out);
+    });
+}
+
+// ---- backward: NV consecutive positions of a row of the input (of one remainder modulo the stride); every load of the
+// output gradient feeds the input gradient (times the weight) and the weight's own gradient (times the input)
+template <class T>
+struct Strip {
+    const int32_t* pointers;  // of the phase, [channels + 1]
+    const int32_t* offsets;
+    const T* values;
+    T* sums;  // of the weights' gradients
+    const T *g, *x;
+    T* gx;  // may be null
+    int64_t channels, plane;
+};
+
+template <class T, int NV, bool INPUT>
+void conv_back_strip(const Strip<T>& a) {
+    using S = Simd<T>;
+    using V = typename S::V;
+    constexpr int Q = kMostVectors >= 8 ? 4 : 2;  // taps whose sums fit into the registers next to those of the input
+    const int32_t* offsets = a.offsets;
+    const T *values = a.values, *g = a.g, *x = a.x;
+    T *sums = a.sums, *gx = a.gx;
+    int64_t j = a.pointers[0];
+    for (int64_t c = 0; c < a.channels; ++c) {
+        V sum[NV];
+        for (int k = 0; k < NV; ++k) sum[k] = S::zero();
+        const int64_t end = a.pointers[c + 1];
+        for (; j + 4 <= end; j += 4) {
+            V dot[4];
+            for (int p = 0; p < 4; p += Q) {
+                V w[Q];
+                const T* rows[Q];
+                for (int q = 0; q < Q; ++q) {
+                    dot[p + q] = S::zero();
+                    w[q] = S::set(values[j + p + q]);
+                    rows[q] = g + offsets[j + p + q];
+                }
+                for (int k = 0; k < NV; ++k) {
+                    const V in = S::load(x + k * S::W);
+                    for (int q = 0; q < Q; ++q) {
+                        const V d = S::load(rows[q] + k * S::W);
+                        if (INPUT) sum[k] = S::fma(w[q], d, sum[k]);
+                        dot[p + q] = S::fma(in, d, dot[p + q]);
+                    }
+                }
+            }
+            T out[4];
+            S::sum4(dot[0], dot[1], dot[2], dot[3], out);
+            for (int q = 0; q < 4; ++q) sums[j + q] += out[q];
+        }
+        if (j < end) {
+            V dot[4];
+            const int left = int(end - j);
+            for (int q = 0; q < 4; ++q) dot[q] = S::zero();
+            for (int q = 0; q < left; ++q) {
+                const V w = S::set(values[j + q]);
+                const T* row = g + offsets[j + q];
+                V part = S::zero();
+                for (int k = 0; k < NV; ++k) {
+                    const V d = S::load(row + k * S::W);
+                    if (INPUT) sum[k] = S::fma(w, d, sum[k]);
+                    part = S::fma(S::load(x + k * S::W), d, part);
+                }
+                dot[q] = part;
+            }
+            T out[4];
+            S::sum4(dot[0], dot[1], dot[2], dot[3], out);
+            for (int q = 0; q < left; ++q) sums[j + q] += out[q];
+            j = end;
+        }
+        if (INPUT) {
+            for (int k = 0; k < NV; ++k) S::store(gx + k * S::W, sum[k]);
+            gx += a.plane;
+        }
+        x += a.plane;
+    }
+}
+
+template <class T, int NV>
+void conv_back_strips(const Strip<T>& a, int64_t positions) {
+    if constexpr (NV > 0) {
+        if (positions != NV) return conv_back_strips<T, NV - 1>(a, positions);
+        if (a.gx) conv_back_strip<T, NV, true>(a);
+        else conv_back_strip<T, NV, false>(a);
+    }
+}
+
+// Sum of the output gradient over images and positions.
+template <class T>
+void conv_bias(const dst_conv& s, const T* g, T* gb, int threads) {
+    using S = Simd<T>;
+    const int64_t n = s.out_height * s.out_width;
+    in_parallel(s.outputs, threads, s.outputs * s.batch * n, [&](int64_t o) {
+        typename S::V sum[4];
+        for (int q = 0; q < 4; ++q) sum[q] = S::zero();
+        T rest = 0;
+        for (int64_t b = 0; b < s.batch; ++b) {
+            const T* p = g + (b * s.outputs + o) * n;
+            int64_t i = 0;
+            for (; i + 4 * S::W <= n; i += 4 * S::W)
+                for (int q = 0; q < 4; ++q) sum[q] = S::add(sum[q], S::load(p + i + q * S::W));
+            for (; i + S::W <= n; i += S::W) sum[0] = S::add(sum[0], S::load(p + i));
+            for (; i < n; ++i) rest += p[i];
+        }
+        T parts[4];
+        S::sum4(sum[0], sum[1], sum[2], sum[3], parts);
+        gb[o] = ((parts[0] + parts[1]) + (parts[2] + parts[3])) + rest;
+    });
+}
+
+template <class T, class I>
+bool conv_backward(const ConvBackward<T>& a) {
+    const dst_conv& s = a.s;
+    constexpr int64_t W = Simd<T>::W;
+    const int64_t n = a.pointers[s.channels * s.kernel_height * s.kernel_width];
+    if (a.gb) conv_bias<T>(s, a.g, a.gb, a.threads);
+    if (s.batch <= 0 || s.channels <= 0 || s.outputs <= 0 || s.out_height <= 0 || s.out_width <= 0 || n == 0) {
+        std::fill(a.gv, a.gv + n, T(0));
+        if (a.gx) std::fill(a.gx, a.gx + s.batch * s.channels * s.height * s.width, T(0));
+        return true;
+    }
+    // The output gradient's rows and columns that inputs of the first row and column of a band reach.
+    const int64_t top = floor_div(s.pad_height - (s.kernel_height - 1) * s.dilation_height, s.stride_height);
+    const int64_t left = floor_div(s.pad_width - (s.kernel_width - 1) * s.dilation_width, s.stride_width);
+    const int64_t right = floor_div(s.width - 1 + s.pad_width, s.stride_width);
+    const Columns placed = place_columns(s.out_width, -left, right - left + 1, 1, W);
+    const Columns split = place_columns(s.width, 0, s.width, s.stride_width, W);
+    const auto rows_of = [&](int64_t height) { return floor_div(height - 1 + s.pad_height, s.stride_height) - top + 1; };
+    const double read = 3.0 * double(s.outputs * placed.slots) / double(s.stride_height);
+    const double row = double(s.width) * ((a.gx ? 1.0 : 0.6) * double(n) / double(s.stride_height * s.stride_width) +
+                                          6.0 * double(s.channels));
+    const int64_t halo = (rows_of(s.stride_height) - 1) * s.stride_height;
+    const int64_t row_size = (s.outputs * placed.slots + (a.gx ? 2 : 1) * s.channels * split.slots * s.stride_height) * W *
+                             int64_t(sizeof(T)) / s.stride_height;
+    const int64_t halo_size = s.outputs * placed.slots * halo / s.stride_height * W * int64_t(sizeof(T));
+    const Bands bands = cut_bands(s.batch, s.height, s.stride_height, (kBandBytes - halo_size) / row_size, W, row + read,
+                                  read * double(halo), kParts / 2);
+    const int64_t rows = rows_of(bands.height);
+    const Source<const T> g{a.g, s.outputs, s.out_height, s.out_width, s.batch, bands.height / s.stride_height, top, rows,
+                            nullptr, placed, plane_size<T>(rows, placed.slots, W)};
+    const int64_t plane = plane_size<T>(bands.height, split.slots, W);
+    const Source<const T> x{a.x, s.channels, s.height, s.width, s.batch, bands.height, 0, bands.height, nullptr, split, plane};
+    const Source<T> gx{a.gx, s.channels, s.height, s.width, s.batch, bands.height, 0, bands.height, nullptr, split, plane};
+    const BackwardTaps<T> taps = backward_taps<T, I>(s, a.pointers, static_cast<const I*>(a.indices), a.values, g.plane, top,
+                                                     left, placed.slots, W);
+    const int64_t parts = std::min(kParts, bands.units);
+    std::vector<T> sums(size_t(parts * n), T(0));
+    const int64_t g_size = whole_lines(s.outputs * g.plane * int64_t(sizeof(T)));
+    const int64_t x_size = whole_lines(s.channels * plane * int64_t(sizeof(T))), gx_size = a.gx ? x_size : 0;
+    const int64_t spare_size = whole_lines(std::max(s.width, s.out_width) * int64_t(sizeof(T)));
+    const int64_t size = g_size + x_size + gx_size + 2 * spare_size;
+    const bool done = over_units(parts, a.threads, size, [&](int64_t part, char* memory) {
+        T* g_scratch = reinterpret_cast<T*>(memory);
+        T* x_scratch = reinterpret_cast<T*>(memory + g_size);
+        T* gx_scratch = reinterpret_cast<T*>(memory + g_size + x_size);
+        const T* zeros = reinterpret_cast<T*>(memory + g_size + x_size + gx_size);
+        T* spare = reinterpret_cast<T*>(memory + g_size + x_size + gx_size + spare_size);
+        for (int64_t unit = bands.units * part / parts; unit < bands.units * (part + 1) / parts; ++unit) {
+            pack<T>(g, bands, unit, zeros, g_scratch);
+            pack<T>(x, bands, unit, zeros, x_scratch);
+            for (int64_t r = 0; r < bands.height; ++r)
+                for (int64_t q = 0; q < std::min(s.stride_width, s.width); ++q) {
+                    const int64_t phase = r % s.stride_height * s.stride_width + q;
+                    over_strips(ceil_div(s.width - q, s.stride_width), [&](int64_t at, int64_t count) {
+                        const int64_t slot = (r * split.slots + q * (split.slots / s.stride_width) + at) * W;
+                        conv_back_strips<T, kMostPositions>(
+                            {taps.pointers.data() + phase * (s.channels + 1), taps.offsets.data(), taps.values.data(),
+                             sums.data() + part * n, g_scratch + (r / s.stride_height * placed.slots + at) * W,
+                             x_scratch + slot, a.gx ? gx_scratch + slot : nullptr, s.channels, plane}, count);
+                    });
+                }
+            if (a.gx) unpack<T>(gx, bands, unit, spare, gx_scratch);
+        }
+    });
+    in_parallel(n, a.threads, n * parts, [&](int64_t j) {
+        T sum = 0;
+        for (int64_t p = 0; p < parts; ++p) sum += sums[p * n + j];
+        a.gv[taps.positions[j]] = sum;
+    });
+    return done;
+}
+
+}  // namespace DST_ISA
+}  // namespace
+#endif
