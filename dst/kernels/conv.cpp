@@ -511,11 +511,10 @@ inline bool over_units(int64_t n, int threads, int64_t bytes, const F& body) {
 #pragma omp parallel num_threads(team) if (team > 1)
     {
         Scratch& scratch = conv_scratch();
-        char* memory = scratch.reserve(bytes + 64);
+        char* memory = scratch.lines(bytes);
         if (!memory) {
             failed = true;
         } else {
-            memory = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory) + 63) / 64 * 64);
             std::memset(memory, 0, size_t(bytes));
             for (int64_t i = next++; i < n; i = next++) body(i, memory);
             scratch.trim();

@@ -180,33 +180,6 @@ inline int64_t balanced_cut(const int32_t* pointers, int64_t rows, int64_t targe
     return lo;
 }
 
-// A buffer kept from call to call while it is small: new memory of this size would be mapped, zeroed and unmapped by the
-// system at every call.
-constexpr int64_t kScratchBytes = 16 << 20;
-
-struct Scratch {
-    char* data = nullptr;
-    int64_t size = 0;
-
-    ~Scratch() { std::free(data); }
-
-    char* reserve(int64_t bytes) {
-        if (bytes > size) {
-            std::free(data);
-            data = static_cast<char*>(std::malloc(size_t(bytes)));
-            size = data ? bytes : 0;
-        }
-        return data;
-    }
-
-    void trim() {
-        if (size <= kScratchBytes) return;
-        std::free(data);
-        data = nullptr;
-        size = 0;
-    }
-};
-
 }  // namespace
 
 #include "conv.cpp"
