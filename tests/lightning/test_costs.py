@@ -19,7 +19,8 @@ from dst.metrics.passes import batch_of
 from dst.metrics.prediction import Prediction
 from dst.report import write_report
 from dst.report.compare import compare, read_runs
-from dst.report.summary import EnergyUse, Latency, MemoryUse, Summary, show
+from dst.report.summary import EnergyUse, Latency, MemoryUse, Summary
+from dst.report.terminal import show
 from dst.topology.layers import find_layers
 from tests.report.runs import make_run
 
