@@ -122,20 +122,18 @@ class Latency:
 
 @dataclass(frozen=True)
 class EnergyUse:
-    """Joules.
+    """Measured energy, in joules.
 
     Attributes:
-        training_joules: Of all fits; None where it is not known (what finished levels took before a resume).
-        step_joules: Of training per optimizer step.
-        inference_joules: Of one sample, within a batch as in `Latency`.
-        estimated: Whether it is an estimate and no measurement.
-        source: What was read, in words; an estimate says what it assumes.
+        training_joules: Energy of all fits; None if a part was not measured.
+        step_joules: Energy of training per optimizer step; None as above.
+        inference_joules: Energy per sample, in a batch as in `Latency`; None if it was not measured.
+        source: What was read, in words.
     """
 
     training_joules: float | None
     step_joules: float | None
-    inference_joules: float
-    estimated: bool
+    inference_joules: float | None
     source: str
 
 
@@ -162,7 +160,7 @@ class Summary:
         topology: See `Topology`.
         memory: See `MemoryUse`; None in summaries of earlier versions, as are the next two.
         latency: See `Latency`.
-        energy: See `EnergyUse`.
+        energy: See `EnergyUse`; None on machines without an energy counter.
     """
 
     sparsity: str
@@ -194,7 +192,9 @@ class Summary:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Summary:
-        """Read what `write` wrote.
+        """Read what `write` wrote, in this version or an earlier one.
+
+        Energy that an earlier version estimated is left out.
 
         Raises:
             DataError: The file is missing or is not a summary.
@@ -202,6 +202,7 @@ class Summary:
         path = Path(folder) / SUMMARY_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+            values["energy"] = _measured(values.get("energy"))
             return cls(**{k: _PARTS[k](**v) if k in _PARTS and v is not None else v for k, v in values.items()})
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not a run's summary: {error}") from error
@@ -235,11 +236,11 @@ class Summary:
             )
         if self.energy is not None:
             e = self.energy
-            kind = "estimated" if e.estimated else "measured"
             if e.training_joules is not None:
                 step = "" if e.step_joules is None else f", {e.step_joules:.3g} J a step"
-                found.append((f"training energy, {kind}", f"{e.training_joules:.3g} J{step} ({e.source})"))
-            found.append((f"inference energy, {kind}", f"{e.inference_joules:.3g} J a sample ({e.source})"))
+                found.append(("training energy", f"{e.training_joules:.3g} J{step} ({e.source})"))
+            if e.inference_joules is not None:
+                found.append(("inference energy", f"{e.inference_joules:.3g} J a sample ({e.source})"))
         return found
 
     def renderable(self, folder: str | os.PathLike[str] | None = None) -> Group:
@@ -267,6 +268,13 @@ class Summary:
         if folder is not None:
             parts.append(Text(f"\n{Path(folder)}", style="dim"))
         return Group(*parts)
+
+
+def _measured(energy: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Energy as read from a file, without the flag of earlier versions; None if they estimated it."""
+    if energy is None or energy.get("estimated", False):
+        return None
+    return {name: value for name, value in energy.items() if name != "estimated"}
 
 
 _PARTS: dict[str, Any] = {
