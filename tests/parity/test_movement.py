@@ -53,7 +53,7 @@ def test_movement(soft):
 
             def keep(s):
                 return (s.sigmoid() > 0.4).float()
-        else:  # chosen behind the step before, by the cubic schedule's density there
+        else:  # chosen after the step before, by the cubic schedule's density there
 
             def keep(s, at=step - 1):
                 return top(s, cubic_count(at) if at >= 4 else 60)
