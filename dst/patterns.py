@@ -1,4 +1,4 @@
-"""Which weights are active together, and within which window a budget holds."""
+"""Patterns: which weights are active together, and within which scope a budget holds."""
 
 from dst.pieces.patterns import NM, Block, Diagonal, FanIn, Head, Neuron, TransposableNM, Unstructured, best_per_scope
 

@@ -1,4 +1,4 @@
-"""Clocks, drop fractions and densities over training."""
+"""Schedules: clocks, drop fractions and densities over time."""
 
 from dst.pieces.schedules import Alternating, Constant, Cosine, Cubic, Every, InversePower, Linear, Never, Stepwise
 

@@ -53,6 +53,11 @@ def active_counts(sparsifier: dst.Sparsifier) -> dict[str, int]:
     return {layer.label: int(layer.part(sparsifier.masks[layer.parameter]).sum()) for layer in sparsifier.layers}
 
 
+def check_density(active: int, density: float, weights: int, *, slack: int = 0) -> None:
+    """Assert that the active weights are the fewest that reach a density, to ``slack`` weights."""
+    assert -slack - 1e-6 < active - density * weights < 1 + slack, (active, density * weights)
+
+
 def hooks_of(model: nn.Module) -> int:
     """How many forward hooks a model's modules have."""
     return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())

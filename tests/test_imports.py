@@ -46,7 +46,7 @@ def test_what_is_imported_when(tmp_path):
 import importlib, sys, dst
 from dst.cli.main import main
 assert main(["--help"]) == main(["--version"]) == main(["methods", "--help"]) == 0
-slow = {{"torch", "numpy", "rich", "hydra", "omegaconf", "lightning"}}
+slow = {{"torch", "numpy", "rich", "hydra", "omegaconf", "lightning", "scipy", "jinja2"}}
 print(sorted(slow & set(sys.modules)), file=sys.stderr)
 import torch
 before = torch.get_rng_state()
@@ -60,7 +60,7 @@ heavy = {{"lightning", "pytorch_lightning", "hydra", "omegaconf", "torchmetrics"
 print(sorted(heavy & {{name.partition(".")[0] for name in sys.modules}}), file=sys.stderr)
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
-absent = heavy | {{"rich"}}
+absent = heavy | {{"rich", "scipy", "jinja2"}}
 PathFinder.find_spec = lambda name, *rest: None if name.partition(".")[0] in absent else find(name, *rest)
 import torch
 model = dst.models.LeNet300100((1, 8, 8), 10)

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "dst"
 ORDER = [
     "errors",
     "checkpoints",
+    "tables",
     "kernels",
     "nn",
     "topology",

@@ -156,7 +156,7 @@ def job(cfg: DictConfig) -> float:
         return _sweep_job(cfg, folder)
 
     from dst.cli.train import run
-    from dst.report.summary import show
+    from dst.report.terminal import show
 
     try:
         summary = run(cfg, folder)
@@ -292,17 +292,11 @@ def methods(argv: Sequence[str]) -> int:
     except SystemExit as done:
         return int(done.code or 0)
 
-    from rich.table import Table
-
     from dst.cli.catalogue import COLUMNS, catalogue
-    from dst.report.summary import show
+    from dst.report.terminal import show, terminal_table
 
-    table = Table(box=None, header_style="dim", pad_edge=False, padding=(0, 2, 0, 0))
-    for header in COLUMNS:
-        table.add_column(header, no_wrap=header in ("sparsity=", "paper"))
-    for row in catalogue():
-        table.add_row(*row)
-    show(table)
+    whole = [i for i, header in enumerate(COLUMNS) if header in ("sparsity=", "paper")]
+    show(terminal_table([COLUMNS, *catalogue()], right=(), whole=whole))
     return 0
 
 
@@ -318,7 +312,7 @@ def inspect(argv: Sequence[str]) -> int:
         return int(done.code or 0)
 
     from dst.report.inspection import inspect_checkpoint
-    from dst.report.summary import show
+    from dst.report.terminal import show
 
     try:
         inspection = inspect_checkpoint(arguments.path)
@@ -335,7 +329,8 @@ def compare(argv: Sequence[str]) -> int:
 
     from dst.report.compare import compare as compared
     from dst.report.compare import read_runs
-    from dst.report.summary import show
+    from dst.report.comparison_output import renderable, write_comparison
+    from dst.report.terminal import show
 
     parser = argparse.ArgumentParser("dst compare", description="Compare finished runs over seeds.")
     parser.add_argument("runs", nargs="+", help="folders of runs, or folders that hold such (a sweep's)")
@@ -352,9 +347,9 @@ def compare(argv: Sequence[str]) -> int:
     except ConfigurationError as error:  # data errors are such too
         print(f"error: {error}", file=sys.stderr)
         return 2
-    show(comparison.renderable())
+    show(renderable(comparison))
     if arguments.output is not None:
-        for path in comparison.write(arguments.output):
+        for path in write_comparison(comparison, arguments.output):
             print(path)
     return 0
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -15,10 +13,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
+from rich.text import Text
 
 from dst.checkpoints import write_atomically
 from dst.errors import ConfigurationError
-from dst.report.summary import SUMMARY_FILE, Summary, number, percent, show
+from dst.report.summary import SUMMARY_FILE, Summary, number, percent
+from dst.report.terminal import show, terminal_table
+from dst.tables import csv_table, markdown_table
 
 CONFIG_FILE = "finished.yaml"
 ERROR_FILE = "error.txt"
@@ -184,28 +185,21 @@ def swept(rows: Sequence[Row]) -> list[str]:
 def write_table(rows: Sequence[Row], folder: str | Path) -> None:
     """Write all runs to ``sweep.csv`` (every override, full precision) and ``sweep.md`` (what was swept)."""
     names = list(dict.fromkeys(name for row in rows for name in row.overrides))
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", *names, *COLUMNS, "status"])
+    lines: list[list[Any]] = [["run", *names, *COLUMNS, "status"]]
     for row in rows:
         given = [row.overrides.get(name, "") for name in names]
-        writer.writerow([row.run, *given, *(row.values.get(name) for name in COLUMNS), row.status])
-    write_atomically(Path(folder) / "sweep.csv", text.getvalue())
-    header, lines = _cells(rows)
-    marks = ["---"] * len(header)
-    cells = [[cell.replace("|", "\\|") for cell in line] for line in (header, marks, *lines)]
-    write_atomically(Path(folder) / "sweep.md", "".join(f"| {' | '.join(line)} |\n" for line in cells))
+        lines.append([row.run, *given, *(row.values.get(name) for name in COLUMNS), row.status])
+    write_atomically(Path(folder) / "sweep.csv", csv_table(lines))
+    header, cells = _cells(rows)
+    write_atomically(Path(folder) / "sweep.md", markdown_table([header, *cells], _measured(header)) + "\n")
 
 
 def table(rows: Sequence[Row], title: str = "") -> Table:
     """Return all runs as a ``rich`` table."""
     header, lines = _cells(rows)
-    result = Table(title=title, title_justify="left", title_style="dim", box=None, header_style="dim", pad_edge=False)
-    for name in header:
-        result.add_column(name, justify="right" if name in _SHOWN else "left", overflow="fold")
-    for line in lines:
-        result.add_row(*line, style=None if line[-1] == "ok" else "red")
-    return result
+    styles = ["" if line[-1] == "ok" else "red" for line in lines]
+    styled = [[Text(cell, style) for cell in line] for line, style in zip(lines, styles, strict=True)]
+    return terminal_table([header, *styled], _measured(header), title=title)
 
 
 _SHOWN = {
@@ -217,11 +211,15 @@ _SHOWN = {
 }
 
 
+def _measured(header: Sequence[str]) -> list[int]:
+    return [i for i, name in enumerate(header) if name in _SHOWN]
+
+
 def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     names = swept(rows)
     header = ["run", *names, *_SHOWN, "status"]
     lines = []
     for row in rows:
-        measured = [show(row) if row.values else "" for show in _SHOWN.values()]
+        measured = [text(row) if row.values else "" for text in _SHOWN.values()]
         lines.append([row.run, *(row.overrides.get(n, "") for n in names), *measured, row.status])
     return header, lines

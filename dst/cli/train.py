@@ -113,7 +113,7 @@ class Outcome:
         training: Operations of the whole training, and of as many dense steps; for methods of several fits, of one.
         topology: See `dst.report.summary.Topology`.
         memory: Measured in training; None where it ran elsewhere.
-        energy: Of training; None where it is not known.
+        energy: Of training; None if a part was not measured.
         tested_step: Step of the weights that are tested.
         selected: Which weights these are; see ``dst.lightning.best_checkpoint.SELECTIONS``.
         shortfall: Where training ended before its density was reached, what it did reach; see ``Sparsifier.shortfall``.
@@ -239,17 +239,27 @@ def _timed(parts: Parts, batch_size: int, outcome: Outcome) -> dict[str, Any]:
     module = parts.module.to(device)
     one, batch = (time_passes(module, parts.example, size, device=device) for size in (1, batch_size))
     conditions = {"batch_size": batch_size, "device": str(device), "threads": torch.get_num_threads()}
-    inference, training = batch.energy.per(batch_size), outcome.energy
     return {
         "latency": Latency(1e3 * one.seconds, 1e3 * batch.seconds, conditions),
-        "energy": EnergyUse(
-            training_joules=None if training is None else training.joules,
-            step_joules=None if training is None or not outcome.steps else training.joules / outcome.steps,
-            inference_joules=inference.joules,
-            estimated=inference.estimated or (training is not None and training.estimated),
-            source="; ".join(dict.fromkeys((*(training.sources if training is not None else ()), *inference.sources))),
+        "energy": _energy_use(
+            outcome.energy, None if batch.energy is None else batch.energy.per(batch_size), outcome.steps
         ),
     }
+
+
+def _energy_use(training: Energy | None, inference: Energy | None, steps: int) -> EnergyUse | None:
+    """Energy of a training of ``steps`` steps and of one sample's inference; None if neither was measured."""
+    sources = dict.fromkeys(
+        source for energy in (training, inference) if energy is not None for source in energy.sources
+    )
+    if not sources:
+        return None
+    return EnergyUse(
+        training_joules=None if training is None else training.joules,
+        step_joules=None if training is None or not steps else training.joules / steps,
+        inference_joules=None if inference is None else inference.joules,
+        source="; ".join(sources),
+    )
 
 
 def _realised(layers: Sequence[Mapping[str, Any]]) -> float:

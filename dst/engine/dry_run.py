@@ -13,6 +13,7 @@ from dst.engine.coverage import left_dense
 from dst.method import Method, check_method
 from dst.nn import SparseLinear
 from dst.planning.first_mask import layer_counts
+from dst.tables import aligned_table
 from dst.topology.layers import Selector, SparseLayer, find_layers
 
 
@@ -55,15 +56,8 @@ class Plan:
             density = "" if row.active is None or not row.weights else f"{row.active / row.weights:.4f}"
             shape = "×".join(map(str, row.shape))
             table.append((row.name, row.kind, shape, f"{row.weights:,}", active, density, row.storage, row.note))
-        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
-        right = {3, 4, 5}
-        lines = [
-            "  ".join(
-                c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            )
-            for line in table
-        ]
-        return "\n".join([*(line.rstrip() for line in lines), *([f"\n{self.note}"] if self.note else [])])
+        text = aligned_table(table, right={3, 4, 5})
+        return f"{text}\n\n{self.note}" if self.note else text
 
 
 def plan(

@@ -1,4 +1,4 @@
-"""Kernels that touch only non-zero weights: compiled where possible, torch's own CSR operations otherwise."""
+"""Kernels for sparse weights: compiled ones if available, otherwise torch's CSR operations."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _log = logging.getLogger(__name__)
 
 @lru_cache(maxsize=1)
 def load() -> Kernels | None:
-    """Return the compiled kernels, or None where there are none; asked once per process.
+    """Return the compiled kernels, or None if there are none. The result is cached per process.
 
-    The library that the install built comes first, then one built earlier on this machine; otherwise it is built now
-    (under a minute) into the user's cache folder. ``DST_KERNELS`` overrides: ``torch`` refuses compiled kernels,
-    ``prebuilt`` never runs a compiler, and a path names the library to load.
+    Looks for the library that the install built, then for one in the user's cache folder, and otherwise builds it there
+    in less than a minute. The environment variable ``DST_KERNELS`` overrides this: ``torch`` disables compiled kernels,
+    ``prebuilt`` never runs a compiler, and a path selects the library to load.
 
     Raises:
         ConfigurationError: ``DST_KERNELS`` names a library that cannot be loaded.
     """
-    # Imported here so that ``python -m dst.kernels.build`` is the first to import it.
+    # A module that is imported already triggers a warning in ``python -m dst.kernels.build``.
     from dst.kernels.build import BuildError, build, cache_path
 
     wanted = os.environ.get("DST_KERNELS", "")
@@ -63,7 +63,7 @@ def load() -> Kernels | None:
 
 @lru_cache(maxsize=1)
 def engine() -> Engine:
-    """Return the engine for sparse layers: the compiled kernels, or torch's CSR operations after saying so once."""
+    """Return the engine of sparse layers: the compiled kernels, or torch's CSR operations with a warning."""
     kernels = load()
     if kernels is not None:
         return kernels

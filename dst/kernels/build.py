@@ -1,6 +1,6 @@
-"""Compile the sparse kernels; needs nothing but the standard library, so that an install can use it before torch exists.
+"""Compiling the sparse kernels. Uses only the standard library, so that an install can run it without torch.
 
-``python -m dst.kernels.build`` builds them into the package, for a source checkout.
+``python -m dst.kernels.build`` builds the kernels into the package, for a source checkout.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("spmm.cpp")  # includes the others
 
-# No -ffast-math: infinities and NaN must survive. GCC's own AVX-512 headers trigger the two warnings silenced here.
+# No -ffast-math: it breaks infinities and NaN. GCC's AVX-512 headers trigger the two uninitialized warnings.
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -30,11 +30,11 @@ FLAGS = (
 
 
 class BuildError(RuntimeError):
-    """No compiler was found, or it refused the source; the message holds what it said."""
+    """There is no compiler, or compilation failed. The message contains the compiler's output."""
 
 
 def find_compiler() -> str | None:
-    """Return the C++ compiler's path: ``$CXX`` if set, otherwise the first of c++, g++ and clang++, or None."""
+    """Return the path of the C++ compiler: ``$CXX`` if set, otherwise the first of c++, g++ and clang++, or None."""
     wanted = os.environ.get("CXX")
     for name in (wanted.split()[0],) if wanted else ("c++", "g++", "clang++"):
         found = shutil.which(name)
@@ -44,38 +44,38 @@ def find_compiler() -> str | None:
 
 
 def digest() -> str:
-    """Return a short hash of the sources and the flags: a library built from anything else is another file."""
+    """Return a short hash of the sources and the flags. It is part of the library's file name."""
     sources = b"".join(path.read_bytes() for path in sorted(SOURCE.parent.glob("*.cpp")))
     content = sources + " ".join(FLAGS).encode() + Path(__file__).read_bytes()
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 def cache_path() -> Path:
-    """Return where a library built on first use belongs: ``$DST_CACHE``, or ``dst`` in the user's cache folder."""
+    """Return the path of a library built on first use, in ``$DST_CACHE`` or ``dst`` in the user's cache folder."""
     root = os.environ.get("DST_CACHE")
     base = Path(root) if root else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dst"
     return base / f"spmm-{sys.platform}-{digest()}.so"
 
 
 def build(target: Path, compiler: str | None = None) -> Path:
-    """Compile the kernels into ``target``, with OpenMP where the compiler has it.
+    """Compile the kernels into ``target``, with OpenMP if the compiler supports it.
 
-    The library appears under its name only when it is complete, so that several processes may build at once.
+    The library is written atomically, so several processes may build it at once.
 
     Args:
-        target: the shared library to write; its folder is created.
-        compiler: a C++ compiler that speaks GCC's options; found by itself if None.
+        target: The shared library to write. Missing folders are created.
+        compiler: A C++ compiler with GCC's options; see `find_compiler` if None.
 
     Returns:
         ``target``.
 
     Raises:
-        BuildError: no compiler, or the compilation failed.
+        BuildError: There is no compiler, or compilation failed.
     """
     compiler = compiler or find_compiler()
     if compiler is None:
         raise BuildError("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
-    said = ""
+    output = ""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -86,10 +86,10 @@ def build(target: Path, compiler: str | None = None) -> Path:
                 if done.returncode == 0:
                     os.replace(partial, target)
                     return target
-                said = done.stderr
+                output = done.stderr
     except OSError as error:
         raise BuildError(f"cannot build the sparse kernels into {target.parent}: {error}") from error
-    raise BuildError(f"{compiler} could not compile {SOURCE.name}:\n{said[-2000:]}")
+    raise BuildError(f"{compiler} could not compile {SOURCE.name}:\n{output[-2000:]}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A chain of layers as one call of the compiled kernels."""
+"""A chain of layers in one call of the compiled kernels."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class ChainLayer(NamedTuple):
         rows: Output features.
         columns: Input features.
         pattern: Positions of the non-zeros; None for a dense layer.
-        values: The values in row order, ``[nnz]``, of a sparse layer; the weight, ``[rows, columns]``, of a dense one.
-        bias: ``[rows]`` or None. All tensors are contiguous, detached and of one type, float32 or float64.
-        relu: Apply ReLU.
+        values: For a sparse layer the values in row order, ``[nnz]``; for a dense one the weight, ``[rows, columns]``.
+        bias: ``[rows]`` or None. All tensors are contiguous, detached and of one dtype, float32 or float64.
+        relu: Whether to apply ReLU.
     """
 
     rows: int
@@ -59,8 +59,8 @@ def _fields(layer: ChainLayer) -> _LayerFields:
 class CompiledChain:
     """The forward pass through a chain of layers in one call of the kernels.
 
-    Weights and biases are read in place at every run, so in-place changes are seen. Values in row order are a copy, which
-    the caller refreshes.
+    Every run reads weights and biases in place, so in-place changes take effect. Values in row order are a copy, which the
+    caller refreshes.
 
     Args:
         library: The compiled kernels.
@@ -68,7 +68,7 @@ class CompiledChain:
     """
 
     def __init__(self, library: ctypes.CDLL, layers: Sequence[ChainLayer]):
-        # Keeps the memory, even if a parameter has been given other storage since.
+        # Keeps the memory alive, even if a parameter gets other storage.
         self._keep = tuple(layers)
         self._dtype = layers[0].values.dtype
         self._columns, self._rows = layers[0].columns, layers[-1].rows
@@ -84,12 +84,12 @@ class CompiledChain:
             x: ``[batch, columns]``, any strides.
 
         Returns:
-            The output, or None if ``x`` has another shape, type or device than the chain takes.
+            The output, or None if the chain does not support the shape, dtype or device of ``x``.
 
         Raises:
-            MemoryError: No memory for the activations.
+            MemoryError: There is no memory for the activations.
         """
-        # At batch 1, with cold caches, every call of a torch function costs microseconds: there are few here.
+        # At batch size 1 with cold caches every call of a torch function costs microseconds, so there are few.
         if type(x) is not Tensor or x.dtype is not self._dtype or not x.is_cpu:
             return None
         shape = x.shape

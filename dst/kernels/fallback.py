@@ -1,4 +1,4 @@
-"""The engine for machines without a compiler: the interface of the compiled engine on torch's CSR operations."""
+"""The engine without compiled kernels: the same interface on torch's CSR operations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def _csr(pointers: Tensor, indices: Tensor, values: Tensor, shape: tuple[int, in
 
 
 class TorchKernels:
-    """Sparse times dense by ``torch.mm`` on CSR tensors, gradients of the values by ``sampled_addmm``."""
+    """Computes products with ``torch.mm`` on CSR tensors, and gradients of the values with ``sampled_addmm``."""
 
     name = "torch"
 
     def __init__(self) -> None:
-        """Suppress torch's warning that CSR is in beta, which is given once per process."""
+        """Suppress torch's warning that CSR is in beta. torch warns once per process."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*Sparse CSR tensor support is in beta.*")
             _csr(torch.tensor([0, 1]), torch.tensor([0]), torch.ones(1), (1, 1))
@@ -29,7 +29,7 @@ class TorchKernels:
     def pattern(self, flat: Tensor, rows: int, columns: int) -> Pattern:
         """Build a pattern from sorted, distinct flat indices (int64)."""
         row_pointers, column_indices = split_flat(flat, rows, columns)
-        # Stable: rows stay in order within a column.
+        # A stable sort keeps the rows ordered within a column.
         by_column = torch.argsort(column_indices, stable=True)
         permutation = torch.empty_like(by_column)
         permutation[by_column] = torch.arange(flat.numel())
@@ -66,7 +66,7 @@ class TorchKernels:
         return x.t().contiguous()
 
     def forward(self, pattern: Pattern, row_values: Tensor, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
-        """Return ``W x + bias`` (then ReLU) as ``[batch, rows]``; arguments as in the compiled engine."""
+        """Return ``W x + bias`` (then ReLU) as ``[batch, rows]``; see `Kernels.forward`."""
         if pattern.nnz == 0 or x.shape[1] == 0:
             y = torch.zeros(pattern.rows, x.shape[1], dtype=x.dtype)
         else:
@@ -79,7 +79,7 @@ class TorchKernels:
     def backward(
         self, pattern: Pattern, values: Tensor, x: Tensor, g: Tensor, y: Tensor | None, *, input: bool, bias: bool
     ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
-        """Return the gradients of input, values and bias, and the output gradient; as in the compiled engine."""
+        """Return the gradients of input, values, bias and output; see `Kernels.backward`."""
         gt = g.t().contiguous()
         if y is not None:
             gt = torch.ops.aten.threshold_backward(gt, y.t(), 0)
@@ -93,12 +93,12 @@ class TorchKernels:
         return gx, gv, gb, gt
 
     def top_k(self, k: int, dtype: torch.dtype, key: int) -> TorchTopK:
-        """Return an empty running top-k for tiles of ``dtype``, its ties broken by ``key``."""
+        """Return an empty running top-k for tiles of ``dtype``; ``key`` breaks ties."""
         return TorchTopK(k, dtype, key)
 
 
 class TorchTopK:
-    """The k largest absolute values of a matrix seen tile by tile; ties are broken by ``tie_order``."""
+    """A running top-k by absolute value over the tiles of a matrix. ``tie_order`` breaks ties."""
 
     def __init__(self, k: int, dtype: torch.dtype, key: int):
         self._k, self._key = k, key
@@ -107,7 +107,7 @@ class TorchTopK:
         self._threshold = -1.0
 
     def update(self, tile: Tensor, base: int, exclude: Tensor) -> None:
-        """Feed the next tile; arguments as in the compiled engine."""
+        """Add the next tile; see `NativeTopK.update`."""
         flat = tile.view(-1)
         flat[exclude - base] = torch.nan
         flat = flat.abs_()
@@ -132,6 +132,6 @@ class TorchTopK:
             self._threshold = float(least)
 
     def finish(self) -> Tensor:
-        """Return the chosen flat indices, sorted, int64 ``[<= k]``."""
+        """Return the flat indices of the top k, sorted, int64 ``[<= k]``."""
         self._prune()
         return self._indices

@@ -43,10 +43,10 @@ _FALLIBLE = ("dst_run_chain", "dst_rows_forward", "dst_rows_backward", "dst_conv
 def open_library(path: Path) -> ctypes.CDLL:
     """Load the library at ``path`` and declare its functions.
 
-    torch has to be imported first: its OpenMP run-time is then the one in the process, and both share a pool of threads.
+    torch must be imported first. The kernels then use its OpenMP runtime and share its thread pool.
 
     Raises:
-        OSError: The file cannot be loaded, or has another interface.
+        OSError: The file cannot be loaded, or has another interface version.
     """
     library = ctypes.CDLL(str(path))
     if not hasattr(library, "dst_abi") or library.dst_abi() != ABI:

@@ -1,4 +1,4 @@
-"""The compiled engine: the kernels of ``spmm.cpp`` for tensors."""
+"""The compiled engine: the kernels of ``spmm.cpp`` on tensors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from dst.kernels.pattern import Pattern, split_flat
 class Kernels:
     """Compiled kernels for float32 and float64 on the CPU.
 
-    Activations are ``[batch, features]`` tensors whose storage is feature-major (strides ``(1, batch)``), so that a
-    chain of layers never copies. Results do not depend on the number of threads or their timing.
+    Activations are feature-major ``[batch, features]`` tensors (strides ``(1, batch)``), so a chain of layers never copies
+    them. Results do not depend on the number or timing of threads.
     """
 
     name = "compiled"
@@ -29,7 +29,7 @@ class Kernels:
         """Load the library at ``path``.
 
         Raises:
-            OSError: The file cannot be loaded, or has another interface.
+            OSError: The file cannot be loaded, or has another interface version.
         """
         self._library = open_library(path)
         self.path = path
@@ -87,7 +87,7 @@ class Kernels:
         )  # fmt: skip
 
     def feature_major(self, x: Tensor) -> Tensor:
-        """Return ``x`` ``[batch, features]`` as a ``[features, batch]`` tensor with unit stride over the batch."""
+        """Return ``x`` ``[batch, features]`` as a ``[features, batch]`` tensor with stride 1 over the batch."""
         batch, features = x.shape
         if batch == 1:
             return x.contiguous().view(features, 1)
@@ -106,11 +106,11 @@ class Kernels:
         """Return ``W x + bias`` (then ReLU) as ``[batch, rows]``, strides ``(1, batch)``.
 
         Args:
-            pattern: positions of the non-zeros.
-            row_values: the values in row order, ``[nnz]``.
+            pattern: Positions of the non-zeros.
+            row_values: Values in row order, ``[nnz]``.
             x: ``[columns, batch]`` from `feature_major`.
             bias: ``[rows]``, contiguous, or None.
-            relu: apply ReLU.
+            relu: Whether to apply ReLU.
         """
         batch = x.shape[1]
         y = torch.empty_strided((batch, pattern.rows), (1, max(batch, 1)), dtype=x.dtype)
@@ -124,20 +124,20 @@ class Kernels:
     def backward(
         self, pattern: Pattern, values: Tensor, x: Tensor, g: Tensor, y: Tensor | None, *, input: bool, bias: bool
     ) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor]:
-        """Return the gradients of input, values and bias, and the output gradient used.
+        """Return the gradients of input, values, bias and output.
 
         Args:
-            pattern: positions of the non-zeros.
-            values: the values in column order, ``[nnz]``.
-            x: ``[columns, batch]``, as given to `forward`.
-            g: gradient of the output, ``[batch, rows]``, any strides.
-            y: the output if ReLU was applied, else None.
-            input: compute the gradient of the input.
-            bias: compute the gradient of the bias.
+            pattern: Positions of the non-zeros.
+            values: Values in column order, ``[nnz]``.
+            x: ``[columns, batch]``, the input of `forward`.
+            g: Gradient of the output, ``[batch, rows]``, any strides.
+            y: The output if `forward` applied ReLU, otherwise None.
+            input: Whether to compute the gradient of the input.
+            bias: Whether to compute the gradient of the bias.
 
         Returns:
-            Input gradient ``[batch, columns]`` with strides ``(1, batch)`` or None, values' gradient ``[nnz]``, bias
-            gradient ``[rows]`` or None, output gradient before ReLU, feature-major ``[rows, batch]``.
+            Gradient of the input, ``[batch, columns]`` with strides ``(1, batch)``, or None; of the values, ``[nnz]``; of
+            the bias, ``[rows]``, or None; and of the output before ReLU, feature-major ``[rows, batch]``.
         """
         double, threads = x.dtype is torch.float64, torch.get_num_threads()
         batch, rows = g.shape
@@ -283,11 +283,11 @@ class Kernels:
         return gx, gv, gb
 
     def chain(self, layers: Sequence[ChainLayer]) -> CompiledChain:
-        """Prepare forward passes through ``layers``; their tensors must not be resized or moved while it is used."""
+        """Prepare forward passes through ``layers``. Their tensors must not be resized or moved while it is in use."""
         return CompiledChain(self._library, layers)
 
     def top_k(self, k: int, dtype: torch.dtype, key: int) -> NativeTopK:
-        """Return an empty running top-k for tiles of ``dtype``, its ties broken by ``key``."""
+        """Return an empty running top-k for tiles of ``dtype``; ``key`` breaks ties."""
         return NativeTopK(self._library, k, dtype, key)
 
 
@@ -296,7 +296,7 @@ def _row_major(x: Tensor) -> Tensor:
 
 
 class NativeTopK:
-    """The k largest absolute values of a matrix seen tile by tile; ties are broken by ``tie_order``."""
+    """A running top-k by absolute value over the tiles of a matrix. ``tie_order`` breaks ties."""
 
     def __init__(self, library: ctypes.CDLL, k: int, dtype: torch.dtype, key: int):
         self._library, self._k, self._double, self._key = library, k, dtype is torch.float64, key
@@ -307,12 +307,12 @@ class NativeTopK:
         self._threshold: c_double | c_float = c_double(-1.0) if self._double else c_float(-1.0)
 
     def update(self, tile: Tensor, base: int, exclude: Tensor) -> None:
-        """Feed the next tile.
+        """Add the next tile.
 
         Args:
-            tile: contiguous; overwritten at the excluded places.
-            base: flat index of its first element; tiles come in increasing order.
-            exclude: int64 flat indices within the tile that may not be chosen.
+            tile: Contiguous. It is overwritten at the excluded positions.
+            base: Flat index of the tile's first element. Must increase from tile to tile.
+            exclude: Flat indices within the tile that may not be chosen, int64.
         """
         self._library.dst_grow_update(
             self._double, tile.data_ptr(), tile.numel(), base, exclude.data_ptr(), exclude.numel(), self._k,
@@ -321,7 +321,7 @@ class NativeTopK:
         )  # fmt: skip
 
     def finish(self) -> Tensor:
-        """Return the chosen flat indices, sorted, int64 ``[<= k]``."""
+        """Return the flat indices of the top k, sorted, int64 ``[<= k]``."""
         count = ctypes.addressof(self._count)
         self._library.dst_grow_finish(
             self._double, self._k, self._key, self._values.data_ptr(), self._indices.data_ptr(), count

@@ -1,4 +1,4 @@
-"""Positions of the non-zeros of a weight matrix, in both orders."""
+"""Positions of the non-zeros of a weight matrix, in row and column order."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from dst.errors import ConfigurationError
 
 @dataclass(frozen=True, eq=False)
 class Pattern:
-    """The positions of the non-zeros of a ``[rows, columns]`` matrix; its values are kept in column order.
+    """The positions of the non-zeros of a ``[rows, columns]`` matrix. Values are stored in column order.
 
-    The *position* of a non-zero is its place in column order (by column, then by row). Its *flat* index is row-major:
+    The *position* of a non-zero is its index in column order (by column, then by row). Its *flat* index is row-major:
     ``row * columns + column``.
 
     Attributes:
-        rows: rows of the matrix (output features).
-        columns: columns of the matrix (input features).
-        column_pointers: int32 ``[columns + 1]``, start of each column in column order.
-        row_indices: ``[nnz]``, the rows in column order; uint16 if they fit and the engine reads it, else int32.
-        row_pointers: int32 ``[rows + 1]``, start of each row in row order.
-        column_indices: ``[nnz]``, the columns in row order; type as ``row_indices``.
-        permutation: int32 ``[nnz]``, row order → column order.
+        rows: Number of rows (output features).
+        columns: Number of columns (input features).
+        column_pointers: Start of each column in column order, int32 ``[columns + 1]``.
+        row_indices: Rows in column order, ``[nnz]``; uint16 if they fit and the engine supports it, otherwise int32.
+        row_pointers: Start of each row in row order, int32 ``[rows + 1]``.
+        column_indices: Columns in row order, ``[nnz]``; dtype of ``row_indices``.
+        permutation: Row order → column order, int32 ``[nnz]``.
     """
 
     rows: int
@@ -56,12 +56,12 @@ class Pattern:
         return _expand(self.row_pointers, self.columns).add_(self.column_indices.to(torch.int64))
 
     def flat_by_position(self) -> Tensor:
-        """Return the row-major flat index of every position, int64 ``[nnz]``: aligned with the values."""
+        """Return the flat index of every position, int64 ``[nnz]``, in the order of the values."""
         flat = self.row_indices.to(torch.int64).mul_(self.columns)
         return flat.add_(_expand(self.column_pointers, 1))
 
     def mask(self) -> Tensor:
-        """Return the bool mask ``[rows, columns]``. Materialises the matrix: for small layers and for conversion."""
+        """Return the bool mask ``[rows, columns]``. Materializes it: for small layers and for conversion."""
         mask = torch.zeros(self.rows * self.columns, dtype=torch.bool)
         mask[self.flat()] = True
         return mask.view(self.rows, self.columns)
@@ -84,7 +84,8 @@ def check_flat(flat: Tensor, rows: int, columns: int) -> None:
     """Check that ``flat`` holds sorted distinct flat indices of a ``[rows, columns]`` matrix.
 
     Raises:
-        ConfigurationError: Another dtype or shape, too many non-zeros, or indices out of range, unsorted or repeated.
+        ConfigurationError: The dtype or shape is wrong, there are too many non-zeros, or the indices are out of range,
+            unsorted or repeated.
     """
     if flat.dtype != torch.int64 or flat.dim() != 1:
         raise ConfigurationError(f"indices is {flat.dtype} {tuple(flat.shape)}; a 1-D int64 tensor is needed")

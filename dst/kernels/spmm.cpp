@@ -1,16 +1,15 @@
 // Kernels for linear layers that store only their non-zero weights.
 //
-// Plain C ABI, C++17, no dependency but the standard library and, where the compiler offers it, OpenMP. The body
-// between the two halves of this file is compiled once per instruction set (the file includes itself) and the best
-// one is chosen when the library is first used.
+// C ABI, C++17. Depends only on the standard library and, if the compiler supports it, OpenMP. The file includes itself to
+// compile its second half once per instruction set. The best instruction set is chosen when the library is first used.
 //
-// Layout. Activations are feature-major: X is [in, batch], Y is [out, batch], so a non-zero weight is one scalar times
-// one contiguous vector. The weight W [out, in] is kept in two orders: by columns (CSC: the master values, what the
-// optimizer sees) and by rows (CSR: a copy of the values that `gather` refreshes). Indices inside a row or a column
-// are unsigned 16-bit where they fit and signed 32-bit otherwise ("wide"); pointers and permutations are 32-bit.
+// Layout. Activations are feature-major: X is [in, batch], Y is [out, batch], so each non-zero multiplies one contiguous
+// vector. The weight W [out, in] is stored in two orders: by columns (CSC: the values that the optimizer updates) and by
+// rows (CSR: a copy that `gather` refreshes). Indices inside a row or a column are unsigned 16-bit where they fit and
+// signed 32-bit otherwise ("wide"). Pointers and permutations are 32-bit.
 //
-// Every output element is computed by one thread in an order that depends on shapes alone, so results depend neither
-// on the number of threads nor on their timing.
+// One thread computes each output element, in an order that depends only on shapes. Results do not depend on the number or
+// timing of threads.
 
 #ifndef DST_ISA
 // ------------------------------------------------------------------------------------------------ common half
@@ -33,11 +32,11 @@
 
 namespace {
 
-// Bytes of the input that one forward pass over a tile of the batch may touch: a common second-level cache. The backward
-// pass gains more from wide tiles (fewer horizontal sums) than from a resident operand.
+// Input bytes per tile of the batch in the forward pass: the size of a common L2 cache. The backward pass gains more from
+// wide tiles (fewer horizontal sums) than from an operand in cache.
 constexpr int64_t kCacheBytes = 1024 * 1024;
 
-// Parallel regions smaller than this many multiply-adds cost more to start than they save.
+// Starting a parallel region with fewer multiply-adds costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 15;
 
 template <class T>
@@ -66,7 +65,7 @@ struct Backward {
     int64_t x_stride;
     const T* g;
     int64_t g_stride;
-    T* gx;  // may be null: the first layer needs no input gradient
+    T* gx;  // null if the input needs no gradient
     int64_t gx_stride;
     T* gv;
     int64_t batch;
@@ -154,7 +153,7 @@ struct Scratch {
     }
 };
 
-// How the batch is cut: `tiles` pieces of at most `vectors` vectors each.
+// Tiling of the batch: `tiles` tiles of at most `vectors` vectors.
 struct Tiling {
     int64_t tiles, vectors;
 };
@@ -169,7 +168,7 @@ inline Tiling tile_batch(int64_t batch, int64_t features, int64_t width, int64_t
     return t;
 }
 
-// First row whose cumulated cost reaches `target`; a row costs its non-zeros and a constant.
+// First row whose cumulative cost reaches `target`. The cost of a row is its non-zeros plus a constant.
 inline int64_t balanced_cut(const int32_t* pointers, int64_t rows, int64_t target) {
     int64_t lo = 0, hi = rows;
     while (lo < hi) {
@@ -225,14 +224,14 @@ inline int64_t balanced_cut(const int32_t* pointers, int64_t rows, int64_t targe
 
 // ------------------------------------------------------------------------------------------------ C ABI
 extern "C" {
-// One layer of a chain: sparse (row-ordered `values` with `pointers` and `indices`) or dense (`values` is the row-major
-// weight, the other two are not read); `bias` may be null.
+// One layer of a chain: sparse (`values` in row order with `pointers` and `indices`) or dense (`values` is the row-major
+// weight; `pointers` and `indices` are not read). `bias` may be null.
 struct dst_layer {
     int64_t sparse, wide, rows, columns, relu;
     const void *pointers, *indices, *values, *bias;
 };
 
-// Layers, each as wide as the one before it.
+// Layers; the outputs of each are the inputs of the next.
 struct dst_chain {
     int64_t is_double, count;
     const dst_layer* layers;
@@ -357,8 +356,8 @@ int run_chain(const dst_layer* layers, int64_t count, const T* x, int64_t x_stri
     const bool transpose = batch_major && batch > 1;
     int64_t widest = transpose ? layers[0].columns : 0;
     for (int64_t i = 0; i + 1 < count; ++i) widest = std::max(widest, layers[i].rows);
-    // The batch is cut so that scratch stays small and activations in the caches, but never so thin that streaming the
-    // weights anew for every piece would cost more than the arithmetic.
+    // Pieces of the batch keep scratch small and activations in cache. Thinner pieces would make streaming the weights once
+    // per piece cost more than the arithmetic.
     int64_t piece = kScratchBytes / int64_t(2 * sizeof(T)) / std::max<int64_t>(1, widest) / 128 * 128;
     piece = std::min(batch, std::max<int64_t>(128, piece));
     const int64_t side = (widest * piece + line - 1) / line * line;
@@ -428,7 +427,7 @@ void match_patterns(int64_t rows, const int32_t* old_pointers, const I* old_indi
     }
 }
 
-// Bits of a floating-point number in an order that sorts as the number does (NaN of either sign at the ends).
+// Maps the bits of a floating-point number to an integer with the same order (NaN of either sign at the ends).
 template <class T>
 struct Bits;
 template <>
@@ -449,7 +448,7 @@ DST_INLINE typename Bits<T>::U ordered(T value) {
     return u & sign ? ~u : u | sign;
 }
 
-// The k-th smallest (k from 1 to n): a histogram over the leading bits, then a selection within one bin.
+// The k-th smallest (k in 1..n): a histogram of the leading bits, then a selection within one bin.
 template <class T>
 T select(int64_t n, int64_t k, const T* values) {
     constexpr int shift = sizeof(T) * 8 - 14;
@@ -466,7 +465,7 @@ T select(int64_t n, int64_t k, const T* values) {
     return inside[k - 1];
 }
 
-// The rank of a position among equal values, the smallest first: SplitMix64's finalizer, as `dst.topology.tie_order`.
+// Tie-breaking rank of a position, the smallest wins: SplitMix64's finalizer, as in dst.topology.selection.tie_order.
 inline int64_t tie_order(int64_t position, int64_t key) {
     uint64_t z = uint64_t(position) * 0x9E3779B97F4A7C15u + uint64_t(key);
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -474,8 +473,8 @@ inline int64_t tie_order(int64_t position, int64_t key) {
     return int64_t(z ^ (z >> 31));
 }
 
-// Keep the k best of *count > k pairs, by larger value and then by smaller tie order; pairs arrive and stay in index
-// order. `least` and `rank` become the value and the tie order of the last one kept.
+// Keep the k best of *count > k pairs, by larger value and then by smaller tie order. The pairs stay in index order. Sets
+// `least` and `rank` to the value and the tie order of the worst pair kept.
 template <class T>
 void prune(int64_t k, int64_t* count, T* values, int64_t* indices, int64_t key, T* least, int64_t* rank) {
     *least = select(*count, *count - k + 1, values);
@@ -501,7 +500,7 @@ void prune(int64_t k, int64_t* count, T* values, int64_t* indices, int64_t key, 
 template <class T>
 void grow_update(T* tile, int64_t n, int64_t base, const int64_t* exclude, int64_t excluded, int64_t k, int64_t capacity,
                  int64_t key, T* values, int64_t* indices, int64_t* count, T* threshold, int64_t* rank) {
-    // A NaN compares false with everything, so an excluded position can never enter, not even among tied zeros.
+    // A NaN compares false with everything, so an excluded position never enters, not even among tied zeros.
     for (int64_t i = 0; i < excluded; ++i) tile[exclude[i] - base] = std::numeric_limits<T>::quiet_NaN();
     if (k <= 0) return;
     constexpr int64_t block = 32;
@@ -533,8 +532,8 @@ extern "C" {
 // Version of this interface; the loader refuses a library built from another one.
 int dst_abi() { return 7; }
 
-// Instruction set in use: 0 portable, 1 AVX2, 2 AVX-512. `dst_set_isa` lowers it (for tests); it never raises it above
-// what the machine has.
+// Instruction set in use: 0 portable, 1 AVX2, 2 AVX-512. `dst_set_isa` lowers it for tests, and never raises it above what
+// the machine supports.
 int dst_isa() { return level(); }
 int dst_set_isa(int wanted) {
     level() = std::max(0, std::min(wanted, detect()));
@@ -552,9 +551,9 @@ void dst_forward(int is_double, int wide, int64_t rows, int64_t columns, const i
                             y_stride, batch, (const float*)bias, relu != 0, threads}, wide);
 }
 
-// Run a batch through one or more layers in one call: with small batches what surrounds a layer's call costs more than its
-// arithmetic. The input is batch-major (example b at x + b * x_stride) or feature-major (feature f at x + f * x_stride), a
-// single example contiguous; the output is feature-major, [out, batch]. Returns 0, or 1 without memory for scratch.
+// Run a batch through one or more layers in one call: with small batches the call overhead of a layer exceeds its
+// arithmetic. The input is batch-major (example b at x + b * x_stride) or feature-major (feature f at x + f * x_stride); a
+// single example is contiguous. The output is feature-major, [out, batch]. Returns 0, or 1 if scratch cannot be allocated.
 int64_t dst_run_chain(const dst_chain* chain, const void* x, int64_t x_stride, int64_t batch_major, int64_t batch, void* y,
                       int64_t threads) {
     if (chain->is_double)
@@ -575,8 +574,8 @@ void dst_backward(int is_double, int wide, int64_t rows, int64_t columns, const 
                              (const float*)g, g_stride, (float*)gx, gx_stride, (float*)gv, batch, threads}, wide);
 }
 
-// Bring a gradient (or an input) into feature-major order; where `y` is given zero it where y is not positive, where
-// `bias` is given sum each feature over the batch. `out` may be null when the gradient is feature-major and y is null.
+// Convert a gradient (or an input) to feature-major order. If `y` is given, zero it where y is not positive. If `bias` is
+// given, sum each feature over the batch. `out` may be null if the gradient is feature-major and y is null.
 void dst_gradient(int is_double, int64_t features, int64_t batch, const void* g, int64_t g_stride, int batch_major,
                   const void* y, int64_t y_stride, void* out, void* bias, int threads) {
     if (is_double)
@@ -675,8 +674,8 @@ void dst_merge(int64_t n, const int64_t* a, int64_t m, const int64_t* b, int64_t
     std::merge(a, a + n, b, b + m, out);
 }
 
-// Feed one tile of a gradient (n elements, the first having flat index `base`) to a running top-k by absolute value, ties
-// broken by `key`. `values`/`indices` hold `capacity` >= k + 64 pairs and one more place; *count, *threshold and *rank
+// Add one tile of a gradient (n elements, the first with flat index `base`) to a running top-k by absolute value; `key`
+// breaks ties. `values` and `indices` have room for `capacity` + 1 pairs, `capacity` >= k + 64. *count, *threshold and *rank
 // start at 0, -1 and 0. The tile is overwritten at the excluded positions.
 void dst_grow_update(int is_double, void* tile, int64_t n, int64_t base, const int64_t* exclude, int64_t excluded,
                      int64_t k, int64_t capacity, int64_t key, void* values, int64_t* indices, int64_t* count,
@@ -820,7 +819,7 @@ struct Simd<double> {
 #else
 constexpr int kMostVectors = 4;
 
-// Sixteen-byte vectors in the compilers' own notation: SSE2, NEON, or whatever the target has.
+// 16-byte vectors in the compiler's vector extension: SSE2, NEON, or what the target supports.
 template <class T>
 struct Simd {
     typedef T V __attribute__((vector_size(16)));
@@ -862,7 +861,7 @@ struct Simd {
 };
 #endif
 
-// Static shares of the iterations; small work does not enter OpenMP, whose entry costs even one thread.
+// Static scheduling. Small work stays out of OpenMP: entering a parallel region costs time even with one thread.
 template <class F>
 inline void in_parallel(int64_t n, int threads, int64_t work, const F& body) {
     if (threads <= 1 || work <= kSerialWork) {
@@ -933,7 +932,7 @@ void forward_rows(const Forward<T>& a, int64_t from, int64_t to, int64_t lane, i
     }
 }
 
-// Eight inputs picked by index. Single loads beat the gather instruction here; four 16-bit indices cost one load.
+// Gather eight inputs by index. Scalar loads are faster here than the gather instruction; four 16-bit indices are one load.
 template <class T>
 struct Eight {
     typedef T V __attribute__((vector_size(8 * sizeof(T))));
@@ -958,10 +957,10 @@ DST_INLINE typename Eight<T>::V pick(const T* x, const int32_t* i) {
     return typename Eight<T>::V{x[i[0]], x[i[1]], x[i[2]], x[i[3]], x[i[4]], x[i[5]], x[i[6]], x[i[7]]};
 }
 
-// The first n of eight lanes; zero in the others, whatever they hold.
+// Keep the selected lanes and set the others to zero, even NaN.
 template <class V, class M>
 DST_INLINE V keep(V a, M mask) {
-    static_assert(sizeof(V) == sizeof(M), "one mask lane a lane");
+    static_assert(sizeof(V) == sizeof(M), "one mask lane per lane");
     return V(M(a) & mask);
 }
 
@@ -973,7 +972,7 @@ void forward_vector(const Forward<T>& a, int64_t from, int64_t to) {
     typedef Bit M __attribute__((vector_size(8 * sizeof(T))));
     constexpr Bit bits[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
     const I* indices = static_cast<const I*>(a.indices);
-    // Locals: stores to y could change what `a` refers to, as far as the compiler knows.
+    // Local copies, because the compiler must assume that stores to y alias `a`.
     const T *x = a.x, *values = a.values, *bias = a.bias;
     const int32_t* pointers = a.pointers;
     T* y = a.y;
@@ -988,7 +987,7 @@ void forward_vector(const Forward<T>& a, int64_t from, int64_t to) {
             sums += w * pick<T>(x, indices + j);
         }
         T rest = 0;
-        if (j + 8 <= all) {  // what follows belongs to the next rows; single steps would be mispredicted
+        if (j + 8 <= all) {  // reads into the next rows and masks them: a scalar loop would be mispredicted
             M mask;
             std::memcpy(&mask, bits + 8 - (end - j), sizeof mask);
             std::memcpy(&w, values + j, sizeof w);
@@ -1114,8 +1113,8 @@ void dense(const Dense<T>& a) {
     in_parallel((a.rows + group - 1) / group, a.threads, a.rows * a.columns * a.batch, body);
 }
 
-// ---- backward: one column of W; every row of the output gradient is loaded once and feeds the input gradient (times
-// the weight) and the weight's own gradient (times the input)
+// ---- backward: one column of W. Each row of the output gradient is loaded once, for the input gradient (times the weight)
+// and for the gradient of the weight (times the input)
 template <class T, class I, int NV, bool TAIL, bool INPUT>
 void backward_columns(const Backward<T>& a, int64_t from, int64_t to, int64_t lane, int tail) {
     using S = Simd<T>;

@@ -1,4 +1,4 @@
-"""What a fit takes of memory and energy."""
+"""Memory, energy and wall time of a fit."""
 
 from __future__ import annotations
 
@@ -12,52 +12,57 @@ from dst.metrics.memory import PeakMemory
 
 
 class Spent(Callback):
-    """Measures memory and energy of a fit by counters that are read at both its ends, at no cost in between.
+    """Measures memory, energy and wall time of a fit. Counters are read at both ends, so that steps cost nothing.
 
-    Energy goes into checkpoints, so that a resumed run knows what it took before; what was spent between the last checkpoint
-    and an interruption is not known. Memory is this process's, the energy that of ``dst.metrics.EnergyMeter``.
+    Energy and wall time are saved in checkpoints and add up over resumed runs. What was spent between the last checkpoint
+    and an interruption is unknown. Memory is that of this process; energy is that of `dst.metrics.EnergyMeter`.
 
     Attributes:
-        memory: The fit's peak; None before its end.
-        energy: Of all fits so far; None before the first one's end.
-        seconds_before: Wall time of training up to the checkpoint that it goes on from.
+        memory: Peak of the fit; None before its end.
+        seconds_before: Wall time of training, in seconds, up to the checkpoint from which this fit resumed.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.memory: PeakMemory | None = None
+        self.seconds_before = 0.0
         self._peak: PeakMemory | None = None
         self._meter: EnergyMeter | None = None
-        self._before = (0.0, 0.0)  # joules and seconds of fits that were resumed, or that ended
-        self.seconds_before = 0.0
+        self._seconds: float | None = None  # of all fits so far; None before the first
+        self._joules: float | None = 0.0  # None where a part was not measured
         self._sources: tuple[str, ...] = ()
-        self._estimated = False
 
     @property
     def energy(self) -> Energy | None:
-        """Energy of all fits so far."""
-        if self._meter is not None:
-            self._read()
-        return Energy(*self._before, self._sources, self._estimated) if self._sources else None
+        """Energy of all fits so far; None before the first, and where a part of them was not measured."""
+        self._read()
+        if self._seconds is None or self._joules is None:
+            return None
+        return Energy(self._joules, self._seconds, self._sources)
 
     def _read(self) -> None:
         """Add what was spent since the last reading."""
-        assert self._meter is not None
+        if self._meter is None:
+            return
         self._meter.__exit__()
+        self._seconds = (self._seconds or 0.0) + self._meter.seconds
         found = self._meter.result
-        self._before = self._before[0] + found.joules, self._before[1] + found.seconds
-        self._sources, self._estimated = found.sources, self._estimated or found.estimated
+        if found is None or self._joules is None:
+            self._joules, self._sources = None, ()
+        else:
+            self._joules += found.joules
+            self._sources = tuple(dict.fromkeys((*self._sources, *found.sources)))
         self._meter.__enter__()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Begin: a checkpoint is loaded by now."""
+        """Start to measure. A checkpoint has been loaded by now."""
         device = trainer.strategy.root_device
         self._meter, self._peak = EnergyMeter(device), PeakMemory(device)
         self._peak.__enter__()
         self._meter.__enter__()
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """End."""
+        """Stop measuring."""
         if self._meter is None or self._peak is None:
             return
         self._peak.__exit__()
@@ -67,20 +72,18 @@ class Spent(Callback):
         self._meter = self._peak = None
 
     def state_dict(self) -> dict[str, Any]:
-        """Energy so far, as plain values."""
-        found = self.energy
-        if found is None:
+        """Return wall time and energy so far as plain values; empty before the first fit."""
+        self._read()
+        if self._seconds is None:
             return {}
-        return {
-            "joules": found.joules,
-            "seconds": found.seconds,
-            "sources": list(found.sources),
-            "estimated": found.estimated,
-        }
+        return {"seconds": self._seconds, "joules": self._joules, "sources": list(self._sources)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict`'s result."""
-        if state_dict:
-            self._before = float(state_dict["joules"]), float(state_dict["seconds"])
-            self.seconds_before = self._before[1]
-            self._sources, self._estimated = tuple(state_dict["sources"]), bool(state_dict["estimated"])
+        """Continue from a state of `state_dict`."""
+        if not state_dict:
+            return
+        self._seconds = self.seconds_before = float(state_dict["seconds"])
+        # Earlier versions saved an estimate where nothing was measured.
+        measured = state_dict["joules"] is not None and not state_dict.get("estimated", False)
+        self._joules = float(state_dict["joules"]) if measured else None
+        self._sources = tuple(state_dict["sources"]) if measured else ()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from dst.errors import ConfigurationError
 from dst.metrics.conventions import Convention, convention_of
 from dst.metrics.counting import Operations
+from dst.tables import aligned_table
 
 FLOPS_PER_MAC = 2
 
@@ -223,14 +224,8 @@ class FlopsTable:
         for row in (*self.rows, total):
             density = "" if row.density is None else f"{row.density:.4f}"
             lines.append((row.name, density, f"{row.dense:,.0f}", f"{row.theoretical:,.0f}", f"{row.executed:,.0f}"))
-        widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-        text = [
-            "  ".join(
-                c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        ]
-        return "\n".join([f"{unit} per sample: {self.convention.description}", *text, *self.warnings])
+        table = aligned_table(lines, right=range(1, len(header)))
+        return "\n".join([f"{unit} per sample: {self.convention.description}", table, *self.warnings])
 
 
 def flops_table(

@@ -1,4 +1,4 @@
-"""Time and energy of forward passes on this machine."""
+"""Latency and energy of forward passes on this machine."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from dst.topology.evaluation import evaluation_mode
 
 @dataclass(frozen=True)
 class Passes:
-    """Forward passes that were timed.
+    """Timed forward passes.
 
     Attributes:
-        seconds: Median wall time of one.
-        energy: Of one.
-        batch_size: Samples in it.
-        repeats: How many were timed.
+        seconds: Median wall time of one pass, in seconds.
+        energy: Mean energy of one pass; None on machines without a counter.
+        batch_size: Samples per pass.
+        repeats: Number of timed passes.
     """
 
     seconds: float
-    energy: Energy
+    energy: Energy | None
     batch_size: int
     repeats: int
 
@@ -35,20 +35,20 @@ class Passes:
 def time_passes(
     model: nn.Module, example: Example, batch_size: int, *, device: torch.device | str = "cpu", seconds: float = 0.1
 ) -> Passes:
-    """Time forward passes in evaluation mode, for about as long as is asked for and at least three times.
+    """Time forward passes in evaluation mode, for about ``seconds`` and at least three times.
 
-    The model's mode is restored. Take ratios of models measured in turns where machines are noisy; a single figure says
-    little.
+    The model's mode is restored. On a noisy machine a single figure means little: measure the models in turns and compare
+    their ratios.
 
     Args:
         model: The model, on ``device``.
-        example: As in `dst.metrics.count_operations`; its samples are repeated to fill the batch.
-        batch_size: Samples of a batch.
-        device: Where it runs.
-        seconds: About how long to go on.
+        example: As in `dst.metrics.count_operations`. Its samples are repeated to fill the batch.
+        batch_size: Samples per pass.
+        device: Device of the model.
+        seconds: Approximate time to measure, in seconds.
 
     Returns:
-        The median, and the mean energy.
+        The median latency and the mean energy.
     """
     device = torch.device(device)
     args, kwargs = batch_of(example, batch_size, next(model.parameters()))
@@ -63,4 +63,5 @@ def time_passes(
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 times.append(time.perf_counter() - start)
-    return Passes(statistics.median(times), meter.result.per(len(times)), batch_size, len(times))
+    energy = None if meter.result is None else meter.result.per(len(times))
+    return Passes(statistics.median(times), energy, batch_size, len(times))

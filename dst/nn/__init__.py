@@ -1,4 +1,4 @@
-"""Layers: truly sparse modules, sparse activations, mixtures of experts."""
+"""Modules: layers that store only non-zeros, sparse activations, mixtures of experts."""
 
 from __future__ import annotations
 

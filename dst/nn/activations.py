@@ -1,10 +1,10 @@
-"""Sparse activations: only the k largest activations of a layer are kept, all others are zero.
+"""Sparse activations: keep the k largest activations of a layer and set all others to zero.
 
 Activations are ``(N, units)`` after linear layers and ``(N, channels, …)`` after convolutions. The k winners of a sample
-are chosen among all its entries, channels and positions together.
+are chosen over all channels and positions.
 
-Models take activations as factories, `ActivationFactory`: called with the number of units (channels), it returns the module.
-``functools.partial(KWinners, density=0.1)`` is one, and so is a Hydra node with ``_partial_: true``.
+Models take an `ActivationFactory`, which returns the module for a number of units (channels), for example
+``functools.partial(KWinners, density=0.1)`` or a Hydra node with ``_partial_: true``.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from torch import Tensor, nn
 from dst.errors import ConfigurationError
 
 ActivationFactory: TypeAlias = Callable[[int], nn.Module]
-"""Makes the activation of a layer from the number of its units (channels)."""
+"""Returns the activation module for a number of units (channels)."""
 
 
 def k_winners(activations: Tensor, k: int, duty_cycle: Tensor | None = None, boost: float = 0.0) -> Tensor:
-    """Keep the k entries of every sample whose boosted value is largest, and set all others to zero.
+    """Keep the k entries of every sample with the largest boosted values, and set all others to zero.
 
-    Unit i is boosted by ``exp(β (k/n - d_i))``, for n entries in a sample and the duty cycle d of its unit (Ahmad &
-    Scheinkman 2019, "How Can We Be So Dense? The Benefits of Using Highly Sparse Representations", section 3.2). Boosting
-    decides which entries win; winners keep their own value. The gradient flows to winners only, not through boosting.
+    Unit i is boosted by ``exp(β (k/n - d_i))``, where n is the number of entries in a sample and d_i the unit's duty cycle
+    (Ahmad & Scheinkman 2019, "How Can We Be So Dense? The Benefits of Using Highly Sparse Representations", section 3.2).
+    Boosting decides which entries win; winners keep their unboosted value. The gradient flows only to winners, and not
+    through the boost.
 
     Args:
-        activations: ``(N, units)`` or ``(N, channels, …)``, floating point, n entries a sample.
-        k: Winners of a sample, in 1..n. Exactly k are kept; ties are broken by ``torch.topk``.
-        duty_cycle: How often each unit (channel) won lately: ``(units,)``, in [0, 1]. Only used with a ``boost``.
-        boost: β >= 0; 0 for none.
+        activations: ``(N, units)`` or ``(N, channels, …)``, floating point, n entries per sample.
+        k: Number of winners per sample, in 1..n. Exactly k entries are kept; ``torch.topk`` breaks ties.
+        duty_cycle: Moving average of how often each unit (channel) wins: ``(units,)``, in [0, 1]. Used if ``boost > 0``.
+        boost: β >= 0; 0 turns boosting off.
 
     Returns:
         A tensor of the shape and dtype of ``activations``.
@@ -46,13 +47,13 @@ def k_winners(activations: Tensor, k: int, duty_cycle: Tensor | None = None, boo
 
 
 def top_k_relu(activations: Tensor, k: int) -> Tensor:
-    """ReLU that keeps only the k largest entries of every sample.
+    """Apply ReLU and keep only the k largest entries of every sample.
 
-    k-sparse autoencoders (Makhzani & Frey 2014) keep the k largest linear activations; here negative ones are zero, too.
+    k-sparse autoencoders (Makhzani & Frey 2014) keep the k largest linear activations; here negative ones are also zero.
 
     Args:
-        activations: ``(N, units)`` or ``(N, channels, …)``, floating point, n entries a sample.
-        k: Entries of a sample that are kept, in 1..n; fewer if fewer are positive.
+        activations: ``(N, units)`` or ``(N, channels, …)``, floating point, n entries per sample.
+        k: Number of entries to keep per sample, in 1..n. Fewer are non-zero if fewer are positive.
 
     Returns:
         A tensor of the shape and dtype of ``activations``.
@@ -65,16 +66,16 @@ def top_k_relu(activations: Tensor, k: int) -> Tensor:
 
 
 def updated_duty_cycle(duty_cycle: Tensor, won: Tensor, seen: int | Tensor, period: int) -> Tensor:
-    """Move the duty cycle towards the share in which each unit won in a batch of N samples.
+    """Update the duty cycle with the winners of a batch of N samples.
 
-    ``d ← (d (T - N) + Σ won) / T`` with ``T = min(period, seen)``: a plain mean over the first samples, an exponential
-    one of that period afterwards. For N >= T it is the batch's own share.
+    ``d ← (d (T - N) + Σ won) / T`` with ``T = min(period, seen)``: the mean over the first ``period`` samples, then an
+    exponential moving average. For N >= T it is the mean over the batch.
 
     Args:
         duty_cycle: ``(units,)`` in [0, 1].
-        won: ``(N, units)`` or ``(N, channels, …)``, True where an entry won; a channel's share is over its positions.
-        seen: Samples so far, this batch included.
-        period: Samples over which the mean forgets, at least 1.
+        won: ``(N, units)`` or ``(N, channels, …)``, True where an entry won. Channels are averaged over positions.
+        seen: Number of samples so far, including this batch.
+        period: Period of the moving average in samples, at least 1.
 
     Returns:
         The new duty cycle, ``(units,)`` in [0, 1].
@@ -86,31 +87,35 @@ def updated_duty_cycle(duty_cycle: Tensor, won: Tensor, seen: int | Tensor, peri
 
 
 class KWinners(nn.Module):
-    """k-winners with boosting by duty cycle (Ahmad & Scheinkman 2019, section 3.2), as a replacement for ReLU.
+    """k-winners with duty-cycle boosting (Ahmad & Scheinkman 2019, section 3.2), as a replacement for ReLU.
 
-    The share ``density`` of a layer's entries stays in training, ``inference_factor`` times as much in evaluation.
-    Units that win less often than the average are boosted, so that all take part. The duty cycle and the number
-    of samples that it has seen are buffers: they are part of ``state_dict`` and move only in training.
+    Keeps a fraction ``density`` of a layer's entries in training, and ``inference_factor`` times as many in evaluation.
+    Boosting favours units that win less often than the average. The duty cycle and the number of samples seen are
+    buffers: ``state_dict`` contains them, and only training changes them.
 
-    Winners keep their sign: a ReLU in front, if wanted, is a module of its own. Deviations from the authors' code
-    (``nupic.torch``): a unit's duty cycle counts its wins, as in the paper, where the code counts positive outputs; β
-    stays as it is, where the code offers to decay it by epoch; samples seen are saved, too, so that a resumed run goes on
-    exactly; in evaluation k is rounded once for layers of every kind. Under DDP, which copies the first process's
-    buffers, its samples alone move the duty cycle.
+    Winners keep their sign; put a ReLU in front for non-negative outputs. Deviations from the authors' code
+    (``nupic.torch``):
+
+    - The duty cycle counts wins, as in the paper; the code counts positive outputs.
+    - β is constant; the code can decay it by epoch.
+    - The number of samples seen is saved, so that resuming is exact.
+    - In evaluation k is rounded once, for all types of layers.
+
+    DDP broadcasts the buffers of rank 0, so only the samples of rank 0 update the duty cycle.
 
     Args:
-        units: Units of the layer (channels after a convolution).
-        density: Share of the entries that win in training, in (0, 1].
-        inference_factor: Multiplies the share in evaluation, >= 1; at most all entries win.
-        boost: Strength β >= 0 of boosting; 0 for none.
-        period: Samples over which the duty cycle forgets, at least 1.
+        units: Number of units (channels after a convolution).
+        density: Fraction of the entries that win in training, in (0, 1].
+        inference_factor: Multiplies ``density`` in evaluation, >= 1. The product is clamped to 1.
+        boost: Boost strength β >= 0; 0 turns boosting off.
+        period: Period of the duty cycle's moving average in samples, at least 1.
 
     Attributes:
-        duty_cycle: Share of the samples (and positions) in which each unit won lately, ``(units,)`` float32.
-        seen: Samples seen in training, int64 scalar.
+        duty_cycle: Moving average of how often each unit wins, ``(units,)`` float32.
+        seen: Number of samples seen in training, int64 scalar.
 
     Raises:
-        ConfigurationError: A value out of range.
+        ConfigurationError: A value is out of range.
     """
 
     duty_cycle: Tensor
@@ -130,7 +135,7 @@ class KWinners(nn.Module):
         if not (math.isfinite(inference_factor) and inference_factor >= 1):
             raise ConfigurationError(f"inference_factor={inference_factor} must be at least 1")
         if not (math.isfinite(boost) and boost >= 0):
-            raise ConfigurationError(f"boost={boost} must be at least 0; 0 is for none")
+            raise ConfigurationError(f"boost={boost} must be at least 0; 0 turns boosting off")
         if period < 1:
             raise ConfigurationError(f"period={period} must be at least 1 sample")
         self.units, self.density, self.inference_factor = units, density, inference_factor
@@ -157,11 +162,11 @@ class KWinners(nn.Module):
 
 
 class TopKReLU(nn.Module):
-    """`top_k_relu` that keeps a share of a layer's entries, the same in training and evaluation.
+    """`top_k_relu` with k a fraction of a layer's entries, the same in training and evaluation.
 
     Args:
-        units: Units of the layer (channels after a convolution).
-        density: Share of the entries that stay, in (0, 1].
+        units: Number of units (channels after a convolution).
+        density: Fraction of the entries to keep, in (0, 1].
 
     Raises:
         ConfigurationError: ``density`` is out of range.
@@ -183,7 +188,7 @@ class TopKReLU(nn.Module):
 
 
 def relu(units: int) -> nn.ReLU:
-    """Return an ordinary ReLU: the activation factory that models use by default."""
+    """Return ``nn.ReLU()``. The default activation factory of the models."""
     return nn.ReLU()
 
 
@@ -201,7 +206,7 @@ def _winners(values: Tensor, k: int) -> Tensor:
     """True at the k largest entries of every sample."""
     flat = values.flatten(1)
     if not 1 <= k <= flat.shape[1]:
-        raise ConfigurationError(f"k={k} must lie in 1..{flat.shape[1]}, the entries of a sample")
+        raise ConfigurationError(f"k={k} must lie in 1..{flat.shape[1]}, the number of entries per sample")
     winners = torch.zeros_like(flat, dtype=torch.bool)
     winners.scatter_(1, flat.topk(k, dim=1, sorted=False).indices, True)
     return winners.view(values.shape)
@@ -211,13 +216,15 @@ def _count(activations: Tensor, density: float) -> int:
     entries = math.prod(activations.shape[1:])
     k = round(density * entries)
     if k < 1:
-        raise ConfigurationError(f"an activation density of {density} leaves none of {entries} units: raise it")
+        raise ConfigurationError(f"an activation density of {density} keeps none of {entries} entries: raise it")
     return k
 
 
 def _check_density(density: float) -> None:
     if not 0 < density <= 1:
-        raise ConfigurationError(f"an activation's density={density} must lie in (0, 1]: the share of units that stay")
+        raise ConfigurationError(
+            f"an activation's density={density} must lie in (0, 1]: the fraction of entries to keep"
+        )
 
 
 def _check_units(activations: Tensor, units: int) -> None:

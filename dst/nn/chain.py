@@ -1,4 +1,4 @@
-"""The operations of a model that is a chain of linear layers, found by ``torch.fx``."""
+"""Tracing a model that is a chain of linear layers with ``torch.fx``."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Chain:
     """The operations of a model that is a chain.
 
     Attributes:
-        layers: Linear modules in order, each with whether ReLU follows.
+        layers: Linear modules in order, each with whether ReLU follows it.
         flattens: Whether the input is flattened first.
-        dropouts: Dropout modules: the identity in evaluation only.
-        places: For every module with children, its dict of children and the children at the time of tracing.
+        dropouts: Dropout modules. They are the identity only in evaluation.
+        places: For every module with children, its dict of children and the children when it was traced.
         hooks: The dicts of forward hooks of all modules.
 
     Raises:
@@ -42,17 +42,17 @@ class Chain:
         self.dropouts: list[nn.Module] = []
         self._modules = dict(model.named_modules(remove_duplicate=False))
         try:
-            # The tracer would trace into a root that is itself a layer.
+            # A root is never a leaf: wrap a model that is a single layer.
             nodes = list(_Tracer().trace(nn.Sequential(model) if isinstance(model, SparseLinear) else model).nodes)
         except Exception as error:
             raise ConfigurationError(
-                f"{type(model).__name__} cannot be followed ({error}); optimize_for_inference takes chains of linear layers"
+                f"{type(model).__name__} cannot be traced ({error}); optimize_for_inference takes chains of linear layers"
             ) from error
         if isinstance(model, SparseLinear):
             self._modules = {"0": model}
         self._follow(nodes)
         if not any(isinstance(module, SparseLinear) for module, _ in self.layers):
-            raise ConfigurationError("the model has no sparse layer: there is nothing to optimize")
+            raise ConfigurationError("the model has no sparse layer to optimize")
         for (a, _), (b, _) in pairwise(self.layers):
             if a.out_features != b.in_features:
                 raise ConfigurationError(
@@ -68,17 +68,17 @@ class Chain:
         for before, node in pairwise(nodes):
             if node.all_input_nodes != [before] or node.args[:1] != (before,):
                 raise ConfigurationError(
-                    f"{node} does not follow {before} alone; optimize_for_inference takes chains of linear layers"
+                    f"{node} has an input other than {before}; optimize_for_inference takes chains of linear layers"
                 )
             if node.op != "output" and not self._take(node):
                 target = self._modules[str(node.target)] if node.op == "call_module" else node.target
                 kind = type(target).__name__ if isinstance(target, nn.Module) else getattr(target, "__name__", target)
                 raise ConfigurationError(
-                    f"{node} is {kind}; optimize_for_inference takes linear layers, ReLU, dropout, and flattening first"
+                    f"{node} is {kind}; optimize_for_inference takes linear layers, ReLU, dropout, and an initial flatten"
                 )
 
     def _take(self, node: fx.Node) -> bool:
-        """Add one operation; return False if a chain cannot have it."""
+        """Add one operation. Return False if a chain cannot contain it."""
         if node.op == "call_module":
             module = self._modules[str(node.target)]
             if type(module) in (SparseLinear, *_DENSE):

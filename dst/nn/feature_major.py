@@ -1,4 +1,4 @@
-"""A dense linear layer for the storage order that sparse layers use."""
+"""A dense linear layer that reads and writes feature-major activations."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from torch import Tensor, nn
 
 
 class FeatureMajorLinear(nn.Linear):
-    """A dense ``nn.Linear`` that computes feature-major, for the dense head after sparse layers.
+    """A dense ``nn.Linear`` with feature-major activations, for dense layers beside sparse ones.
 
     Parameters, state_dict and results are those of ``nn.Linear``. The input and its gradient keep the feature-major
-    storage that sparse layers use, so neither is transposed.
+    strides of sparse layers, so neither is transposed.
     """
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> FeatureMajorLinear:
-        """Take over the parameters (the same objects) of ``linear``."""
+        """Create the layer from ``linear``. They share parameters."""
         new = cls.__new__(cls)
         nn.Module.__init__(new)
         new.__dict__.update(linear.__dict__)
         return new
 
     def to_linear(self) -> nn.Linear:
-        """Return an ``nn.Linear`` with the same parameters (the same objects)."""
+        """Return an ``nn.Linear`` that shares the parameters."""
         new = nn.Linear.__new__(nn.Linear)
         nn.Module.__init__(new)
         new.__dict__.update(self.__dict__)

@@ -1,4 +1,4 @@
-"""The dense gradient of a sparse layer's weight, for growth by gradient."""
+"""The dense gradient of a sparse layer's weight, for gradient-based growth."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ TILE_ROWS = 256
 
 
 class GradientCollector:
-    """Keeps the inputs and output gradients of backward passes, whose products are the dense gradient.
+    """Keeps the inputs and output gradients of backward passes. Their products are the dense gradient.
 
-    The dense gradient is formed tile by tile and never held as a whole. It is the sum over the backward passes since
-    `start`, or since the gradient of the values was last set to None.
+    The dense gradient is computed in tiles and never materialized. It is the sum over the backward passes since `start`,
+    or since the gradient of the values was last set to None.
     """
 
     def __init__(self) -> None:
@@ -37,50 +37,50 @@ class GradientCollector:
         return self._pairs or ()
 
     def start(self, values: nn.Parameter) -> None:
-        """Collect from now on; earlier pairs are discarded.
+        """Discard earlier pairs and start collecting.
 
         Args:
-            values: The parameter whose gradient tells which pairs count.
+            values: The parameter whose gradient the pairs belong to. Pairs are discarded when it is None.
         """
         self._pairs, self._earlier = [], 0
         if self._hook is None:
             self._hook = values.register_hook(lambda gradient: self._end_of_backward(values))
 
     def stop(self) -> None:
-        """Discard the pairs and collect no more."""
+        """Discard the pairs and stop collecting."""
         self._pairs, self._earlier = None, 0
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
 
     def add(self, x: Tensor, g: Tensor) -> None:
-        """Add the pair of one use in a backward pass, if pairs are being collected."""
+        """Add the pair of one backward pass through the layer, if collecting."""
         if self._pairs is not None:
             self._pairs.append((x.detach(), g.detach()))
 
     def restore(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Continue from earlier `pairs`, if pairs are being collected."""
+        """Continue from saved `pairs`, if collecting."""
         if self._pairs is not None:
             self._pairs, self._earlier = list(pairs), len(pairs)
 
     def _end_of_backward(self, values: nn.Parameter) -> None:
-        # Called once per backward pass, before the gradient is accumulated into `values.grad`: if that is None, the
-        # gradient of earlier passes was discarded, and so are their pairs.
+        # Called once per backward pass, before `values.grad` accumulates. If it is None, the gradients of earlier passes
+        # were discarded, so their pairs are discarded too.
         if self._pairs is not None:
             if values.grad is None:
                 del self._pairs[: self._earlier]
             self._earlier = len(self._pairs)
 
     def tiles(self, shape: tuple[int, int], dtype: torch.dtype, rows: int = TILE_ROWS) -> Iterator[tuple[int, Tensor]]:
-        """Yield ``(first row, tile)`` of the dense gradient, tile ``[<= rows, in]``, all in the same memory.
+        """Yield ``(first row, tile)`` of the dense gradient, tile ``[<= rows, in]``. All tiles share one buffer.
 
         Args:
             shape: ``(out, in)`` of the weight.
             dtype: float32 or float64.
-            rows: Rows of a tile.
+            rows: Rows per tile.
 
         Raises:
-            ConfigurationError: No gradient is being collected.
+            ConfigurationError: The collector was not started.
         """
         if self._pairs is None:
             raise ConfigurationError(
@@ -97,7 +97,7 @@ class GradientCollector:
 
 
 def gradient_at(pattern: Pattern, values: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], engine: Engine) -> Tensor:
-    """Return the gradient of collected pairs at the non-zeros of ``pattern``, ``[nnz]`` like ``values``."""
+    """Return the gradient of collected pairs at the non-zeros of ``pattern``, ``[nnz]`` in the order of ``values``."""
     total = torch.zeros_like(values)
     for x, g in pairs:
         total += engine.backward(
@@ -121,18 +121,18 @@ def largest_gradients(
 
     Args:
         k: Number of positions.
-        tiles: The dense gradient in tiles of ``TILE_ROWS`` rows; they are overwritten.
+        tiles: The dense gradient in tiles of ``TILE_ROWS`` rows. The tiles are overwritten.
         shape: ``(out, in)`` of the weight.
         exclude: Sorted row-major flat indices that may not be chosen, int64.
         engine: Keeps the running top-k.
-        reduce: Called on every tile, to average it over processes in place.
+        reduce: Called on every tile, to average it over ranks in place.
         key: Key of `dst.topology.selection.tie_order`, which breaks ties.
 
     Returns:
         Sorted row-major flat indices, int64 ``[k]``.
 
     Raises:
-        ConfigurationError: Fewer than k positions may be chosen.
+        ConfigurationError: Fewer than k positions are not excluded or have a gradient other than NaN.
     """
     outputs, inputs = shape
     edges = torch.arange(0, outputs + TILE_ROWS, TILE_ROWS).clamp_(max=outputs)

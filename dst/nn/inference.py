@@ -1,4 +1,4 @@
-"""Fast inference: a chain of sparse and dense linear layers computed in one call."""
+"""Fast inference: a chain of sparse and dense linear layers in one call of the kernels."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from dst.nn.watched import Watched, WatchedChain, readable, unchanged, watch
 
 
 class InferenceChain(nn.Module):
-    """A model that is a chain of linear layers, with its evaluation computed in one call; see `optimize_for_inference`.
+    """A chain of linear layers that is evaluated in one call; see `optimize_for_inference`.
 
     Attributes:
-        model: The given model; the parameters are its own.
+        model: The original model. Its parameters are shared.
 
     Shape:
-        - Input: As for ``model``. ``(batch, in_features)`` is fast, as are more dimensions if the model flattens them.
-        - Output: As of ``model``: ``(batch, out_features)`` with feature-major storage.
+        - Input: As for ``model``. ``(batch, in_features)`` takes the fast path, as do more dimensions if the model
+          flattens them.
+        - Output: As for ``model``: ``(batch, out_features)`` with feature-major strides.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -47,11 +48,11 @@ class InferenceChain(nn.Module):
         return super().__call__(x, *args, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Let the model compute, module by module."""
+        """Apply the model module by module."""
         return self.model(*args, **kwargs)
 
     def _run(self, x: Tensor) -> Tensor | None:
-        """Apply the model in one call, or return None if the result could differ from the model's."""
+        """Apply the model in one call. Return None if the result could differ from the model's."""
         if is_grad_enabled() or is_autocast() or self.training:
             return None
         prepared = self._prepared
@@ -65,13 +66,13 @@ class InferenceChain(nn.Module):
         return not any(dropout.training for dropout in self._dropouts)
 
     def _is_plain(self) -> bool:
-        """Whether the modules are the traced ones, without hooks and with dropout off."""
+        """Whether the modules are still the traced ones, without hooks and with dropout off."""
         # Modules compare by identity.
         same = all([*children.values()] == expected for children, expected in self._places)
         return same and not any(self._hooks) and self._drops_nothing()
 
     def _prepare(self) -> WatchedChain | None:
-        """Prepare the chain with its present weights; None if only the modules themselves can compute it."""
+        """Prepare the chain with its current weights. None if the kernels cannot compute it."""
         watched: list[Watched] = []
         layers: list[ChainLayer] = []
         for module, relu in self._layers:
@@ -92,17 +93,17 @@ class InferenceChain(nn.Module):
             return None
         if any(a.rows != b.columns for a, b in pairwise(layers)):
             return None
-        # There is a sparse layer, and `chain_layer` has checked that its engine is the compiled one.
+        # A chain has a sparse layer, and `chain_layer` has checked that its engine is the compiled one.
         kernels = next(m._engine for m, _ in self._layers if isinstance(m, SparseLinear))
         return WatchedChain(kernels.chain(layers), watched) if isinstance(kernels, Kernels) else None
 
     def train(self, mode: bool = True) -> InferenceChain:
-        """Switch between training and evaluation, as every module does."""
+        """Set training or evaluation mode; see ``nn.Module.train``."""
         self._prepared = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Traced anew in the copy, to refer to the modules of the copy.
+        # The copy is traced again, to refer to its own modules.
         derived = ("_prepared", "_layers", "_flattens", "_dropouts", "_places", "_hooks")
         return {key: value for key, value in self.__dict__.items() if key not in derived}
 
@@ -112,29 +113,28 @@ class InferenceChain(nn.Module):
 
 
 def optimize_for_inference(model: nn.Module) -> InferenceChain:
-    """Let a model that is a chain of linear layers be evaluated in one call.
+    """Evaluate a model that is a chain of linear layers in one call of the kernels.
 
     A chain consists of `SparseLinear`, ``nn.Linear``, ReLU (module, function or method), dropout (the identity in
-    evaluation) and flattening before the first layer. It may be an ``nn.Sequential`` or any ``forward`` method that
-    ``torch.fx`` can trace. Results equal those of the modules up to rounding. In small batches this saves calls, not
-    arithmetic.
+    evaluation) and an initial flatten. The model may be an ``nn.Sequential`` or any module that ``torch.fx`` can trace.
+    Results equal those of the model up to rounding. With small batches this removes call overhead, not arithmetic.
 
     The result shares the model's parameters: optimizer steps, ``load_state_dict`` and topology updates take effect at the
-    next call. The model itself computes if one call could give another result: with gradients enabled, in training, under
-    autocast, in 16-bit types, with forward hooks, with a replaced layer, and without compiled kernels. Hooks and replaced
-    layers are checked at the first call after ``eval`` or after weights changed: a check at every call would cost as much
-    as a layer. Writes through ``values.data`` need `SparseLinear.refresh`.
+    next call. It falls back to the model where one call could give another result: with gradients enabled, in training
+    mode, under autocast, with 16-bit weights, with forward hooks, with a replaced layer, or without compiled kernels.
+    Hooks and replaced layers are detected at the first call after ``eval`` or after a change of the weights: checking at
+    every call would cost as much as a layer. Call `SparseLinear.refresh` after writing through ``values.data``.
 
-    Several threads may call the result at the same time.
+    The result may be called from several threads at once.
 
     Args:
-        model: The model, in evaluation mode; it is not changed.
+        model: The model, in evaluation mode. It is not changed.
 
     Returns:
-        A module to call instead, under ``torch.inference_mode()`` or ``torch.no_grad()``.
+        A module to call in place of the model, under ``torch.inference_mode()`` or ``torch.no_grad()``.
 
     Raises:
-        ConfigurationError: The model is in training mode, is not such a chain, or has no sparse layer.
+        ConfigurationError: The model is in training mode, is not a chain, or has no sparse layer.
     """
     if model.training:
         raise ConfigurationError("the model is in training mode; call model.eval() before optimize_for_inference")
@@ -142,7 +142,7 @@ def optimize_for_inference(model: nn.Module) -> InferenceChain:
 
 
 def _dense_layer(module: nn.Linear, relu: bool) -> ChainLayer | None:
-    """Return a dense layer of the chain, or None if the kernels cannot read its parameters."""
+    """Return a dense layer of the chain. None if the kernels cannot read its parameters."""
     weight, bias = module._parameters["weight"], module._parameters["bias"]
     if weight is None or weight.dim() != 2 or not readable(weight, tuple(weight.shape)):
         return None

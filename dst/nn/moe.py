@@ -1,7 +1,7 @@
 """A mixture of experts with top-1 routing: Fedus et al. 2021, "Switch Transformers", section 2.
 
-Every token is sent to one of several feed-forward networks, so that weights grow with the number of experts and the
-computation per token does not. The experts are ordinary linear layers, whose weights can be sparse like any others.
+A router sends every token to one of several feed-forward networks. The number of weights grows with the number of experts;
+the computation per token does not. Experts consist of ``nn.Linear`` layers, which can be sparse.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ class FeedForward(nn.Module):
     """The feed-forward part of a transformer block: linear, GELU, linear.
 
     Args:
-        width: Features of a token.
-        hidden: Features between the two layers.
+        width: Features per token.
+        hidden: Features of the hidden layer.
     """
 
     def __init__(self, width: int, hidden: int) -> None:
@@ -35,35 +35,39 @@ class FeedForward(nn.Module):
 
 
 class SwitchFeedForward(nn.Module):
-    """A feed-forward layer whose every token passes through one of several experts.
+    """A feed-forward layer that sends each token to one of several experts.
 
-    The router's most probable expert processes a token, and its probability scales the outcome (equations 1 and 2, for one
-    expert). An expert takes ``⌈factor · tokens / experts⌉`` tokens (equation 3), the first that come; what overflows is
-    dropped, that is, the layer returns zeros for it, and the residual connection around the layer passes it on. Buffers are
-    of fixed size, so that the cost does not depend on the routing. Tokens come sample by sample and in order, so that a
-    token may displace later ones, never earlier ones: causal models stay causal.
+    Each token is processed by its most probable expert, and the output is scaled by that probability (equations 1 and 2,
+    top-1). An expert takes the first ``⌈factor · tokens / experts⌉`` tokens routed to it (equation 3). Tokens over this
+    capacity are dropped: the output is zero, and the residual connection around the layer passes them on. Buffers have a
+    fixed size, so the cost does not depend on the routing. Tokens are taken in order, sample by sample. A token can only
+    displace later tokens, so causal models stay causal.
 
-    In training the layer leaves its load-balancing loss, already multiplied by ``balance``, in ``auxiliary_loss``, until
+    In training ``forward`` sets ``auxiliary_loss`` to the load-balancing loss, multiplied by ``balance``.
     `auxiliary_losses` removes it.
 
-    Deviations from the authors' code: capacities are rounded up and have no minimum of 4; tokens are routed over the
-    whole batch of a process instead of groups; expert dropout is not offered; the router computes in float32 under
-    autocast, and otherwise in the precision of its weight.
+    Deviations from the authors' code:
+
+    - Capacities are rounded up and have no minimum of 4.
+    - Tokens are routed over the whole batch of a process instead of over groups.
+    - There is no expert dropout.
+    - The router computes in float32 under autocast, and otherwise in the dtype of its weight.
 
     Args:
-        width: Features of a token.
-        hidden: Features within an expert.
+        width: Features per token.
+        hidden: Hidden features of an expert.
         experts: Number of experts, at least 2.
-        capacity_factor: Room of the experts in training, > 0; 1 would do if routing were perfectly balanced.
-        eval_capacity_factor: The same in evaluation; the number of experts drops nothing, at as many times the cost.
-        balance: α >= 0 of the load-balancing loss.
-        jitter: In training, the router's inputs are multiplied by uniform noise in [1 - jitter, 1 + jitter]; in [0, 1).
+        capacity_factor: Capacity of an expert in training, relative to perfectly balanced routing; > 0.
+        eval_capacity_factor: The same in evaluation. With the number of experts as factor no token is dropped, and the
+            cost is multiplied by it.
+        balance: Coefficient α >= 0 of the load-balancing loss.
+        jitter: In training, router inputs are multiplied by uniform noise in [1 - jitter, 1 + jitter]; in [0, 1).
 
     Attributes:
-        auxiliary_loss: α-weighted load-balancing loss of the last forward pass in training, a scalar; or None.
+        auxiliary_loss: Load-balancing loss of the last forward pass in training, multiplied by α, a scalar; or None.
 
     Raises:
-        ConfigurationError: A value out of range.
+        ConfigurationError: A value is out of range.
     """
 
     auxiliary_loss: Tensor | None
@@ -96,19 +100,19 @@ class SwitchFeedForward(nn.Module):
         self.auxiliary_loss = None
 
     def capacity(self, tokens: int) -> int:
-        """Return how many of ``tokens`` tokens an expert takes at most."""
+        """Return the capacity of an expert for a batch of ``tokens`` tokens."""
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         return min(tokens, math.ceil(factor * tokens / len(self.experts)))
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Map tokens (…, width) to (…, width); zeros for those that were dropped."""
+        """Map tokens (…, width) to (…, width). Dropped tokens give zeros."""
         tokens = inputs.flatten(0, -2)
         probabilities = self._route(tokens)
         gates, chosen = probabilities.max(1)
         if self.training:
             self.auxiliary_loss = self.balance * load_balancing_loss(probabilities, chosen)
         count, capacity = len(self.experts), self.capacity(len(tokens))
-        # Row i·capacity + p holds the p-th token of expert i. The last row takes the dropped tokens, and returns zeros.
+        # Row i·capacity + p holds the p-th token of expert i. The last row collects the dropped tokens.
         sent = functional.one_hot(chosen, count)
         place = (sent.cumsum(0) * sent).sum(1) - 1
         row = torch.where(place < capacity, chosen * capacity + place, count * capacity)
@@ -119,28 +123,26 @@ class SwitchFeedForward(nn.Module):
         return (outputs * gates.to(outputs.dtype).unsqueeze(1)).view(inputs.shape)
 
     def _route(self, tokens: Tensor) -> Tensor:
-        """Return each token's probabilities of the experts, (tokens, experts), float32 or wider."""
+        """Return the routing probabilities, (tokens, experts), in float32 or wider."""
         if self.training and self.jitter:
             tokens = tokens * torch.empty_like(tokens).uniform_(1 - self.jitter, 1 + self.jitter)
-        device = (
-            "cpu" if tokens.is_meta else tokens.device.type
-        )  # the meta device, on which costs are counted, has none
+        device = "cpu" if tokens.is_meta else tokens.device.type  # there is no autocast for the meta device
         with torch.autocast(device, enabled=False):
             logits = self.router(tokens.to(next(self.router.parameters()).dtype))
         return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A remaining loss is part of a graph, which can be neither copied nor pickled.
+        # The loss belongs to an autograd graph, which can be neither copied nor pickled.
         return {**self.__dict__, "auxiliary_loss": None}
 
 
 def load_balancing_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
-    """``N Σ_i f_i P_i`` (Fedus et al. 2021, equations 4 to 6, without α): 1 where routing is uniform, up to N.
+    """``N Σ_i f_i P_i`` (Fedus et al. 2021, equations 4 to 6, without α): 1 for uniform routing, at most N.
 
     Args:
-        probabilities: The router's, ``(tokens, N)``; P is their mean over tokens.
-        chosen: Expert of each token, int64 ``(tokens,)``; f is the share of the tokens of each expert, counted before
-            any is dropped, and has no gradient.
+        probabilities: Routing probabilities, ``(tokens, N)``. P is their mean over tokens.
+        chosen: Expert of each token, int64 ``(tokens,)``. f is the fraction of tokens of each expert, including dropped
+            ones. It has no gradient.
 
     Returns:
         A scalar.
@@ -153,7 +155,7 @@ def load_balancing_loss(probabilities: Tensor, chosen: Tensor) -> Tensor:
 def auxiliary_losses(model: nn.Module) -> list[Tensor]:
     """Remove and return the auxiliary losses that the modules of a model set in the last forward pass.
 
-    A module takes part by an attribute ``auxiliary_loss``, a scalar that it sets in ``forward`` in training.
+    Any module may set a scalar attribute ``auxiliary_loss`` in ``forward`` in training.
 
     ```python
     loss = functional.cross_entropy(model(inputs), labels)
@@ -164,7 +166,7 @@ def auxiliary_losses(model: nn.Module) -> list[Tensor]:
         model: Any module.
 
     Returns:
-        The scalars, in the order of the modules; they are None in the modules afterwards.
+        The scalars, in the order of the modules. The attributes are None afterwards.
     """
     losses = []
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""The copy in row order that a sparse layer's forward pass reads."""
+"""The row-order copy of a sparse layer's values, which the forward pass reads."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dst.nn.watched import CopyKey
 
 
 class RowCopy:
-    """The values of a sparse layer in row order, renewed when they have changed.
+    """The values of a sparse layer in row order, refreshed when the values change.
 
     Attributes:
         values: The copy, ``[nnz]``, or None before the first use.
-        key: Identifies the values that were copied; None if the copy is outdated or was made for one use.
+        key: Identifies the copied values. None if the copy is outdated or was made for one use.
     """
 
     def __init__(self) -> None:
@@ -28,14 +28,14 @@ class RowCopy:
             values: The values in column order, ``[nnz]``, detached.
             pattern: Positions of the non-zeros.
             engine: Makes the copy.
-            fresh: Copy in any case. In training the weights change at every step, and a write through ``values.data``
-                does not raise autograd's version.
+            fresh: Copy always. In training the weights change at every step, and a write through ``values.data`` does
+                not increment autograd's version counter.
         """
-        # Values made inside inference mode have no version.
+        # Values created in inference mode have no version counter.
         fresh = fresh or values.is_inference()
         held = self.values
         if held is None or held.shape != values.shape or held.dtype != values.dtype:
-            # Outside inference mode even if called inside it: training will write to this memory.
+            # Training writes to this buffer later, so it must not be an inference tensor.
             with torch.inference_mode(False):
                 held = torch.empty(values.shape, dtype=values.dtype)
             self.free()
@@ -48,12 +48,12 @@ class RowCopy:
         return held
 
     def outdate(self) -> None:
-        """Renew the copy at the next use."""
+        """Refresh the copy at the next use."""
         if self.key is not None:
             self.key.valid = False
         self.key = None
 
     def free(self) -> None:
-        """Give the memory of the copy back."""
+        """Free the memory of the copy."""
         self.outdate()
         self.values = None

@@ -1,7 +1,7 @@
-"""The positions of a sparse layer's non-zeros in a state_dict: written, read and checked.
+"""Writing, reading and checking the pattern of a sparse layer in a state_dict.
 
-The order by columns is saved, as int32 ``column_pointers`` ``[in + 1]`` and ``row_indices`` ``[nnz]``. The order by rows
-follows from it.
+The pattern is saved in column order, as int32 ``column_pointers`` ``[in + 1]`` and ``row_indices`` ``[nnz]``. The row order
+is computed from it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ NAMES = ("column_pointers", "row_indices")
 
 
 def saved_pattern(pattern: Pattern) -> dict[str, Tensor]:
-    """Return the entries of a state_dict that hold ``pattern``."""
+    """Return the state_dict entries of ``pattern``."""
     return {"column_pointers": pattern.column_pointers, "row_indices": pattern.row_indices.to(torch.int32)}
 
 
@@ -23,17 +23,17 @@ def flat_of_saved(pointers: Tensor, rows: Tensor, shape: tuple[int, int]) -> Ten
     """Return the sorted flat indices, int64 ``[nnz]``, of a saved pattern for a weight of ``shape`` ``(out, in)``.
 
     Raises:
-        ValueError: The entries are damaged or belong to another shape; the message says how.
+        ValueError: The entries are damaged or belong to another shape.
     """
     outputs, inputs = shape
     pointers, rows = pointers.to(torch.int64), rows.to(torch.int64)
     if pointers.shape != (inputs + 1,):
-        raise ValueError(f"saved for {pointers.numel() - 1} inputs, this layer has {inputs}")
+        raise ValueError(f"saved with {pointers.numel() - 1} inputs, this layer has {inputs}")
     counts = pointers.diff()
     if int(pointers[0]) != 0 or bool((counts < 0).any()) or int(pointers[-1]) != rows.numel():
         raise ValueError("the saved column pointers are damaged")
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < outputs:
-        raise ValueError(f"saved rows reach {int(rows.max())}, this layer has {outputs} outputs")
+        raise ValueError(f"saved row indices go up to {int(rows.max())}, this layer has {outputs} outputs")
     columns = torch.repeat_interleave(torch.arange(inputs), counts)
     if not bool(((columns * outputs + rows).diff() > 0).all()):
         raise ValueError("the saved row indices are not sorted within their columns")
@@ -41,10 +41,10 @@ def flat_of_saved(pointers: Tensor, rows: Tensor, shape: tuple[int, int]) -> Ten
 
 
 def flat_of_masked(dense: Tensor, present: Pattern) -> Tensor:
-    """Return the sorted flat indices of a masked weight's active weights, as many as ``present`` has.
+    """Return the sorted flat indices of the active weights in a masked weight, as many as ``present`` has.
 
-    An active weight may be zero, which the dense weight does not tell from an inactive one: positions of the present
-    pattern make up for the difference. A sparsifier's state, loaded afterwards, sets them right.
+    A zero in the masked weight may be an active weight. If there are fewer non-zeros than active weights, positions of
+    ``present`` fill up the count. Loading the sparsifier's state afterwards sets the exact positions.
 
     Raises:
         ValueError: The weight has more non-zeros than ``present``.

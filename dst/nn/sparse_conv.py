@@ -11,22 +11,22 @@ from dst.nn.sparse_linear import SparseLinear
 
 
 class SparseConv2d(SparseLinear):
-    """A 1×1 convolution where only the non-zeros of its weight ``[out, in, 1, 1]`` exist.
+    """A 1×1 convolution that stores only the non-zeros of its weight ``[out, in, 1, 1]``.
 
-    It is a `SparseLinear` over channels, applied at every position of every image. Larger kernels are not supported:
-    unfolding an image for them costs more than the non-zeros save.
+    A `SparseLinear` over channels is applied at every position. Larger kernels are not supported: unfolding the input for
+    them costs more than the sparsity saves.
 
     Args:
-        in_channels: channels of an input.
-        out_channels: channels of an output.
-        indices: as for `SparseLinear`: row-major flat positions ``output * in_channels + input``.
-        values: as for `SparseLinear`.
-        stride: step between positions, down and across.
-        **options: passed to `SparseLinear`.
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        indices: Row-major flat positions ``output * in_channels + input`` of the non-zeros; see `SparseLinear`.
+        values: Values of the non-zeros; see `SparseLinear`.
+        stride: Vertical and horizontal stride.
+        **options: Passed to `SparseLinear`.
 
     Shape:
         - Input: ``(N, in_channels, H, W)`` or ``(in_channels, H, W)``.
-        - Output: contiguous ``(N, out_channels, ceil(H / stride), ceil(W / stride))``, without ``N`` for an input without it.
+        - Output: ``(N, out_channels, ceil(H / stride), ceil(W / stride))``, contiguous; without ``N`` if the input has none.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class SparseConv2d(SparseLinear):
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """Shape ``(out_channels, in_channels, 1, 1)`` of the weight that this layer stands for."""
+        """Shape ``(out_channels, in_channels, 1, 1)`` of the dense weight."""
         return self.out_features, self.in_features, 1, 1
 
     def mask(self) -> Tensor:
@@ -52,11 +52,11 @@ class SparseConv2d(SparseLinear):
         return super().mask().view(self.shape)
 
     def to_dense(self, entries: Tensor) -> Tensor:
-        """Spread one entry per position over ``[out_channels, in_channels, 1, 1]``, zeros elsewhere."""
+        """Scatter one entry per non-zero into zeros of shape ``[out_channels, in_channels, 1, 1]``."""
         return super().to_dense(entries).view(self.shape)
 
     def to_conv(self) -> nn.Conv2d:
-        """Return an ``nn.Conv2d`` with the same weights and bias; a fused ReLU is not part of it."""
+        """Return an ``nn.Conv2d`` with the same weights and bias, without a fused ReLU."""
         conv = nn.Conv2d(
             self.in_features, self.out_features, 1, self.stride, bias=self.bias is not None, dtype=self.values.dtype
         )
@@ -67,14 +67,14 @@ class SparseConv2d(SparseLinear):
         return conv.train(self.training)
 
     def extra_repr(self) -> str:
-        """Describe the layer in its printed form."""
+        """Show the settings in ``print(model)``."""
         return f"{super().extra_repr()}, stride={self.stride}"
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to images.
 
         Raises:
-            ValueError: the input has other than 3 or 4 dimensions, or another number of channels.
+            ValueError: The input does not have 3 or 4 dimensions, or has another number of channels.
         """
         if x.dim() not in (3, 4) or x.shape[-3] != self.in_features:
             raise ValueError(
@@ -84,7 +84,7 @@ class SparseConv2d(SparseLinear):
         images = x[..., :: self.stride[0], :: self.stride[1]]
         images = images.unsqueeze(0) if x.dim() == 3 else images
         n, _, height, width = images.shape
-        # Channels by positions of all images: the feature-major storage that the kernels read without a copy.
+        # [channels, positions of all images] is the feature-major layout, which the kernels read without a copy.
         y = super().forward(images.transpose(0, 1).reshape(self.in_features, n * height * width).t())
         y = y.t().view(self.out_features, n, height, width).transpose(0, 1).contiguous()
         return y.squeeze(0) if x.dim() == 3 else y

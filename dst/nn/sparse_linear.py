@@ -1,6 +1,6 @@
-"""A linear layer that stores, trains and saves only its non-zero weights: one public class with its documentation.
+"""A linear layer that stores, trains and saves only its non-zero weights; one public class with its documentation.
 
-What it keeps is owned elsewhere: `dst.nn.row_copy`, `dst.nn.gradient_collector`, `dst.nn.saved_pattern`, `dst.nn.watched`.
+Its parts are in `dst.nn.row_copy`, `dst.nn.gradient_collector`, `dst.nn.saved_pattern` and `dst.nn.watched`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dst.errors import ConfigurationError
 from dst.kernels import ChainLayer, Engine, Kernels, Pattern, engine
 from dst.kernels.pattern import check_flat
 
-# FeatureMajorLinear was defined here: pickled models name it by this module.
+# Pickled models refer to FeatureMajorLinear by this module.
 from dst.nn.feature_major import FeatureMajorLinear as FeatureMajorLinear
 from dst.nn.gradient_collector import TILE_ROWS, GradientCollector, gradient_at, largest_gradients
 from dst.nn.row_copy import RowCopy
@@ -29,7 +29,7 @@ from dst.topology.selection import random_indices
 
 _COMPUTED = (torch.float32, torch.float64)
 
-# Called at every evaluation, where calls cost more than arithmetic; torch has no public form of the second that is fast.
+# Called at every evaluation, so both must be fast. torch has no fast public function for the second.
 is_grad_enabled = torch.is_grad_enabled
 is_autocast: Callable[[], bool] = getattr(
     torch._C, "_is_any_autocast_enabled", lambda: torch.is_autocast_enabled("cpu")
@@ -37,7 +37,7 @@ is_autocast: Callable[[], bool] = getattr(
 
 
 class _Apply(torch.autograd.Function):
-    """``W x + bias``, then ReLU if the layer has it; the backward pass gives its pair to the layer's collector."""
+    """``W x + bias``, then ReLU if ``layer.relu``. The backward pass adds its pair to the layer's collector."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear) -> Tensor:
@@ -62,27 +62,28 @@ class _Apply(torch.autograd.Function):
 
 
 class SparseLinear(nn.Module):
-    """``y = x Wᵀ + b`` where only the non-zeros of ``W`` exist.
+    """``y = x Wᵀ + b``, storing only the non-zeros of ``W``.
 
-    `values`, its gradient and the optimizer's state are in column order (by column, then by row). The forward pass reads a
-    copy in row order, refreshed in every training step. A non-zero takes at most 28 bytes with its gradient and one
-    momentum (24 if both sides are at most 65,536). Row and column pointers add 4 bytes per row and per column.
+    `values`, its gradient and its optimizer state are in column order (by column, then by row). The forward pass reads a
+    copy in row order, which every training step refreshes. A non-zero takes at most 28 bytes with its gradient and one
+    momentum (24 if both dimensions are at most 65,536). Row and column pointers add 4 bytes per row and per column.
 
-    Outputs are ``[batch, out]`` tensors whose storage is feature-major, so element-wise operations and further
-    sparse layers never copy them.
+    Outputs are ``[batch, out]`` tensors with feature-major strides. Element-wise operations and further sparse layers use
+    them without a copy.
 
-    In evaluation the copy is renewed when autograd's version of `values` changes, and on `train` and `eval`. Code that
-    writes through ``values.data`` in evaluation has to call `refresh` afterwards.
+    In evaluation the copy is refreshed when autograd's version counter of `values` changes, and by `train` and `eval`.
+    Call `refresh` after writing through ``values.data`` in evaluation.
 
     Args:
-        in_features: size of an input.
-        out_features: size of an output.
-        indices: row-major flat positions ``row * in_features + column`` of the non-zeros: int64, sorted, distinct.
-        values: their values, in the order of ``indices``; None to draw them as `reset_parameters` does.
-        bias: whether to add a bias.
-        relu: whether to apply ReLU to the output, in the same pass.
-        dtype: float32, float64, or a 16-bit type (computed in float32); that of ``values`` or torch's default if None.
-        generator: source of the random values.
+        in_features: Size of an input.
+        out_features: Size of an output.
+        indices: Row-major flat positions ``row * in_features + column`` of the non-zeros: int64, sorted, distinct.
+        values: Values of the non-zeros in the order of ``indices``. If None, drawn by `reset_parameters`.
+        bias: Whether to add a bias.
+        relu: Whether to apply ReLU to the output, in the same pass.
+        dtype: float32, float64, or a 16-bit type, which computes in float32. If None, the dtype of ``values`` or torch's
+            default.
+        generator: Generator of the random values.
 
     Attributes:
         pattern_seed: Seed of the first pattern if `dst.prepare` drew it at random.
@@ -92,7 +93,8 @@ class SparseLinear(nn.Module):
         - Output: ``(*, out_features)``.
 
     Raises:
-        ConfigurationError: indices out of range, unsorted or repeated; values of another length; too many non-zeros.
+        ConfigurationError: The indices are out of range, unsorted or repeated, the values have another length, or there are
+            too many non-zeros.
     """
 
     values: nn.Parameter
@@ -114,7 +116,7 @@ class SparseLinear(nn.Module):
         self.in_features, self.out_features, self._relu = in_features, out_features, relu
         dtype = dtype or (torch.get_default_dtype() if values is None else values.dtype)
         if not dtype.is_floating_point:
-            raise ConfigurationError(f"dtype={dtype}: weights are floating-point numbers")
+            raise ConfigurationError(f"dtype={dtype} must be a floating-point type")
         self._engine: Engine = engine()
         self._pattern = self._new_pattern(indices)
         self._rows, self._collector = RowCopy(), GradientCollector()
@@ -128,19 +130,19 @@ class SparseLinear(nn.Module):
         self.reset_parameters(generator)
         if values is not None:
             if values.shape != (self.nnz,):
-                raise ConfigurationError(f"values has shape {tuple(values.shape)}, the indices ask for ({self.nnz},)")
+                raise ConfigurationError(f"values has shape {tuple(values.shape)}; the indices need ({self.nnz},)")
             with torch.no_grad():
                 self.values[self._pattern.permutation.to(torch.int64)] = values.to(dtype)
 
     # ------------------------------------------------------------------------------------------ construction
     @classmethod
     def from_linear(cls, linear: nn.Linear, mask: Tensor, *, relu: bool = False) -> SparseLinear:
-        """Keep the weights of ``linear`` where ``mask`` is true, with their values, and its bias.
+        """Create the layer from the weights of ``linear`` where ``mask`` is True, and its bias.
 
         Args:
-            linear: a dense layer on the CPU; left as it is.
-            mask: bool ``[out_features, in_features]``.
-            relu: apply ReLU to the output as well.
+            linear: A dense layer on the CPU. It is not changed.
+            mask: Bool ``[out_features, in_features]``.
+            relu: Whether to apply ReLU to the output.
         """
         weight = linear.weight.detach()
         if mask.shape != weight.shape or mask.dtype != torch.bool:
@@ -168,22 +170,22 @@ class SparseLinear(nn.Module):
         generator: torch.Generator | None = None,
         **options: Any,
     ) -> SparseLinear:
-        """Draw exactly ``nnz`` positions uniformly, without holding the dense matrix if they are few.
+        """Create a layer with exactly ``nnz`` uniformly drawn positions. Does not materialize the dense weight.
 
         Args:
-            in_features: size of an input.
-            out_features: size of an output.
-            nnz: number of non-zeros, 0 to ``in_features * out_features``.
-            generator: source of positions and values.
-            **options: passed to the constructor.
+            in_features: Size of an input.
+            out_features: Size of an output.
+            nnz: Number of non-zeros, in [0, ``in_features * out_features``].
+            generator: Generator of positions and values.
+            **options: Passed to the constructor.
         """
         indices = random_indices(in_features * out_features, nnz, generator)
         return cls(in_features, out_features, indices, generator=generator, **options)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw values and bias uniformly within ``1/sqrt(f)``, f the mean number of inputs an output has.
+        """Draw values and bias uniformly from ``[-1/sqrt(f), 1/sqrt(f)]``, where f is the mean active fan-in.
 
-        This is the bound of ``nn.Linear`` for the fan-in of the sparse layer.
+        This is the initialization of ``nn.Linear`` with the fan-in of the sparse layer.
         """
         bound = 1 / math.sqrt(max(1.0, self.nnz / max(1, self.out_features)))
         with torch.no_grad():
@@ -203,12 +205,12 @@ class SparseLinear(nn.Module):
 
     @property
     def pattern(self) -> Pattern:
-        """Positions of the non-zeros; immutable, replaced by `set_pattern`."""
+        """Positions of the non-zeros. Immutable; `set_pattern` replaces it."""
         return self._pattern
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Shape ``(out_features, in_features)`` of the weight that this layer stands for."""
+        """Shape ``(out_features, in_features)`` of the dense weight."""
         return self.out_features, self.in_features
 
     def mask(self) -> Tensor:
@@ -216,13 +218,13 @@ class SparseLinear(nn.Module):
         return self._pattern.mask()
 
     def to_dense(self, entries: Tensor) -> Tensor:
-        """Spread one entry per position (values, their gradient, optimizer state) over ``[out, in]``, zeros elsewhere."""
+        """Scatter one entry per non-zero (values, gradient or optimizer state) into zeros of shape ``[out, in]``."""
         dense = torch.zeros(self.out_features * self.in_features, dtype=entries.dtype)
         dense[self._pattern.flat_by_position()] = entries.detach()
         return dense.view(self.out_features, self.in_features)
 
     def from_dense(self, dense: Tensor) -> Tensor:
-        """Collect the entries of a dense ``[out, in]`` tensor at the non-zeros, ``[nnz]`` in the order of `values`."""
+        """Gather the entries of a dense ``[out, in]`` tensor at the non-zeros, ``[nnz]`` in the order of `values`."""
         return dense.detach().reshape(-1)[self._pattern.flat_by_position()]
 
     def dense_weight(self) -> Tensor:
@@ -230,7 +232,7 @@ class SparseLinear(nn.Module):
         return self.to_dense(self.values)
 
     def to_linear(self) -> nn.Linear:
-        """Return an ``nn.Linear`` with the same weights and bias; a fused ReLU is not part of it."""
+        """Return an ``nn.Linear`` with the same weights and bias, without a fused ReLU."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, dtype=self.values.dtype)
         with torch.no_grad():
             linear.weight.copy_(self.dense_weight())
@@ -239,7 +241,7 @@ class SparseLinear(nn.Module):
         return linear.train(self.training)
 
     def extra_repr(self) -> str:
-        """Describe the layer in its printed form."""
+        """Show the settings in ``print(model)``."""
         size = max(1, self.in_features * self.out_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, nnz={self.nnz}, "
@@ -248,12 +250,12 @@ class SparseLinear(nn.Module):
 
     # ------------------------------------------------------------------------------------------ computing
     def refresh(self) -> None:
-        """Renew the copy by rows at the next use; only needed after writing through ``values.data`` in evaluation."""
+        """Refresh the row-order copy at the next use. Needed after writing through ``values.data`` in evaluation."""
         self._rows.outdate()
         self._chain = None
 
     def _set_pattern(self, pattern: Pattern) -> None:
-        # The old copy by rows is freed first: at the peak there is one copy less.
+        # Free the old row-order copy before the new one is made, to lower peak memory.
         self._chain = None
         self._rows.free()
         self._pattern = pattern
@@ -269,7 +271,7 @@ class SparseLinear(nn.Module):
         self._relu = relu
 
     def train(self, mode: bool = True) -> SparseLinear:
-        """Switch between training and evaluation, as every module does."""
+        """Set training or evaluation mode; see ``nn.Module.train``."""
         self.refresh()
         return super().train(mode)
 
@@ -277,13 +279,13 @@ class SparseLinear(nn.Module):
         """Prepare the layer for a `dst.kernels.CompiledChain`.
 
         Returns:
-            The layer, and the key that tells when it is outdated. None if only `forward` can compute the layer: in
-            training, without compiled kernels, in 16-bit types, and for values or a bias that the kernels cannot read.
+            The layer, and the key that detects when it is outdated. None if only `forward` can compute the layer: in
+            training, without compiled kernels, with 16-bit types, or if the kernels cannot read the values or the bias.
         """
         values, bias = self._parameters["values"], self._parameters["bias"]
         if self.training or not isinstance(self._engine, Kernels) or not readable(values, (self.nnz,)):
             return None
-        # Values made inside inference mode carry no version to follow.
+        # Values created in inference mode have no version counter.
         if values is None or values.is_inference() or values.dtype not in _COMPUTED:
             return None
         if bias is not None and not (readable(bias, (self.out_features,)) and bias.dtype is values.dtype):
@@ -305,7 +307,7 @@ class SparseLinear(nn.Module):
         values: Tensor = self.values
         bias: Tensor | None = self.bias
         if torch.is_autocast_enabled("cpu"):
-            # Computed in the precision of the weights; only the dtype of the result follows autocast.
+            # Compute in the dtype of the weights; only the result has the autocast dtype.
             wanted = torch.get_autocast_dtype("cpu")
             with torch.autocast("cpu", enabled=False):
                 return self.forward(x.to(values.dtype)).to(wanted)
@@ -315,7 +317,7 @@ class SparseLinear(nn.Module):
         if x.device.type != "cpu" or values.device.type != "cpu":
             raise ConfigurationError(
                 f"sparse layers compute on the CPU; the input is on {x.device}, the weights on {values.device}. "
-                "Use the masked backend elsewhere"
+                "Use the masked backend on other devices"
             )
         if values.dtype not in _COMPUTED:
             values = values.float()
@@ -335,7 +337,7 @@ class SparseLinear(nn.Module):
         return y if y.dtype == wanted else y.to(wanted)
 
     def _evaluate(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        # Converted values are new memory at every call: their version does not follow the weights.
+        # Converted values are a new tensor at every call: their version counter does not track the weights.
         converted = values.dtype is not self.values.dtype
         if self._chain is None or not unchanged(self._chain.watched):
             self._chain = None if converted else self._prepared_chain()
@@ -356,11 +358,11 @@ class SparseLinear(nn.Module):
 
     # ------------------------------------------------------------------------------------------ dense gradient
     def collect_dense_gradient(self, collect: bool = True) -> None:
-        """Start or stop keeping the inputs and output gradients of backward passes.
+        """Start or stop collecting the dense gradient of the weight.
 
-        They stand for the dense gradient of the weight, summed over the backward passes since the call, or since the
-        gradient of `values` was last set to None. Call it with True before the first micro-batch of a step that ends in
-        growth by gradient, with False after it.
+        The layer keeps the inputs and output gradients of the backward passes since the call, or since the gradient of
+        `values` was last set to None. The dense gradient is the sum of their products. Call with True before the first
+        micro-batch of a step that grows weights by gradient, and with False after it.
         """
         if collect:
             self._collector.start(self.values)
@@ -374,33 +376,33 @@ class SparseLinear(nn.Module):
 
     @property
     def collected(self) -> Sequence[tuple[Tensor, Tensor]]:
-        """Feature-major inputs and output gradients of the backward passes collected so far."""
+        """Feature-major inputs and output gradients of the collected backward passes."""
         return self._collector.pairs
 
     def restore_collected(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Continue from an earlier `collected`, if the gradient is being collected."""
+        """Continue from a saved `collected`, if the gradient is being collected."""
         self._collector.restore(pairs)
 
     def collected_gradient(self) -> Tensor:
-        """Return the collected gradient at the non-zeros of the present pattern: ``[nnz]``, in the order of `values`.
+        """Return the collected gradient at the non-zeros of the current pattern, ``[nnz]`` in the order of `values`.
 
-        After `rewire` it includes connections that did not exist in the backward pass.
+        After `rewire` this includes newly grown weights, which the backward pass did not have.
         """
         return gradient_at(self._pattern, self.values.detach(), self.collected, self._engine)
 
     def gradient_tiles(self, rows: int = TILE_ROWS) -> Iterator[tuple[int, Tensor]]:
-        """Yield ``(first row, tile)`` of the dense gradient collected, tile ``[<= rows, in_features]`` by tile.
+        """Yield ``(first row, tile)`` of the collected dense gradient, tile ``[<= rows, in_features]``.
 
-        The micro-batches are summed in each tile. Every tile is the same memory. Without a backward pass it is zero.
+        Tiles are sums over micro-batches, and zero without a backward pass. All tiles share one buffer.
 
         Raises:
-            ConfigurationError: No gradient is being collected.
+            ConfigurationError: The gradient is not being collected.
         """
         dtype = self.values.dtype if self.values.dtype in _COMPUTED else torch.float32
         return self._collector.tiles((self.out_features, self.in_features), dtype, rows)
 
     def dense_gradient(self) -> Tensor:
-        """Return the whole gradient collected, ``[out_features, in_features]``: for small layers."""
+        """Return the collected dense gradient, ``[out_features, in_features]``. Materializes it: for small layers."""
         return torch.cat([tile.clone() for _, tile in self.gradient_tiles()])
 
     def grow_candidates(
@@ -411,22 +413,22 @@ class SparseLinear(nn.Module):
         reduce: Callable[[Tensor], None] | None = None,
         key: int = 0,
     ) -> Tensor:
-        """Return the k positions with the largest absolute gradient, without ever holding the dense gradient.
+        """Return the k positions with the largest absolute gradient. Does not materialize the dense gradient.
 
-        The gradient is summed over the micro-batches before its absolute value is taken. Ties, including those at zero,
-        are broken by `dst.topology.selection.tie_order`.
+        The absolute value is taken of the sum over micro-batches. `dst.topology.selection.tie_order` breaks ties,
+        including ties at zero.
 
         Args:
             k: Number of positions.
-            exclude: Sorted row-major flat indices that may not be chosen, such as those kept. All non-zeros if None.
-            reduce: Called on every tile, in the same order in every process, to average it over processes in place.
+            exclude: Sorted row-major flat indices that may not be chosen. If None, all non-zeros.
+            reduce: Called on every tile, in the same order on all ranks, to average it over ranks in place.
             key: Key of ``tie_order``.
 
         Returns:
             Sorted row-major flat indices, int64 ``[k]``.
 
         Raises:
-            ConfigurationError: Fewer than k positions may be chosen, or no gradient is being collected.
+            ConfigurationError: Fewer than k positions may be chosen, or the gradient is not being collected.
         """
         exclude = self._pattern.flat() if exclude is None else exclude.contiguous()
         shape = self.out_features, self.in_features
@@ -436,24 +438,24 @@ class SparseLinear(nn.Module):
 
     # ------------------------------------------------------------------------------------------ topology
     def row_major(self, entries: Tensor) -> Tensor:
-        """Reorder entries, ``[nnz]`` in the order of `values`, by their flat indices."""
+        """Reorder entries from the order of `values` to row-major order; ``[nnz]``."""
         return entries.detach()[self._pattern.permutation]
 
     def rewire(self, grown: Tensor, dropped: Tensor) -> Tensor:
-        """Add and remove connections, both as sorted flat indices; see `set_pattern`."""
+        """Grow and drop weights, given as sorted flat indices; see `set_pattern`."""
         return self.set_pattern(self._engine.merge(without(self._pattern.flat(), dropped), grown))
 
     def set_pattern(self, indices: Tensor) -> Tensor:
         """Change the positions of the non-zeros.
 
-        Connections that stay keep their values, new ones are zero, the gradient is cleared.
+        Weights that stay active keep their values, newly grown weights are zero, and the gradient is set to None.
 
         Args:
-            indices: Sorted distinct row-major flat indices, int64; their number may change.
+            indices: Sorted distinct row-major flat indices, int64. Their number may change.
 
         Returns:
-            int64 ``[new nnz]``: the old position of each new position, or -1 where it is new. `remap` carries per-position
-            state, such as an optimizer's, over by it.
+            int64 ``[new nnz]``: the old position of each new position, or -1 where newly grown. Pass it to `remap` to
+            convert per-weight state, such as optimizer state.
         """
         new = self._new_pattern(indices)
         source = self._engine.match(self._pattern, new)
@@ -482,7 +484,7 @@ class SparseLinear(nn.Module):
         if dense is not None and prefix + "values" not in state_dict:
             if dense.shape != self.shape:
                 error_msgs.append(
-                    f"{prefix}weight: saved with shape {tuple(dense.shape)}, this layer stands for {tuple(self.shape)}"
+                    f"{prefix}weight: saved with shape {tuple(dense.shape)}, this layer has shape {tuple(self.shape)}"
                 )
                 return
             try:
@@ -517,7 +519,7 @@ class SparseLinear(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLinear:
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
-        # The pattern is immutable and the engine is the process's: both are shared. What is derived is made anew.
+        # The immutable pattern and the engine are shared. Derived state is not copied.
         shared = {"_pattern", "_engine"}
         derived = {"_rows": RowCopy(), "_collector": GradientCollector(), "_chain": None}
         for key, value in self.__dict__.items():
@@ -529,7 +531,7 @@ class SparseLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         derived = {"_engine", "_rows", "_collector", "_chain"}
         kept = {key: value for key, value in self.__dict__.items() if key not in derived}
-        # Flat indices are pickled: pickle has no 16-bit unsigned tensors, and another machine may have another engine.
+        # Pickle flat indices: pickle does not support uint16 tensors, and another machine may have another engine.
         return {**kept, "_pattern": self._pattern.flat()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -540,14 +542,14 @@ class SparseLinear(nn.Module):
 
 
 def remap(entries: Tensor, source: Tensor) -> Tensor:
-    """Carry per-position entries over a change of pattern.
+    """Convert per-weight entries to a new pattern.
 
     Args:
-        entries: ``[old nnz]`` values, gradient or optimizer state.
+        entries: Values, gradient or optimizer state, ``[old nnz]``.
         source: The return value of `SparseLinear.set_pattern`, ``[new nnz]``.
 
     Returns:
-        ``[new nnz]``: old entries, zero at newly grown positions.
+        ``[new nnz]``: the old entries, and zero at newly grown weights.
     """
     if entries.numel() == 0:
         return entries.new_zeros(source.numel())

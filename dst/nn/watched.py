@@ -1,4 +1,4 @@
-"""Whether parameters are where they were and as they were when something was derived from them."""
+"""Detecting changes of parameters, to invalidate what was derived from them."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from dst.kernels import CompiledChain
 
 
 class CopyKey:
-    """Identifies the values that a copy was made from.
+    """Identifies the values that were copied.
 
     Attributes:
         source: An alias of the values. It keeps their address from being reused.
         address: Address of the values.
-        version: Autograd's version of the values.
-        valid: False once the owner of the copy knows that it is outdated.
+        version: Autograd's version counter of the values.
+        valid: False once the copy is marked as outdated.
     """
 
     __slots__ = ("address", "source", "valid", "version")
@@ -27,17 +27,17 @@ class CopyKey:
 
 
 Watched: TypeAlias = tuple[Mapping[str, Tensor | None], str, int | None, CopyKey | None]
-"""Parameters of a module, the name of one, its address or None, and the key of the copy made of it, if any."""
+"""The parameters of a module, the name of one, its address or None, and the key of its copy, if any."""
 
 
 def watch(module: nn.Module, name: str, key: CopyKey | None = None) -> Watched:
-    """Note where a parameter is, for `unchanged`; with ``key``, also which values were copied."""
+    """Record the address of a parameter for `unchanged`. ``key`` also records which values were copied."""
     held = module._parameters[name]
     return module._parameters, name, None if held is None else held.data_ptr(), key
 
 
 def unchanged(watched: Iterable[Watched]) -> bool:
-    """Whether all parameters are where they were, and the copied ones have the values they had."""
+    """Whether all parameters have the recorded addresses, and copied ones the recorded values."""
     for parameters, name, address, key in watched:
         held = parameters[name]
         if held is None or address is None:
@@ -49,11 +49,11 @@ def unchanged(watched: Iterable[Watched]) -> bool:
 
 
 class WatchedChain(NamedTuple):
-    """A chain of layers prepared for the kernels. One object, so that other threads see all of it or nothing.
+    """A chain of layers prepared for the kernels. A single object, so that threads replace it atomically.
 
     Attributes:
         chain: Computes the chain in one call.
-        watched: The parameters that it reads.
+        watched: The parameters that the chain reads.
     """
 
     chain: CompiledChain
@@ -61,7 +61,7 @@ class WatchedChain(NamedTuple):
 
 
 def readable(tensor: Tensor | None, shape: tuple[int, ...]) -> bool:
-    """Whether the kernels can read ``tensor`` in place: on the CPU, contiguous and of this shape."""
+    """Whether the kernels can read ``tensor`` in place: on the CPU, contiguous, with this shape."""
     return type(tensor) in (Tensor, nn.Parameter) and bool(
         tensor is not None and tensor.is_cpu and tensor.shape == shape and tensor.is_contiguous()
     )

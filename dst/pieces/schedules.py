@@ -1,4 +1,4 @@
-"""When the topology is updated (clocks), how much of it (fractions), and the budget over time (densities)."""
+"""Schedules: when the topology is updated (clocks), the drop fraction, and the density over time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class Never:
     """No topology updates."""
 
     def fires(self, step: int, total_steps: int) -> bool:
-        """Always False."""
+        """Return False."""
         return False
 
     def stop_step(self, total_steps: int) -> int:
-        """Step 0."""
+        """Return 0."""
         return 0
 
 
@@ -26,15 +26,18 @@ class Never:
 class Every:
     """An update every ``every`` steps in [start, stop).
 
-    Steps are optimizer steps, counted from 0. The published defaults update every ΔT = 100 steps and stop after three
-    quarters of training (Evci et al. 2020, section 4).
+    Steps are optimizer steps, counted from 0. The published defaults are ΔT = 100 and updates until 75% of training (Evci
+    et al. 2020, section 4).
 
-    Deviation: the authors' interval includes its end; here it does not, so that ``stop=1.0`` and ``stop=total`` agree.
+    Deviation: the authors' interval includes its end. Here it does not, so ``stop=1.0`` equals ``stop=total_steps``.
 
     Attributes:
-        every: Steps between updates (ΔT), an int >= 1 or a fraction of the total steps.
-        start: First step that may update.
-        stop: First step that may not.
+        every: ΔT, steps between updates: an int >= 1 or a fraction of the total steps.
+        start: First step that may update the topology.
+        stop: First step that may no longer update the topology.
+
+    Raises:
+        ConfigurationError: A duration is out of range, or ``every`` is 0.
     """
 
     every: Duration = 100
@@ -48,19 +51,19 @@ class Every:
             raise ConfigurationError("update_every=0: updates need at least one step between them")
 
     def fires(self, step: int, total_steps: int) -> bool:
-        """Whether ``step`` is start, start + every, … and before stop."""
+        """Return whether ``step`` is one of start, start + every, … before stop."""
         start = resolve_steps(self.start, total_steps, "start")
         every = max(1, resolve_steps(self.every, total_steps, "update_every"))
         return start <= step < self.stop_step(total_steps) and (step - start) % every == 0
 
     def stop_step(self, total_steps: int) -> int:
-        """The step at which updates end."""
+        """Return ``stop`` in steps."""
         return resolve_steps(self.stop, total_steps, "stop")
 
 
 @dataclass(frozen=True)
 class _Decay:
-    """A fraction that starts at ``initial``, in [0, 1]."""
+    """A drop fraction that starts at ``initial``, in [0, 1]."""
 
     initial: float = 0.3
 
@@ -74,14 +77,14 @@ class _Decay:
 
 @dataclass(frozen=True)
 class Constant(_Decay):
-    """The same fraction at every update (SET, Mocanu et al. 2018).
+    """A constant drop fraction (SET, Mocanu et al. 2018).
 
     Attributes:
-        initial: The fraction, in [0, 1].
+        initial: Drop fraction, in [0, 1].
     """
 
     def __call__(self, step: int, stop: int) -> float:
-        """``initial``."""
+        """Return ``initial``."""
         return self.initial
 
 
@@ -90,11 +93,11 @@ class Cosine(_Decay):
     """α/2 · (1 + cos(π · t / T_stop)) (Evci et al. 2020, section 3).
 
     Attributes:
-        initial: α, the fraction at step 0, in [0, 1].
+        initial: α, drop fraction at step 0, in [0, 1].
     """
 
     def __call__(self, step: int, stop: int) -> float:
-        """The fraction at ``step`` for updates that end at ``stop``."""
+        """Return the fraction at ``step``, for updates in steps before ``stop``."""
         return self.initial / 2 * (1 + math.cos(math.pi * self._progress(step, stop)))
 
 
@@ -103,8 +106,8 @@ class InversePower(_Decay):
     """α · (1 − t / T_stop)^k (Evci et al. 2020, appendix on update schedules).
 
     Attributes:
-        initial: α, the fraction at step 0, in [0, 1].
-        power: k > 0; 3 is the authors' choice.
+        initial: α, drop fraction at step 0, in [0, 1].
+        power: k, > 0; the authors use 3.
     """
 
     power: float = 3.0
@@ -115,7 +118,7 @@ class InversePower(_Decay):
             raise ConfigurationError(f"power={self.power} of the inverse-power fraction must be positive")
 
     def __call__(self, step: int, stop: int) -> float:
-        """The fraction at ``step`` for updates that end at ``stop``."""
+        """Return the fraction at ``step``, for updates in steps before ``stop``."""
         return float(self.initial * (1 - self._progress(step, stop)) ** self.power)
 
 
@@ -124,24 +127,25 @@ class Linear(_Decay):
     """α · (1 − t / T_stop): inverse power with k = 1.
 
     Attributes:
-        initial: α, the fraction at step 0, in [0, 1].
+        initial: α, drop fraction at step 0, in [0, 1].
     """
 
     def __call__(self, step: int, stop: int) -> float:
-        """The fraction at ``step`` for updates that end at ``stop``."""
+        """Return the fraction at ``step``, for updates in steps before ``stop``."""
         return self.initial * (1 - self._progress(step, stop))
 
 
 @dataclass(frozen=True)
 class Cubic:
-    """Density that falls fast and then slowly: gradual magnitude pruning (Zhu & Gupta 2017, arXiv:1710.01878, section 3).
+    """A density that changes fast, then slowly: gradual pruning (Zhu & Gupta 2017, arXiv:1710.01878, section 3).
 
-    With sparsity s = 1 - density and p the progress in [start, stop]: s = s_f + (s_i - s_f) · (1 - p)^3.
+    The sparsity is s = s_f + (s_i - s_f) · (1 - p)^3, with p the progress in [start, stop], s_i the initial and s_f the
+    final sparsity.
 
     Attributes:
         initial: Density until ``start``, in (0, 1].
-        start: Where it begins to move.
-        stop: Where it has reached the method's density.
+        start: When the density begins to change.
+        stop: When the density reaches the method's.
     """
 
     initial: float = 1.0
@@ -155,29 +159,28 @@ class Cubic:
         check_duration(self.stop, "stop")
 
     def __call__(self, step: int, total_steps: int, final: float) -> float:
-        """Density at ``step``."""
+        """Return the density after an update at ``step``, in (0, 1]."""
         start, stop = resolve_steps(self.start, total_steps), self.settles_at(total_steps)
         if step >= stop:
             return final
         if step <= start:
-            return self.initial  # exactly: rounding must not make a density of 1 another
+            return self.initial  # exact: rounding could turn a density of 1 into another
         left = 1 - (step - start) / (stop - start)
         return final + (self.initial - final) * left**3
 
     def settles_at(self, total_steps: int) -> int:
-        """``stop`` in steps."""
+        """Return ``stop`` in steps."""
         return resolve_steps(self.stop, total_steps)
 
 
 @dataclass(frozen=True)
 class Stepwise:
-    """A density that jumps at given points, up or down.
+    """A density that changes at given points, up or down.
 
     Attributes:
-        points: Pairs of (point in training, density from there on), in order; before the first the density is
-            ``initial``, and the method's own holds from ``stop`` on.
+        points: Pairs (point of training, density from then on), in order.
         initial: Density before the first point, in (0, 1].
-        stop: Where the method's density begins.
+        stop: When the method's density begins.
     """
 
     points: tuple[tuple[Duration, float], ...] = ()
@@ -193,7 +196,7 @@ class Stepwise:
             check_duration(at, "point")
 
     def __call__(self, step: int, total_steps: int, final: float) -> float:
-        """Density at ``step``."""
+        """Return the density after an update at ``step``, in (0, 1]."""
         if step >= self.settles_at(total_steps):
             return final
         density = self.initial
@@ -203,21 +206,21 @@ class Stepwise:
         return density
 
     def settles_at(self, total_steps: int) -> int:
-        """``stop`` in steps."""
+        """Return ``stop`` in steps."""
         return resolve_steps(self.stop, total_steps)
 
 
 @dataclass(frozen=True)
 class Alternating:
-    """Dense and sparse phases in turn: AC/DC (Peste et al. 2021, https://arxiv.org/abs/2106.12379).
+    """Alternating sparse and dense phases: AC/DC (Peste et al. 2021, https://arxiv.org/abs/2106.12379).
 
-    Dense until ``start``; then sparse and dense phases of ``every`` steps each, beginning with a sparse one; sparse from
-    ``stop`` on.
+    Training is dense until ``start``. Then sparse and dense phases of ``every`` steps alternate, beginning with a sparse
+    one. From ``stop`` on training is sparse.
 
     Attributes:
-        every: Length of a phase.
+        every: Length of a phase; not 0.
         start: End of the dense warm-up.
-        stop: Beginning of the last sparse phase.
+        stop: Latest start of the last sparse phase.
     """
 
     every: Duration = 0.05
@@ -231,7 +234,7 @@ class Alternating:
             raise ConfigurationError("every=0: a phase needs at least one step")
 
     def __call__(self, step: int, total_steps: int, final: float) -> float:
-        """Density at ``step``."""
+        """Return the density after an update at ``step``, in (0, 1]."""
         start = resolve_steps(self.start, total_steps)
         if step >= self.settles_at(total_steps):
             return final
@@ -241,5 +244,5 @@ class Alternating:
         return final if phase % 2 == 0 else 1.0
 
     def settles_at(self, total_steps: int) -> int:
-        """``stop`` in steps."""
+        """Return ``stop`` in steps."""
         return resolve_steps(self.stop, total_steps)

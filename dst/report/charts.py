@@ -1,7 +1,8 @@
 """Small SVG charts: pure functions from numbers to text.
 
-Every picture scales with its place (a ``viewBox``, no width of its own), takes its colours from the page's variables, so
-that dark mode is the page's business, and says in ``title`` and ``desc`` what it shows.
+A report is one file without scripts, so the charts are part of it. Each chart is an ``svg`` element that scales with the
+space it is given (``viewBox``, no width). Colours come from the page's variables, which also serve dark mode. ``title`` and
+``desc`` describe the chart for screen readers.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
 WIDTH, HEIGHT = 360, 220
-"""Size in user units: about a phone's width, so that text keeps its size there."""
+"""Size in user units, about the width of a phone, where text then keeps its size."""
 
 MOST_LINES = 8
-"""Lines that colour and dash can tell apart."""
+"""Number of lines that colour and dash can tell apart."""
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 12, 10, 34
 _POINTS = 240
@@ -29,21 +31,39 @@ _STOPS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [2
 
 @dataclass(frozen=True)
 class Line:
-    """A named curve: (x, y) in the order of x."""
+    """A named curve: points (x, y), ordered by x."""
 
     name: str
     points: Sequence[tuple[float, float]]
 
 
-@dataclass(frozen=True)
-class Axis:
-    """How numbers along an axis are labelled.
+class Point(NamedTuple):
+    """A named point.
 
     Attributes:
-        label: What stands beside the axis.
+        name: Shown beside the point.
+        x: Position along the axis below.
+        y: Position along the axis on the left.
+        half: Half the height of the interval that is drawn through the point; None draws none.
+        series: Index of the page's colour, from 0 to `MOST_LINES` - 1; None is grey.
+    """
+
+    name: str
+    x: float
+    y: float
+    half: float | None = None
+    series: int | None = 0
+
+
+@dataclass(frozen=True)
+class Axis:
+    """An axis and its labels.
+
+    Attributes:
+        label: Text along the axis.
         form: Turns a number into text.
-        low: Least end of the axis; None takes the numbers'.
-        high: Greatest end; None takes the numbers'.
+        low: Lower end; None takes the least number shown.
+        high: Upper end; None takes the greatest number shown.
     """
 
     label: str
@@ -53,15 +73,15 @@ class Axis:
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers within an interval, for the marks of an axis.
+    """Choose round numbers within an interval.
 
     Args:
-        low: Its lower end.
-        high: Its upper end, at least ``low``.
-        most: Most marks wanted, at least 2.
+        low: Lower end of the interval.
+        high: Upper end, at least ``low``.
+        most: Largest number of ticks, at least 2.
 
     Returns:
-        Multiples of 1, 2, 2.5 or 5 times a power of ten, ascending; ``low`` alone for an empty interval.
+        Multiples of 1, 2, 2.5 or 5 times a power of ten, ascending. An empty interval gives ``low`` alone.
     """
     if not high > low:
         return [low]
@@ -73,7 +93,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def thin(points: Sequence[tuple[float, float]], most: int = _POINTS) -> list[tuple[float, float]]:
-    """Leave out points in even distances where there are too many; the first and the last stay."""
+    """Keep at most ``most`` points, evenly spaced. The first and the last stay."""
     if len(points) <= most:
         return list(points)
     chosen = sorted({round(i * (len(points) - 1) / (most - 1)) for i in range(most)})
@@ -81,7 +101,7 @@ def thin(points: Sequence[tuple[float, float]], most: int = _POINTS) -> list[tup
 
 
 def compact(value: float) -> str:
-    """A number in few characters: 1200 as 1.2k."""
+    """Format a number in few characters, such as 1200 as ``1.2k``."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{unit}"
@@ -89,12 +109,12 @@ def compact(value: float) -> str:
 
 
 def line_chart(key: str, title: str, lines: Sequence[Line], x: Axis, y: Axis, marks: Sequence[float] = ()) -> str:
-    """Curves over a common axis.
+    """Draw curves over a common axis.
 
     Args:
-        key: Unique on the page; begins the ids.
-        title: What it shows.
-        lines: At most `MOST_LINES`, at least one point in all.
+        key: Prefix of the ids, unique on the page.
+        title: What the chart shows.
+        lines: At most `MOST_LINES`, with at least one point in all.
         x: The axis below.
         y: The axis on the left.
         marks: Positions of vertical lines.
@@ -116,34 +136,58 @@ def line_chart(key: str, title: str, lines: Sequence[Line], x: Axis, y: Axis, ma
     return _svg(key, title, ends, "".join(parts))
 
 
-def point_chart(key: str, title: str, points: Sequence[tuple[str, float, float]], x: Axis, y: Axis) -> str:
-    """Single points with their names beside them; see `line_chart`."""
-    frame = _Frame([p[1] for p in points], [p[2] for p in points], x, y)
+def point_chart(
+    key: str, title: str, points: Sequence[Point], x: Axis, y: Axis, front: Sequence[tuple[float, float]] = ()
+) -> str:
+    """Draw single points with their names, and their intervals where they have one.
+
+    Args:
+        key: See `line_chart`.
+        title: See `line_chart`.
+        points: At least one.
+        x: The axis below.
+        y: The axis on the left.
+        front: Corners of a dashed line, such as a Pareto front.
+
+    Returns:
+        An ``svg`` element.
+    """
+    edges = [p.y + side * (p.half or 0.0) for p in points for side in (-1, 1)]
+    frame = _Frame([p.x for p in points], edges, x, y)
     parts = [frame.grid()]
-    above = 1
-    for i, (name, a, b) in enumerate(points):
-        end = frame.x(a) > WIDTH / 2
-        above = -above  # names of points at one height do not run into each other
-        place = f'x="{frame.x(a) + (-2 if end else 2):.1f}" y="{frame.y(b) + (18 if above > 0 else -10):.1f}"'
-        anchor = "end" if end else "start"
-        parts.append(
-            f'{_dot(frame.x(a), frame.y(b), i)}<text {place} text-anchor="{anchor}">{html.escape(name)}</text>'
-        )
-    described = "; ".join(f"{name}: {x.form(a)}, {y.form(b)}" for name, a, b in points)
-    return _svg(key, title, described, "".join(parts))
+    if front:
+        corners = " ".join(f"{frame.x(a):.1f},{frame.y(b):.1f}" for a, b in front)
+        parts.append(f'<polyline class="front" points="{corners}"/>')
+    described = [_described(point, x, y) for point in points]
+    for i, (point, text) in enumerate(zip(points, described, strict=True)):
+        across, down = frame.x(point.x), frame.y(point.y)
+        if point.half is not None:
+            low, high = frame.y(point.y - point.half), frame.y(point.y + point.half)
+            parts.append(f'<path class="whisker {_colour(point.series)}" d="M{across:.1f} {low:.1f}V{high:.1f}"/>')
+        parts.append(_dot(across, down, point.series, text))
+        # Names alternate between below and above, so that those of neighbours do not overlap.
+        is_right = across > WIDTH / 2
+        beside = 2 if point.half is None else 6
+        place = f'x="{across + (-beside if is_right else beside):.1f}" y="{down + (18 if i % 2 else -10):.1f}"'
+        anchor = "end" if is_right else "start"
+        parts.append(f'<text {place} text-anchor="{anchor}">{html.escape(point.name)}</text>')
+    return _svg(key, title, "; ".join(described), "".join(parts))
 
 
 def bar_chart(key: str, title: str, first: int, width: int, counts: Sequence[int], x: Axis, y: Axis) -> str:
-    """A histogram with bins of equal width; see `line_chart`.
+    """Draw a histogram with bins of equal width.
 
     Args:
-        key: As there.
-        title: As there.
-        first: Least value of the first bin.
+        key: See `line_chart`.
+        title: See `line_chart`.
+        first: Smallest value of the first bin.
         width: Width of a bin.
-        counts: Of each bin.
+        counts: Count of each bin.
         x: The axis below.
         y: The axis on the left.
+
+    Returns:
+        An ``svg`` element.
     """
     frame = _Frame([first, first + width * len(counts)], [0, max(counts)], x, y)
     parts = [frame.grid()]
@@ -158,9 +202,9 @@ def bar_chart(key: str, title: str, first: int, width: int, counts: Sequence[int
 
 
 def heat_map(key: str, title: str, lines: Sequence[Line], x: Axis, y: Axis) -> str:
-    """Many curves as rows of colours, for more than lines can tell apart; ``y`` forms the scale's labels.
+    """Draw each curve as a row of colours, for more curves than lines can tell apart.
 
-    See `line_chart` for the arguments; rows are labelled with the lines' names.
+    The arguments are those of `line_chart`. Rows have the names of the lines. ``y`` formats the labels of the scale.
     """
     columns, row = 60, 14
     times = [p[0] for line in lines for p in line.points]
@@ -184,7 +228,16 @@ def heat_map(key: str, title: str, lines: Sequence[Line], x: Axis, y: Axis) -> s
 
 
 def pixel_map(key: str, title: str, counts: Sequence[Sequence[int]]) -> str:
-    """Counts by place, as an image with the scale below; see `line_chart`."""
+    """Draw counts by position as an image, with the scale of colours below.
+
+    Args:
+        key: See `line_chart`.
+        title: See `line_chart`.
+        counts: Rows of equal length.
+
+    Returns:
+        An ``svg`` element.
+    """
     cells = np.array(counts, dtype=float)
     image, least, greatest = colours(cells)
     rows, columns = cells.shape
@@ -197,13 +250,13 @@ def pixel_map(key: str, title: str, counts: Sequence[Sequence[int]]) -> str:
 
 
 def colours(cells: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """Map numbers to colours from dark violet (least) to yellow (greatest), lighter meaning more.
+    """Map numbers to colours, from dark violet (smallest) to yellow (largest). A larger number is lighter.
 
     Args:
-        cells: Floats of shape (rows, columns), NaN where unknown (grey).
+        cells: Floats of shape (rows, columns). NaN means unknown and becomes grey.
 
     Returns:
-        Bytes of shape (rows, columns, 3), the least and the greatest number.
+        RGB values of dtype uint8 and shape (rows, columns, 3), the smallest and the largest number.
     """
     least, greatest = float(np.nanmin(cells)), float(np.nanmax(cells))
     unit = np.nan_to_num((cells - least) / ((greatest - least) or 1.0)) * (len(_STOPS) - 1)
@@ -215,14 +268,14 @@ def colours(cells: np.ndarray) -> tuple[np.ndarray, float, float]:
 
 
 def data_uri(image: np.ndarray) -> str:
-    """An image (bytes of shape (rows, columns, 3)) as a PNG within the page."""
+    """Encode an RGB image (uint8, shape (rows, columns, 3)) as a PNG in a ``data:`` URI."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 class _Frame:
-    """Where numbers lie in a picture with two axes."""
+    """Maps numbers to positions in a chart with two axes."""
 
     def __init__(self, xs: Sequence[float], ys: Sequence[float], x: Axis, y: Axis) -> None:
         self.x_axis, self.y_axis = x, y
@@ -268,12 +321,22 @@ def _range(points: Sequence[tuple[float, float]], axis: Axis) -> str:
     return f"{axis.form(points[0][1])} first, {axis.form(points[-1][1])} last"
 
 
-def _dot(x: float, y: float, i: int) -> str:
-    return f'<circle class="dot s{i}" cx="{x:.1f}" cy="{y:.1f}" r="4"/>'
+def _colour(series: int | None) -> str:
+    return "soft" if series is None else f"s{series}"
+
+
+def _described(point: Point, x: Axis, y: Axis) -> str:
+    half = "" if point.half is None else f" ± {point.half:.2g}"
+    return f"{point.name}: {x.form(point.x)}, {y.form(point.y)}{half}"
+
+
+def _dot(x: float, y: float, series: int | None, hint: str = "") -> str:
+    end = f"><title>{html.escape(hint)}</title></circle>" if hint else "/>"
+    return f'<circle class="dot {_colour(series)}" cx="{x:.1f}" cy="{y:.1f}" r="4"{end}'
 
 
 def _sampled(points: Sequence[tuple[float, float]], low: float, high: float, columns: int) -> list[float]:
-    """The newest value at each of ``columns`` times; NaN before the first."""
+    """The latest value at each of ``columns`` times. NaN before the first."""
     found, i, value = [], 0, math.nan
     for column in range(columns):
         time = low + (high - low) * (column + 1) / columns
@@ -294,7 +357,7 @@ def _picture(image: np.ndarray, x: float, y: float, width: float, height: float)
 
 
 def _scale(x: float, y: float, least: str, greatest: str, width: float = WIDTH - _RIGHT - 132) -> tuple[str, float]:
-    """A bar of colours with its ends labelled, and the height below it."""
+    """A bar of colours with labelled ends, and the vertical position below it."""
     image, _, _ = colours(np.arange(64.0)[None])
     labels = "".join(
         f'<text class="soft" x="{at:.1f}" y="{y + 22:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'

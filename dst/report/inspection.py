@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from rich.console import Group
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
@@ -18,6 +17,8 @@ from dst.backends.saved import as_mask, is_mask, is_union, union_as_mask
 from dst.checkpoints import load_checkpoint
 from dst.errors import StateError
 from dst.metrics.health import dead_inputs, dead_outputs
+from dst.report.summary import shape_text
+from dst.report.terminal import terminal_facts, terminal_table
 
 _STATE_KEYS = {"format", "method", "masks", "layers", "steps"}
 _DEPTH = 4
@@ -99,29 +100,19 @@ class Inspection:
 
     def renderable(self) -> Group:
         """Return the inspection as tables for ``rich``."""
-        facts = Table.grid(padding=(0, 3))
-        facts.add_column(style="dim")
-        facts.add_column()
         weights, active = (sum(getattr(layer, key) for layer in self.layers) for key in ("weights", "active"))
         target = "" if self.target is None else f" (target {self.target:.6g})"
-        for name, value in (
-            *self.facts.items(),
-            ("density", f"{self.realised:.6g}{target}, {active:,} of {weights:,} weights"),
-        ):
-            facts.add_row(name, Text(value))
-        layers = Table(box=None, header_style="dim", padding=(0, 3, 0, 0), pad_edge=False)
-        layers.add_column("layer")
-        for header in ("shape", "weights", "active", "density", "dead outputs", "dead inputs", "active zeros"):
-            layers.add_column(header, justify="right")
+        density = f"{self.realised:.6g}{target}, {active:,} of {weights:,} weights"
+        facts = terminal_facts([*self.facts.items(), ("density", density)])
+        rows = [("layer", "shape", "weights", "active", "density", "dead outputs", "dead inputs", "active zeros")]
         for layer in self.layers:
             zeros = "" if layer.zeros is None else f"{layer.zeros:,}"
-            cells = ("×".join(map(str, layer.shape)), f"{layer.weights:,}", f"{layer.active:,}", f"{layer.density:.4f}")
-            # Labels hold brackets, which rich would take for its own.
-            layers.add_row(Text(layer.name), *cells, str(layer.dead_outputs), str(layer.dead_inputs), zeros)
+            cells = (shape_text(layer.shape), f"{layer.weights:,}", f"{layer.active:,}", f"{layer.density:.4f}")
+            rows.append((layer.name, *cells, str(layer.dead_outputs), str(layer.dead_inputs), zeros))
         problems = self.problems()
         health = Text("\n".join(problems), style="yellow") if problems else Text("no problem found", style="green")
         title = Text(f"\n{self.kind}\n", style="bold")
-        return Group(title, facts, Text(), layers, Text(), health, Text(f"\n{self.path}", style="dim"))
+        return Group(title, facts, Text(), terminal_table(rows), Text(), health, Text(f"\n{self.path}", style="dim"))
 
 
 def inspect_checkpoint(path: str | os.PathLike[str]) -> Inspection:

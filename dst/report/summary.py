@@ -5,18 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from dst.checkpoints import write_atomically
 from dst.errors import DataError
 from dst.metrics.conventions import convention_of
+from dst.report.terminal import terminal_facts, terminal_table
 
 SUMMARY_FILE = "summary.json"
 
@@ -122,20 +122,18 @@ class Latency:
 
 @dataclass(frozen=True)
 class EnergyUse:
-    """Joules.
+    """Measured energy, in joules.
 
     Attributes:
-        training_joules: Of all fits; None where it is not known (what finished levels took before a resume).
-        step_joules: Of training per optimizer step.
-        inference_joules: Of one sample, within a batch as in `Latency`.
-        estimated: Whether it is an estimate and no measurement.
-        source: What was read, in words; an estimate says what it assumes.
+        training_joules: Energy of all fits; None if a part was not measured.
+        step_joules: Energy of training per optimizer step; None as above.
+        inference_joules: Energy per sample, in a batch as in `Latency`; None if it was not measured.
+        source: What was read, in words.
     """
 
     training_joules: float | None
     step_joules: float | None
-    inference_joules: float
-    estimated: bool
+    inference_joules: float | None
     source: str
 
 
@@ -162,7 +160,7 @@ class Summary:
         topology: See `Topology`.
         memory: See `MemoryUse`; None in summaries of earlier versions, as are the next two.
         latency: See `Latency`.
-        energy: See `EnergyUse`.
+        energy: See `EnergyUse`; None on machines without an energy counter.
     """
 
     sparsity: str
@@ -187,14 +185,16 @@ class Summary:
         """Its finite numbers by dotted name behind ``summary/``, for loggers, without the layers' and the time taken."""
         found = {f"summary/{name}": float(getattr(self, name)) for name in ("seed", "steps")}
         for part in _PARTS:
-            for name, value in _leaves(asdict(getattr(self, part)) if getattr(self, part) is not None else {}):
+            for name, value in leaves(asdict(getattr(self, part)) if getattr(self, part) is not None else {}):
                 if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
                     found[f"summary/{part}.{name}"] = float(value)
         return found
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Summary:
-        """Read what `write` wrote.
+        """Read what `write` wrote, in this version or an earlier one.
+
+        Energy that an earlier version estimated is left out.
 
         Raises:
             DataError: The file is missing or is not a summary.
@@ -202,6 +202,7 @@ class Summary:
         path = Path(folder) / SUMMARY_FILE
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
+            values["energy"] = _measured(values.get("energy"))
             return cls(**{k: _PARTS[k](**v) if k in _PARTS and v is not None else v for k, v in values.items()})
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{path} is not a run's summary: {error}") from error
@@ -235,51 +236,45 @@ class Summary:
             )
         if self.energy is not None:
             e = self.energy
-            kind = "estimated" if e.estimated else "measured"
             if e.training_joules is not None:
                 step = "" if e.step_joules is None else f", {e.step_joules:.3g} J a step"
-                found.append((f"training energy, {kind}", f"{e.training_joules:.3g} J{step} ({e.source})"))
-            found.append((f"inference energy, {kind}", f"{e.inference_joules:.3g} J a sample ({e.source})"))
+                found.append(("training energy", f"{e.training_joules:.3g} J{step} ({e.source})"))
+            if e.inference_joules is not None:
+                found.append(("inference energy", f"{e.inference_joules:.3g} J a sample ({e.source})"))
         return found
 
     def renderable(self, folder: str | os.PathLike[str] | None = None) -> Group:
         """Return the summary as tables for ``rich``, with the run's folder below."""
-        facts = Table.grid(padding=(0, 3))
-        facts.add_column(style="dim")
-        facts.add_column()
         weights, nonzero = (sum(layer[key] for layer in self.density.layers) for key in ("weights", "nonzero"))
-        rows: list[tuple[str, str | Text]] = [
+        density = f"{self.density.realised:.6g} (target {self.density.target:.6g}), {nonzero:,} of {weights:,} weights"
+        facts: list[tuple[str, str | Text]] = [
             ("test accuracy", Text.assemble((percent(self.test.accuracy), "bold green"), f"  ({self.selection})")),
             ("test loss", number(self.test.loss)),
-            (
-                "density",
-                f"{self.density.realised:.6g} (target {self.density.target:.6g}), {nonzero:,} of {weights:,} weights",
-            ),
+            ("density", density),
             *([("not reached", Text(self.density.shortfall, style="yellow"))] if self.density.shortfall else []),
             ("inference FLOPs", _of_dense(self.flops.inference_ratio, self.flops.executed_ratio)),
             ("training FLOPs", _of_dense(self.flops.training_ratio, self.flops.training_executed_ratio)),
             ("topology updates", f"{self.topology.updates}"),
             ("explored", f"{percent(self.topology.exploration_rate)} of the weights"),
             ("training", f"{self.steps:,} steps in {self.seconds:.1f} s"),
-            *self.costs(),
+            *((name, Text(line, style="yellow" if name == NOT_COUNTED else "")) for name, line in self.costs()),
         ]
-        for name, value in rows:
-            style = "yellow" if name == NOT_COUNTED else ""
-            facts.add_row(name, value if isinstance(value, Text) else Text(value, style=style))
-        layers = Table(box=None, header_style="dim", padding=(0, 3, 0, 0), pad_edge=False)
-        layers.add_column("layer")
-        for header in ("shape", "weights", "active", "density"):
-            layers.add_column(header, justify="right")
+        layers = [("layer", "shape", "weights", "active", "density")]
         for layer in self.density.layers:
-            shape = "×".join(map(str, layer["shape"]))
             counts = f"{layer['weights']:,}", f"{layer['nonzero']:,}", f"{layer['density']:.4f}"
-            # Labels hold brackets, which rich would take for its own.
-            layers.add_row(Text(layer["name"]), shape, *counts)
+            layers.append((layer["name"], shape_text(layer["shape"]), *counts))
         title = Text(f"\n{self.sparsity}, seed {self.seed}\n", style="bold")
-        parts: list[RenderableType] = [title, facts, Text(), layers]
+        parts: list[RenderableType] = [title, terminal_facts(facts), Text(), terminal_table(layers)]
         if folder is not None:
             parts.append(Text(f"\n{Path(folder)}", style="dim"))
         return Group(*parts)
+
+
+def _measured(energy: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Energy as read from a file, without the flag of earlier versions; None if they estimated it."""
+    if energy is None or energy.get("estimated", False):
+        return None
+    return {name: value for name, value in energy.items() if name != "estimated"}
 
 
 _PARTS: dict[str, Any] = {
@@ -293,11 +288,16 @@ _PARTS: dict[str, Any] = {
 }
 
 
-def _leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted names and what is no mapping."""
+def leaves(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names and values of nested mappings.
+
+    Args:
+        value: A mapping; values that are mappings are entered.
+        prefix: Put before every name.
+    """
     for key, inner in value.items():
         if isinstance(inner, Mapping):
-            yield from _leaves(inner, f"{prefix}{key}.")
+            yield from leaves(inner, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", inner
 
@@ -307,17 +307,14 @@ def _of_dense(theoretical: float, executed: float | None) -> str:
     return f"{percent(theoretical)} of dense{done}"
 
 
-def show(renderable: Any) -> None:
-    """Print a ``rich`` renderable, without cutting lines where no terminal sets a width."""
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=160)
-    console.print(renderable, highlight=False)
-
-
 def percent(value: float | None) -> str:
     """Format a share, such as 0.97222, as ``97.22%``."""
     return "not finite" if value is None else f"{100 * value:.2f}%"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """Format a shape as ``8×16``."""
+    return "×".join(map(str, shape))
 
 
 def number(value: float | None) -> str:

@@ -83,7 +83,7 @@ def test_what_does_not_fit_is_refused():
     csr = Run(CLAIMED["rigl"]("csr"))
     with pytest.raises(RuntimeError, match=r"first\.weight: saved with 1200 non-zeros, this layer holds 196"):
         csr.model.load_state_dict(Net().double().state_dict())
-    with pytest.raises(RuntimeError, match=r"weight: saved with shape \(2, 3\), this layer stands for \(25, 40\)"):
+    with pytest.raises(RuntimeError, match=r"weight: saved with shape \(2, 3\), this layer has shape \(25, 40\)"):
         csr.model.second.load_state_dict({"weight": torch.zeros(2, 3), "bias": torch.zeros(25)})
     with pytest.raises(RuntimeError, match=r"Unexpected key.*extra"):
         csr.model.second.load_state_dict(

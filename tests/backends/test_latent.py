@@ -1,4 +1,4 @@
-"""Latent storage: what holds at every step of methods whose inactive weights live on, and what is refused."""
+"""Latent storage: invariants of every step of methods that train inactive weights too, and what is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_what_holds_at_every_step(name, optimizer_name):
         backward(model, optimizer, step)
         before, masks = values(model), sparsifier.masks
         sparsifier.before_step()
-        assert sparsifier.updates == fired  # topology moves behind the step
+        assert sparsifier.updates == fired  # the topology is updated after the step
         prepared, chosen = values(model), sparsifier.masks
         was_sparse = sparsifier.is_sparse
         if equal(masks, chosen):
@@ -265,7 +265,7 @@ REFUSALS = {
         "stores only non-zeros, and StraightThrough keeps inactive",
     ),
     "no relaxation": (refuse(backend="latent"), 'backend="latent" needs a relaxation'),
-    "importance": (refuse(init=init.Importance()), "Importance is that of latent weights"),
+    "importance": (refuse(init=init.Importance()), "Importance ranks latent weights"),
     "rescaled": (refuse(relaxation=StraightThrough(), rescale_init=True), "rescale_init and StraightThrough"),
     "no phase": (refuse(relaxation=LearnedThreshold()), "LearnedThreshold learns what is active until sparsify_at"),
     "moving": (refuse(relaxation=HardConcrete(), sparsify_at=0.5, replace_step=False, **DYNAMIC), "clock=Never"),

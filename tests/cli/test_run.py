@@ -17,8 +17,10 @@ from dst.cli.train import run
 from dst.data import Digits
 from dst.errors import ConfigurationError, DataError, StateError
 from dst.lightning.recorder import read_rows
+from dst.metrics import energy
 from dst.models.classifier import Classifier, cosine, step
 from dst.report.summary import Density, Flops, Quality, Summary, Topology
+from tests.metrics.counter import Counter
 
 SMALL = ["model=mlp", "model.width=32", "model.depth=2", "report=false"]
 
@@ -186,7 +188,8 @@ def test_metrics_stay_whole_where_lightning_ends_an_epoch_twice(config, tmp_path
     assert epochs == [44, 88, 132]  # the fourth epoch was the one ended twice
 
 
-def test_lottery_levels_share_one_metrics_file(config, tmp_path):
+def test_lottery_levels_share_one_metrics_file(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(energy, "available_meters", lambda device: [Counter()])
     summary = run(config("sparsity=lottery_ticket_rewind", "density=0.7"), tmp_path)
     rows = metrics(tmp_path)
     assert sorted({row["level"] for row in rows}) == ["0", "1", "2"]
@@ -197,6 +200,7 @@ def test_lottery_levels_share_one_metrics_file(config, tmp_path):
     # Every round is paid for: densities 1, 0.8 and 0.7, and dense passes executed in each.
     assert summary.flops.training_executed_ratio == pytest.approx(summary.steps / levels[0]["steps"])
     assert summary.flops.training_executed_ratio > 2
+    assert summary.energy.training_joules >= 3  # every level's
     assert summary.energy.training_joules == pytest.approx(summary.energy.step_joules * summary.steps)
     assert summary.memory.peak_mib > 0
     # One dense training, then two sparse ones whose layers cost what they keep.

@@ -17,6 +17,7 @@ from dst.patterns import NM, Block
 from dst.schedules import Constant
 from dst.scores import Magnitude, Momentum
 from dst.topology.optimizer_state import per_weight_state
+from tests.checks import check_density
 from tests.sampling import rotated
 from tests.small import backward, sparsified, train
 
@@ -45,11 +46,6 @@ def snapshot(model, optimizer, sparsifier):
     return sparsifier.masks, {n: p.detach().clone() for n, p in named.items()}, state
 
 
-def wanted(sparsifier, density):
-    total = sum(layer.weights for layer in sparsifier.layers)
-    return total - math.floor(round((1 - density) * total, 6))
-
-
 @pytest.mark.parametrize(("name", "steps", "optimizer_name"), rotated(METHODS, [9, 0], ["adamw", "odd"]))
 def test_counts_are_exact_and_survivors_untouched(name, steps, optimizer_name):
     model, optimizer, sparsifier = sparsified(METHODS[name](), optimizer_name)
@@ -60,7 +56,7 @@ def test_counts_are_exact_and_survivors_untouched(name, steps, optimizer_name):
         sparsifier.set_density(density)
         after, now, later = snapshot(model, optimizer, sparsifier)
         slack = 0 if exact else len(sparsifier.layers) * (4 if name == "blocks" else 1)
-        assert abs(sparsifier.active - wanted(sparsifier, density)) <= slack
+        check_density(sparsifier.active, density, sum(x.weights for x in sparsifier.layers), slack=slack)
         assert sparsifier.active == sum(row["nonzero"] for row in sparsifier.layer_table())
         assert sparsifier.active == sum(int(m.sum()) for m in after.values())
         for n, mask in after.items():

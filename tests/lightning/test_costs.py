@@ -14,20 +14,23 @@ from torch import nn
 from dst.cli import main as cli
 from dst.cli.train import build, run
 from dst.lightning.spent import Spent
+from dst.metrics import Energy, energy
 from dst.metrics.latency import time_passes
 from dst.metrics.passes import batch_of
 from dst.metrics.prediction import Prediction
 from dst.report import write_report
 from dst.report.compare import compare, read_runs
-from dst.report.summary import EnergyUse, Latency, MemoryUse, Summary, show
+from dst.report.summary import EnergyUse, Latency, MemoryUse, Summary
+from dst.report.terminal import show
 from dst.topology.layers import find_layers
+from tests.metrics.counter import Counter
 from tests.report.runs import make_run
 
 MEMORY = MemoryUse(
     3.0, 400.0, "resident memory", {"weights": 1.0, "gradients": 2.0}, {"batch_size": 32, "before_mib": 390.0}
 )
 LATENCY = Latency(0.5, 2.0, {"batch_size": 32, "device": "cpu", "threads": 1})
-ENERGY = EnergyUse(10.0, 0.1, 0.001, True, "CPU time at an assumed 10 W per busy core")
+ENERGY = EnergyUse(10.0, 0.1, 0.001, "1 GPU (NVML)")
 
 
 def with_costs(folder, **flops):
@@ -35,6 +38,12 @@ def with_costs(folder, **flops):
     summary = replace(summary, memory=MEMORY, latency=LATENCY, energy=ENERGY, flops=replace(summary.flops, **flops))
     summary.write(folder)
     return summary
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A machine with one energy counter."""
+    monkeypatch.setattr(energy, "available_meters", lambda device: [Counter()])
 
 
 def test_batches_repeat_the_example():
@@ -47,38 +56,64 @@ def test_batches_repeat_the_example():
     assert (named["x"].shape, named["scale"]) == ((1, 2), 3.0)
 
 
-def test_passes_run_in_evaluation_and_leave_the_mode():
+def test_passes_run_in_evaluation_and_leave_the_mode(counted):
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
     model[2].eval()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     passes = time_passes(model, (4,), 3, seconds=0.001)
     assert passes.repeats >= 3
     assert passes.seconds > 0
-    assert passes.energy.joules >= 0
+    assert passes.energy.joules == 1 / passes.repeats
     assert [m.training for m in model.modules()] == [True, True, True, False]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_energy_goes_on_after_a_resume():
-    trainer = types.SimpleNamespace(strategy=types.SimpleNamespace(root_device=torch.device("cpu")))
+TRAINER = types.SimpleNamespace(strategy=types.SimpleNamespace(root_device=torch.device("cpu")))
+
+
+def test_energy_goes_on_after_a_resume(counted, monkeypatch):
     first = Spent()
     assert first.energy is None
     assert first.state_dict() == {}
-    first.on_train_start(trainer, None)
-    sum(i * i for i in range(300_000))
+    first.on_train_start(TRAINER, None)
     saved = json.loads(json.dumps(first.state_dict()))
+    assert saved["joules"] == 1
     second = Spent()
     second.load_state_dict(saved)
-    assert second.energy.joules == saved["joules"] > 0
-    second.on_train_start(trainer, None)
-    sum(i * i for i in range(300_000))
-    second.on_train_end(trainer, None)
-    assert second.energy.joules > saved["joules"]
-    assert second.energy.sources == tuple(saved["sources"])
+    assert second.energy.joules == 1
+    monkeypatch.setattr(energy, "available_meters", lambda device: [Counter("another")])
+    second.on_train_start(TRAINER, None)
+    second.on_train_end(TRAINER, None)
+    assert second.energy.joules == 2
+    assert second.energy.sources == ("a counter", "another")
+    assert second.energy.seconds > saved["seconds"] == second.seconds_before > 0
     total = second.energy
-    sum(i * i for i in range(300_000))
     assert second.energy == total  # nothing is added after the end
     assert second.memory.peak > 0
+
+
+def test_time_is_saved_where_energy_is_not_measured(counted, monkeypatch):
+    monkeypatch.setattr(energy, "available_meters", lambda device: [])
+    first = Spent()
+    first.on_train_start(TRAINER, None)
+    saved = json.loads(json.dumps(first.state_dict()))
+    assert (saved["joules"], saved["sources"]) == (None, [])
+    assert saved["seconds"] > 0
+    monkeypatch.undo()
+    second = Spent()
+    second.load_state_dict(saved)
+    second.on_train_start(TRAINER, None)
+    second.on_train_end(TRAINER, None)
+    assert second.energy is None  # a part is not known
+    assert second.state_dict()["seconds"] > second.seconds_before == saved["seconds"]
+
+
+@pytest.mark.parametrize("estimated", [True, False])
+def test_estimates_of_earlier_versions_are_dropped(estimated):
+    spent = Spent()
+    spent.load_state_dict({"joules": 3.0, "seconds": 2.0, "sources": ["CPU"], "estimated": estimated})
+    assert spent.seconds_before == 2
+    assert spent.energy == (None if estimated else Energy(3.0, 2.0, ("CPU",)))
 
 
 class NeedsValues(nn.Module):
@@ -124,7 +159,7 @@ def config():
     torch.set_num_threads(before)
 
 
-def test_a_run_on_non_zeros_says_so_in_every_cost(config, tmp_path):
+def test_a_run_on_non_zeros_says_so_in_every_cost(config, tmp_path, counted):
     summary = run(config("backend=csr", "convention=macs"), tmp_path)
     parts = {name: mib * 2**20 for name, mib in summary.memory.parts.items()}
     nonzero, biases = sum(layer["nonzero"] for layer in summary.density.layers), 300 + 100 + 10
@@ -138,6 +173,7 @@ def test_a_run_on_non_zeros_says_so_in_every_cost(config, tmp_path):
     assert summary.latency.conditions == {"batch_size": 32, "device": "cpu", "threads": torch.get_num_threads()}
     assert summary.energy.training_joules == pytest.approx(summary.energy.step_joules * summary.steps)
     assert summary.energy.inference_joules > 0
+    assert summary.energy.source == "a counter"
     assert Summary.read(tmp_path) == summary
 
 
@@ -166,16 +202,16 @@ def test_what_is_not_counted_is_said_in_table_and_report(tmp_path, capsys):
         assert "two per multiply-accumulate" in text
         assert "3 MiB at batch size 32" in text
         assert "0.5 ms, 2 ms a batch of 32 (cpu, 1 thread)" in text
-        assert "10 W per busy core" in text
-        assert "estimated" in text
+        assert "10 J, 0.1 J a step (1 GPU (NVML))" in text
+        assert "0.001 J a sample (1 GPU (NVML))" in text
 
 
-def test_loggers_get_numbers_and_no_flags(tmp_path):
+def test_loggers_get_numbers_and_no_words(tmp_path):
     scalars = with_costs(tmp_path).scalars()
     assert scalars["summary/memory.predicted_mib"] == 3
     assert scalars["summary/memory.parts.gradients"] == 2
     assert scalars["summary/energy.training_joules"] == 10
-    assert "summary/energy.estimated" not in scalars
+    assert "summary/energy.source" not in scalars
 
 
 def test_costs_are_compared_and_what_they_are_made_of_is_not(tmp_path):
@@ -203,3 +239,13 @@ def test_summaries_of_earlier_versions_are_read(tmp_path, capsys):
     show(old.renderable())
     assert "last weights" in capsys.readouterr().out
     write_report(tmp_path, tmp_path / "report.html")
+
+
+@pytest.mark.parametrize("estimated", [True, False])
+def test_energy_that_an_earlier_version_estimated_is_left_out(tmp_path, estimated):
+    summary = with_costs(tmp_path)
+    path = tmp_path / "summary.json"
+    values = json.loads(path.read_text())
+    values["energy"]["estimated"] = estimated
+    path.write_text(json.dumps(values))
+    assert Summary.read(tmp_path) == replace(summary, energy=None if estimated else ENERGY)

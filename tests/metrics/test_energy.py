@@ -1,4 +1,4 @@
-"""Energy: counters are read and wrap, and estimates are called so."""
+"""Energy: counters are read and wrap; without one there is no figure."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import sys
 import types
 
 import pytest
+import torch
 
 from dst.errors import ConfigurationError
 from dst.metrics import Energy, EnergyMeter
-from dst.metrics import energy as module
-from dst.metrics.energy import CpuTime, Nvml, Rapl, available_meters
+from dst.metrics.energy import Nvml, Rapl, available_meters, sum_energy
 
 
 def counters(root, *values, limit=1_000_000):
@@ -32,28 +32,25 @@ def test_rapl_adds_packages_and_survives_a_wrap(tmp_path):
         assert meter.joules() == pytest.approx(0.45)
         counters(tmp_path, 400_100, 50_000)
     assert measured.result.joules == pytest.approx(0.55)
-    assert not measured.result.estimated
-    assert "measured: CPU packages" in str(measured.result)
-    assert measured.result.seconds > 0
+    assert "(CPU packages (RAPL" in str(measured.result)
+    assert measured.result.seconds == measured.seconds > 0
 
 
-def test_machines_without_counters_get_an_estimate_that_says_what_it_assumes(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_POWERCAP", tmp_path)
+@pytest.fixture
+def powercap(tmp_path, monkeypatch):
+    """The folder in which counters of the CPU are looked for."""
     monkeypatch.setattr(Rapl.__init__, "__defaults__", (tmp_path,))
-    (meter,) = available_meters(watts_per_core=7)
-    assert isinstance(meter, CpuTime)
-    used = {"seconds": 3.0}
+    return tmp_path
 
-    def times():
-        return types.SimpleNamespace(user=9.0, system=9.0, children_user=0.5 * used["seconds"], children_system=0.5)
 
-    monkeypatch.setattr(module.os, "times", times)
-    monkeypatch.setattr(module.time, "process_time", lambda: 0.5 * used["seconds"])
-    with EnergyMeter(meters=[meter]) as measured:
-        used["seconds"] += 2
-    assert measured.result.joules == 14
-    assert measured.result.estimated
-    assert "estimate: CPU time at an assumed 7 W per busy core" in str(measured.result)
+def test_machines_without_counters_get_no_figure(powercap):
+    assert available_meters() == []
+    with EnergyMeter() as measured:
+        assert sum(range(1000))
+    assert measured.result is None
+    assert measured.seconds > 0
+    counters(powercap, 5)
+    assert [type(meter) for meter in available_meters()] == [Rapl]
 
 
 def test_counters_that_may_not_be_read_are_no_measurement(tmp_path):
@@ -94,25 +91,25 @@ def test_gpus_are_read_by_their_library(monkeypatch):
         library.millijoules["GPU-b"] += 2_500
     assert measured.result.joules == 2.5
     assert measured.result.sources == ("2 GPU (NVML)",)
-    assert not measured.result.estimated
     with pytest.raises(ConfigurationError, match="energy of GPU-c cannot be read: not found"):
         Nvml(["GPU-c"])
 
 
-def test_a_missing_library_is_named(monkeypatch):
+def test_the_gpu_of_the_model_is_read_or_nothing_is(monkeypatch, powercap):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="a"))
+    monkeypatch.setitem(sys.modules, "pynvml", FakeNvml())
+    assert [type(meter) for meter in available_meters("cuda")] == [Nvml]
+    counters(powercap, 5)
+    assert [type(meter) for meter in available_meters("cuda")] == [Nvml, Rapl]
     monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert available_meters("cuda") == []  # the CPU alone is not what the model takes
     with pytest.raises(ConfigurationError, match=r"pip install 'dst\[energy\]'"):
         Nvml(["GPU-a"])
-    missing = module._or_missing(lambda: Nvml(["GPU-a"]), "the GPU")
-    with EnergyMeter(meters=[missing]) as measured:
-        pass
-    assert measured.result.estimated
-    assert "without the GPU, which is not counted" in str(measured.result)
 
 
-def test_energy_of_one_inference():
-    whole = Energy(10.0, 2.0, ("x",), True)
-    assert whole.per(5) == Energy(2.0, 0.4, ("x",), True)
-    for call in (lambda: whole.per(0), lambda: CpuTime(0), lambda: EnergyMeter(meters=[])):
-        with pytest.raises(ConfigurationError):
-            call()
+def test_energy_is_divided_and_added():
+    whole = Energy(10.0, 2.0, ("x",))
+    assert whole.per(5) == Energy(2.0, 0.4, ("x",))
+    assert sum_energy([whole, Energy(1.0, 1.0, ("y", "x"))]) == Energy(11.0, 3.0, ("x", "y"))
+    with pytest.raises(ConfigurationError, match="among 0 pieces"):
+        whole.per(0)

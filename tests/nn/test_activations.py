@@ -149,7 +149,7 @@ def test_models_take_activations_and_keep_their_parameters():
         (lambda: KWinners(4, boost=-1.0), "boost=-1.0 must be at least 0"),
         (lambda: KWinners(4, boost=float("nan")), "boost=nan"),
         (lambda: KWinners(4, period=0), "period=0 must be at least 1"),
-        (lambda: KWinners(4)(torch.ones(2, 4)), "density of 0.1 leaves none of 4"),
+        (lambda: KWinners(4)(torch.ones(2, 4)), "density of 0.1 keeps none of 4"),
         (lambda: TopKReLU(4, 0.5)(torch.ones(2, 5)), r"takes \(N, 4\).*got \(2, 5\)"),
         (lambda: KWinners(4, 0.5)(torch.ones(4)), r"got \(4,\)"),
         (lambda: k_winners(torch.ones(2, 4), 5), r"k=5 must lie in 1\.\.4"),

@@ -339,7 +339,7 @@ class Branching(Residual):
         (nn.Sequential(nn.Flatten(0), SparseLinear.random(4, 4, 8)), "Flatten"),
         (nn.Sequential(SparseLinear.random(4, 5, 8), SparseLinear.random(4, 4, 8)), "5 outputs precedes one with 4"),
         (Residual(), "add"),
-        (Branching(), "cannot be followed"),
+        (Branching(), "cannot be traced"),
     ],
 )
 def test_refuses_what_is_no_chain(model, message):

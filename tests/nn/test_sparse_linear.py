@@ -355,10 +355,10 @@ def test_state_dict_round_trip_with_another_pattern():
 def test_damaged_state_is_refused():
     layer = SparseLinear.random(9, 7, 20)
     for key, change, words in (
-        ("row_indices", lambda t: t.flip(0), "not sorted|reach"),
-        ("row_indices", lambda t: t + 7, "reach"),
+        ("row_indices", lambda t: t.flip(0), "not sorted"),
+        ("row_indices", lambda t: t + 7, "go up to 13"),
         ("row_indices", lambda t: t[:-1], "damaged"),
-        ("column_pointers", lambda t: t[:-1], "saved for 8 inputs"),
+        ("column_pointers", lambda t: t[:-1], "saved with 8 inputs"),
     ):
         state = layer.state_dict()
         state[key] = change(state[key])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -21,13 +22,15 @@ STEPS, EVERY, STOP = 20, 3, 15
 
 
 def sparsity(step, initial, final, start=0, stop=STOP):
-    """s_t = s_f + (s_i - s_f)(1 - p)^3."""
-    progress = min(1.0, max(0.0, (step - start) / (stop - start)))
+    """s_t = s_f + (s_i - s_f)(1 - p)^3 as a fraction, of decimals."""
+    initial, final = Fraction(str(initial)), Fraction(str(final))
+    progress = min(Fraction(1), max(Fraction(0), Fraction(step - start, stop - start)))
     return final + (initial - final) * (1 - progress) ** 3
 
 
 def kept(total, s):
-    return total - math.floor(round(s * total, 6))
+    """What floor(s · total) zeros leave, without an error of rounding."""
+    return total - math.floor(Fraction(str(s)) * total)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +40,7 @@ def test_the_cubic_schedule_by_hand(step, density):
     """From 1 to 0.1 within [10, 30]: at 20 half is over, and density is 0.1 + 0.9 / 8."""
     schedule = Cubic(1.0, 10, 30)
     assert schedule(step, 100, 0.1) == pytest.approx(density)
-    assert 1 - schedule(step, 100, 0.1) == pytest.approx(sparsity(step, 0.0, 0.9, 10, 30))
+    assert 1 - schedule(step, 100, 0.1) == pytest.approx(float(sparsity(step, 0.0, 0.9, 10, 30)))
 
 
 def global_loop(initial, steps_with_update, regrow):

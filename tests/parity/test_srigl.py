@@ -6,8 +6,6 @@ salient weights, ablate neurons below γ_sal · fan-in, and let every other neur
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -19,10 +17,10 @@ from dst.patterns import FanIn
 from dst.schedules import Constant
 
 
-def srigl_step(weight, gradient, mask, fraction, ablate, budget):
-    """The new mask, row by row."""
+def srigl_step(weight, gradient, mask, ablate, budget):
+    """The new mask, row by row, where two fifths of the active weights are dropped."""
     rows, columns = mask.shape
-    drop = math.floor(fraction * int(mask.sum()))
+    drop = 2 * int(mask.sum()) // 5
     order = sorted(mask.nonzero().tolist(), key=lambda p: abs(float(weight[p[0], p[1]])))
     kept = {tuple(p) for p in order[drop:]}
     free = [(r, c) for r in range(rows) for c in range(columns) if (r, c) not in kept]
@@ -56,7 +54,7 @@ def test_updates(ablate, removes):
         with torch.no_grad():
             model.weight.copy_(torch.randn(10, 12) * scale * sparsifier.masks["weight"])
         model.weight.grad, model.bias.grad = gradient.clone(), torch.zeros(10)
-        expected = srigl_step(model.weight.detach(), gradient, sparsifier.masks["weight"], 0.4, ablate, 30)
+        expected = srigl_step(model.weight.detach(), gradient, sparsifier.masks["weight"], ablate, 30)
         sparsifier.before_step()
         sparsifier._training.steppers[0].optimizer.step()
         assert torch.equal(sparsifier.masks["weight"], expected)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -45,7 +43,7 @@ def test_updates(make, groups_of):
 
         active = [g for g in groups if mask[g[0]]]
         assert all(bool(mask[p]) == (g in active) for g in groups for p in g)
-        drop = math.floor(0.5 * len(active))
+        drop = len(active) // 2
         survivors = sorted(active, key=lambda g: mean(model.weight.detach(), g))[drop:]
         free = [g for g in groups if g not in survivors]
         chosen = survivors + sorted(free, key=lambda g: -mean(gradient, g))[:drop]

@@ -360,7 +360,7 @@ def test_heads_are_rows_of_inputs_and_columns_of_the_output_projection():
             "lottery levels prune single weights, which Block",
         ),
         (lambda: methods.cht(0.1, pattern=Block()), "chain_removal drops single connections, which Block"),
-        (lambda: methods.rigl(0.1, pattern=Block(), backend="csr"), "Block connections are chosen there by masks"),
+        (lambda: methods.rigl(0.1, pattern=Block(), backend="csr"), "Block needs masks to choose groups"),
         (
             lambda: dst.Method(**{**vars(methods.rigl(0.5, pattern=NM())), "redistribute": MeanMomentum()}),
             "NM fixes every layer's density, and redistribute changes it",

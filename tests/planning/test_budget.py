@@ -43,6 +43,9 @@ def test_scaled(active, share, data):
     assert scaled(active, sum(active), limits) == active
     if total <= sum(active):
         assert all(r <= a for r, a in zip(result, active, strict=True))
+        # No limit is in the way: what lies above one is in proportion, to a weight.
+        share = (total - len(active)) / max(1, sum(active) - len(active))
+        assert all(abs(r - 1 - share * (a - 1)) < 1 for r, a in zip(result, active, strict=True))
     else:
         assert all(r >= a for r, a in zip(result, active, strict=True))
 

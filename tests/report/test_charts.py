@@ -18,6 +18,7 @@ from dst.report.charts import (
     WIDTH,
     Axis,
     Line,
+    Point,
     bar_chart,
     colours,
     compact,
@@ -111,11 +112,13 @@ def test_bars_are_as_high_as_their_counts():
 
 
 def test_points_have_their_names():
-    root = parse(point_chart("k", "t", [("near", 0.1, 0.9), ("far & wide", 1.0, 0.9)], X, Y))
+    root = parse(point_chart("k", "t", [Point("near", 0.1, 0.9), Point("far & wide", 1.0, 0.9, half=0.05)], X, Y))
     names = {text.text: text for text in root.findall("text")}
     assert names["near"].get("text-anchor") == "start"
     assert names["far & wide"].get("text-anchor") == "end"
     assert len(root.findall("circle")) == 2
+    assert root.find("desc").text == "near: 0.1, 0.9; far & wide: 1, 0.9 ± 0.05"
+    assert len(root.findall("path[@class='whisker s0']")) == 1
 
 
 def decode(uri):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dst.report.summary import Density, Flops, Quality, Summary, Topology, show
+from dst.report.summary import Density, Flops, Quality, Summary, Topology
+from dst.report.terminal import show
 
 
 def test_labels_with_brackets_are_shown_whole(capsys):

@@ -1,8 +1,8 @@
-"""Which weights share one bit (a *group*), and within which window a budget holds (a *scope*).
+"""Patterns: which weights share one bit of the mask (a *group*), and within which window a budget holds (a *scope*).
 
-One rule serves them all. A pattern lays a layer's weights out as a table ``[scopes, groups, elements]`` of positions; a
-group's score is the mean of its elements'; a first mask takes the best groups of every scope, and an update drops the
-lowest groups of the layer and lets every scope grow back to its quota.
+A pattern arranges the positions of a layer as a table ``[scopes, groups, elements]``. The score of a group is the mean of
+its weights' scores. The first mask takes the best groups of every scope. An update drops the lowest groups of the layer,
+then grows every scope to its quota.
 
 | pattern | scope | group |
 |---|---|---|
@@ -15,8 +15,8 @@ lowest groups of the layer and lets every scope grow back to its quota.
 | ``NM`` | M consecutive inputs | one weight |
 | ``TransposableNM`` | an M×M tile | one weight, N in every row and column |
 
-The network-wide scope is not a pattern but an allocation, ``dst.allocation.Global``: it splits the budget by the scores of
-all layers, and combines with every pattern.
+One budget for the whole network is an allocation, not a pattern: ``dst.allocation.Global`` splits the budget by the scores
+of all layers. It combines with every pattern whose density is free.
 """
 
 from dst.pieces.patterns.fan_in import FanIn

@@ -1,4 +1,4 @@
-"""The same number of inputs for every output."""
+"""Constant fan-in."""
 
 from __future__ import annotations
 
@@ -20,20 +20,19 @@ from dst.topology.selection import top_indices
 
 @dataclass(frozen=True)
 class FanIn(Grouped):
-    """Constant fan-in: every output has the same number of inputs (SRigL; Lasby et al. 2024, arXiv:2305.02299).
+    """Constant fan-in: every output has the same number of active inputs (SRigL; Lasby et al. 2024, arXiv:2305.02299).
 
-    With ``ablate`` > 0, an update removes outputs of little importance: those fewer of whose connections than that share
-    of the fan-in are salient. Salient are the connections that the drop score keeps, and as many as would make up the
-    budget with the best growth scores of the layer. The budget moves to the outputs that remain, whose fan-in rises; an
-    output that was removed returns where enough of its connections become salient (section 3.2 there).
+    With ``ablate`` > 0, an update removes unimportant outputs (section 3.2 of the paper). A connection is salient if the
+    drop score keeps it, or if its grow score is among the best of the layer, up to the budget. An output with fewer salient
+    connections than ``ablate`` times the fan-in is removed. The remaining outputs share the budget, so their fan-in rises. A
+    removed output returns when it has enough salient connections.
 
-    Deviations: the fan-in is a whole number, so a layer's count is the product of it and the remaining outputs, at most
-    the budget. At least one output stays, and those that stay have a salient connection. The authors count the best
-    growth scores among kept connections too.
+    Deviations: the fan-in is an integer, so a layer's count is fan-in times remaining outputs, at most the budget. At least
+    one output stays, and every remaining output has a salient connection. The authors count the best grow scores among kept
+    connections too.
 
     Attributes:
-        ablate: γ_sal, the share of a fan-in, in [0, 1]; 0 keeps all outputs. The authors use 0.3 for convolutional
-            networks.
+        ablate: γ_sal, share of the fan-in, in [0, 1]; 0 keeps all outputs. The authors use 0.3 for convolutional networks.
     """
 
     ablate: float = 0.0
@@ -47,15 +46,15 @@ class FanIn(Grouped):
         return matrix_of(layer, tensor)[:, :, None]
 
     def fit(self, layer: SparseLayer, count: int) -> int:
-        """See ``Unstructured``: a multiple of the number of outputs."""
+        """See ``Pattern``: a multiple of the number of outputs."""
         outputs, inputs = matrix_shape(layer)
         return min(inputs, max(1, round(count / outputs))) * outputs
 
     def holds(self, layer: SparseLayer, mask: Tensor) -> bool:
-        """See ``Grouped``; outputs that were removed have no inputs."""
+        """See ``Grouped``; removed outputs have no active inputs."""
         per_output = matrix_of(layer, mask).sum(1)
-        alive = per_output[per_output > 0] if self.ablate else per_output
-        return alive.numel() > 0 and bool((alive == alive[0]).all())
+        remaining = per_output[per_output > 0] if self.ablate else per_output
+        return remaining.numel() > 0 and bool((remaining == remaining[0]).all())
 
     def _quotas_after(
         self,
@@ -74,9 +73,8 @@ class FanIn(Grouped):
         salient.view(-1)[top_indices(wanted.reshape(-1), room, generator)] = True
         per_row = salient.sum(1)
         fan_in = target / max(1, int(active.any(1).sum()))
-        alive = per_row >= max(1, math.ceil(self.ablate * fan_in))
-        if not alive.any():
-            alive[per_row.argmax()] = True
-        # All outputs of a layer share the fan-in that its budget gives those which are left.
-        quota = min(exists.shape[1], max(1, target // int(alive.sum())))
-        return alive.to(torch.int64) * quota
+        remaining = per_row >= max(1, math.ceil(self.ablate * fan_in))
+        if not remaining.any():
+            remaining[per_row.argmax()] = True
+        quota = min(exists.shape[1], max(1, target // int(remaining.sum())))
+        return remaining.to(torch.int64) * quota

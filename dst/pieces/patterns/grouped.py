@@ -1,8 +1,9 @@
-"""Patterns as one top-k over [scopes, groups, elements]: what all of them share."""
+"""Grouped patterns: one top-k over [scopes, groups, elements]."""
 
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -15,59 +16,55 @@ from dst.topology.selection import tie_key, tie_order, top_indices
 
 
 class Grouped:
-    """Top-k over (scope, group), for patterns that say where their groups lie."""
+    """Base of patterns with groups or scopes: top-k over the groups of every scope.
 
-    @property
-    def is_grouped(self) -> bool:
-        """Always."""
-        return True
+    A pattern defines ``arrange``, and ``_elements`` if its groups have more than one weight.
+    """
 
-    @property
-    def is_free(self) -> bool:
-        """Whether layers may have any density."""
-        return True
+    is_grouped: ClassVar[bool] = True
+    is_free: ClassVar[bool] = True
 
     def arrange(self, layer: SparseLayer, tensor: Tensor, absent: float = 0) -> Tensor:
-        """Lay a tensor of the layer's shape out as the table ``[scopes, groups, elements]``.
+        """Arrange a tensor of the layer's shape as a table ``[scopes, groups, elements]``.
 
         Args:
             layer: The layer.
-            tensor: Any dtype.
-            absent: What stands where a scope has fewer groups than others.
+            tensor: Any dtype, of the layer's shape.
+            absent: Value of missing groups, in scopes that have fewer groups than others.
         """
         raise NotImplementedError
 
     def _exists(self, layer: SparseLayer, table: Tensor) -> Tensor:
-        """Bool ``[scopes, groups]``: where there are groups, on the device of a table."""
+        """Bool ``[scopes, groups]``, False for missing groups, on the device of ``table``."""
         return torch.ones(table.shape[:2], dtype=torch.bool, device=table.device)
 
     def _positions(self, layer: SparseLayer, *chosen: Tensor) -> list[Tensor]:
-        """Sorted row-major positions of chosen groups (each bool ``[scopes, groups]``)."""
+        """Sorted row-major positions of the weights in chosen groups (each bool ``[scopes, groups]``)."""
         everything = self.arrange(layer, torch.arange(layer.weights, device=chosen[0].device).view(layer.shape), -1)
         return [everything[groups].reshape(-1).sort().values for groups in chosen]
 
     def spread(self, layer: SparseLayer, scores: Tensor) -> Tensor:
-        """Every weight's score replaced by the mean of its group's."""
+        """Return the mean score of its group for every weight, of the layer's shape."""
         means = self._means(layer, scores)
         positions = self.arrange(layer, torch.arange(layer.weights, device=scores.device).view(layer.shape))
         result = torch.empty(layer.shape, dtype=means.dtype, device=means.device)
         return result.put_(positions, means[:, :, None].expand(positions.shape).contiguous())
 
     def for_density(self, density: float) -> Grouped:
-        """The pattern with what depends on the network's density resolved."""
+        """Return the pattern itself."""
         return self
 
     def unsupported_reason(self, layer: SparseLayer) -> str | None:
-        """Why the layer cannot have the pattern (it stays dense then), or ``None``."""
+        """Return why the layer cannot have the pattern and stays dense, or ``None`` if it can."""
         return None
 
     def fit(self, layer: SparseLayer, count: int) -> int:
-        """The number of active weights that comes nearest to ``count`` and the pattern can hold, at least one group."""
+        """Return the number of active weights nearest to ``count`` in whole groups, at least one."""
         elements = self._elements(layer)
         return min(layer.weights // elements, max(1, round(count / elements))) * elements
 
     def _elements(self, layer: SparseLayer) -> int:
-        """Weights of a group."""
+        """Weights per group."""
         return 1
 
     def _quotas(self, layer: SparseLayer, count: int, exists: Tensor) -> Tensor:
@@ -85,11 +82,11 @@ class Grouped:
         active: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """Quotas of an update: ``wanted`` are growth scores, -inf where nothing may grow; all ``[scopes, groups]``."""
+        """Quotas after an update; ``wanted`` has grow scores, -inf where nothing may grow; all ``[scopes, groups]``."""
         return self._quotas(layer, target, exists)
 
     def holds(self, layer: SparseLayer, mask: Tensor) -> bool:
-        """Whether a mask (bool, of the layer's shape) has the pattern: whole groups, and every scope its quota."""
+        """Return whether a mask (bool, of the layer's shape) has whole groups, and the quota in every scope."""
         table = self.arrange(layer, mask)
         exists, chosen = self._exists(layer, table), table[:, :, 0]
         if bool((table != chosen[:, :, None]).any()):
@@ -105,12 +102,12 @@ class Grouped:
         return values.nan_to_num(nan=torch.finfo(values.dtype).min)
 
     def select(self, layer: SparseLayer, scores: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """The best groups of every scope.
+        """Return the positions of the best groups of every scope.
 
         Args:
             layer: The layer.
             scores: Float, of the layer's shape.
-            count: A number that ``fit`` returned.
+            count: Number of active weights, as ``fit`` returns it.
             generator: CPU generator that breaks ties.
 
         Returns:
@@ -133,23 +130,23 @@ class Grouped:
         regrow_dropped: bool,
         generator: torch.Generator,
     ) -> Rewiring:
-        """Drop the lowest groups of the layer, then let every scope grow to its quota.
+        """Drop the lowest groups of the layer, then grow every scope to its quota.
 
-        A scope that keeps more than its quota (after the quota shrank) loses its lowest. Where a scope cannot be filled
-        otherwise, groups dropped just now return even if ``regrow_dropped`` is off.
+        If a quota shrank and a scope keeps more groups than that, the scope drops its lowest. If a scope has too few
+        candidates, groups dropped in this update return even if ``regrow_dropped`` is False.
 
         Args:
             layer: The layer.
-            mask: Bool, the current mask, of the layer's shape. Its groups are whole; scopes may miss their quotas.
-            drop_scores: Float, same shape: low groups are dropped.
-            grow_scores: Float, same shape: high groups are grown; ``None`` for the drop scores.
-            drop: Weights to drop; groups are whole, so as many as fit.
-            grow: Weights to grow; with ``drop`` it says how many are active afterwards, a number that ``fit`` returns.
-            regrow_dropped: Whether groups dropped just now are candidates.
+            mask: Bool, the present mask, of the layer's shape, with whole groups. Scopes may miss their quotas.
+            drop_scores: Float, of the layer's shape; the lowest groups are dropped.
+            grow_scores: Float, of the layer's shape; the highest groups are grown. ``None`` for the drop scores.
+            drop: Number of weights to drop, rounded down to whole groups.
+            grow: Number of weights to grow. Active weights - ``drop`` + ``grow`` is a number that ``fit`` returns.
+            regrow_dropped: Whether a group dropped in this update may be grown again.
             generator: CPU generator that breaks ties.
 
         Returns:
-            The rewiring, in positions of single weights.
+            Positions of single weights.
         """
         lows = self._means(layer, drop_scores)
         highs = lows if grow_scores is None else self._means(layer, grow_scores)
@@ -163,7 +160,7 @@ class Grouped:
         chosen = best_per_scope(wanted.masked_fill(kept, math.inf), quotas, generator)
         odd = (kept.sum(1) > quotas) | ((kept | candidates).sum(1) < quotas)
         if odd.any():
-            # What is kept comes first, by drop score; then candidates by growth score; then what was just dropped.
+            # Kept groups first, by drop score; then candidates, by grow score; then groups dropped in this update.
             rank = kept[odd] * 2 + candidates[odd].long() + exists[odd]
             value = torch.where(kept, lows, highs)[odd]
             chosen[odd] = _best_by_rank(rank, value, quotas[odd], generator) & exists[odd]
@@ -171,20 +168,20 @@ class Grouped:
 
 
 def without_lowest(active: Tensor, scores: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """``active`` (bool) without its ``count`` lowest scores."""
+    """Return ``active`` (bool) without the ``count`` lowest scores."""
     positions = active.reshape(-1).nonzero().squeeze(1)
     best = top_indices(scores.reshape(-1)[positions], max(0, positions.numel() - count), generator)
-    kept = torch.zeros(active.shape, dtype=torch.bool, device=active.device)  # row-major, whatever the table's strides
+    kept = torch.zeros(active.shape, dtype=torch.bool, device=active.device)  # contiguous, unlike some tables
     kept.view(-1)[positions[best]] = True
     return kept
 
 
 def best_per_scope(values: Tensor, quotas: Tensor, generator: torch.Generator) -> Tensor:
-    """The highest values of every row, ties at random.
+    """Select the highest values of every row; ties at random.
 
     Args:
         values: Float ``[scopes, groups]``, no NaN.
-        quotas: How many of each row, int64 ``[scopes]``, in [0, groups].
+        quotas: Number to select in each row, int64 ``[scopes]``, in [0, groups].
         generator: CPU generator that breaks ties.
 
     Returns:
@@ -224,11 +221,11 @@ def _kth_largest_of_rows(values: Tensor, count: int) -> Tensor:
 
 
 def _best_by_rank(rank: Tensor, values: Tensor, quotas: Tensor, generator: torch.Generator) -> Tensor:
-    """As ``best_per_scope``, by rank first and value second."""
+    """``best_per_scope`` by rank, and by value among equal ranks."""
     key = tie_key(generator)
     positions = torch.arange(values.numel(), device=values.device).view(values.shape)
     order = tie_order(positions, key).argsort(1)
-    for by in (values, rank):  # stable sorts leave the order before them standing among equals
+    for by in (values, rank):  # a stable sort keeps the previous order among equals
         order = order.gather(1, by.gather(1, order).argsort(dim=1, descending=True, stable=True))
     chosen = torch.zeros(values.shape, dtype=torch.bool, device=values.device)
     places = torch.arange(values.shape[1], device=values.device)[None]
@@ -236,24 +233,24 @@ def _best_by_rank(rank: Tensor, values: Tensor, quotas: Tensor, generator: torch
 
 
 def matrix_of(layer: SparseLayer, tensor: Tensor) -> Tensor:
-    """A tensor of the layer's shape as ``[outputs, inputs · kernel]``."""
+    """Return a tensor of the layer's shape as ``[outputs, inputs · kernel]``."""
     tensor = tensor.movedim(layer.output_dim, 0)
     return tensor.reshape(tensor.shape[0], -1)
 
 
 def matrix_shape(layer: SparseLayer) -> tuple[int, int]:
-    """Outputs, and weights of each."""
+    """Return the number of outputs, and of weights per output."""
     outputs = layer.shape[layer.output_dim]
     return outputs, layer.weights // outputs
 
 
 def channels(layer: SparseLayer) -> int:
-    """Input channels."""
+    """Return the number of input channels."""
     return next(size for d, size in enumerate(layer.shape) if d != layer.output_dim)
 
 
 def check_positive(**sizes: int) -> None:
-    """Raise ``ConfigurationError`` for a size, by its name, that is no positive integer."""
+    """Raise ``ConfigurationError`` unless all sizes, passed by name, are positive integers."""
     for name, size in sizes.items():
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise ConfigurationError(f"{name}={size!r} must be a positive integer")

@@ -1,4 +1,4 @@
-"""N of M consecutive weights."""
+"""N:M patterns: N active weights in every window of M."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import itertools
 from dataclasses import dataclass
 from fractions import Fraction as Ratio
 from functools import lru_cache
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,24 +27,24 @@ _TILES_AT_ONCE = 1 << 15
 
 @dataclass(frozen=True)
 class NM(Grouped):
-    """At most ``n`` of every ``m`` consecutive inputs of an output (N:M sparsity).
+    """At most ``n`` of every ``m`` consecutive inputs of an output are active (N:M sparsity).
 
-    Inputs are channels: in a convolution windows run over the input channels at one kernel position. A last window of
-    fewer than ``m`` inputs has its share, rounded down. The density of every layer is n / m; left out, the two numbers
-    follow from the method's density, with the smallest ``m`` up to 64 that holds it exactly (0.5 is 1:2, 0.1 is 1:10).
+    Inputs are channels: in a convolution, windows run over the input channels at one kernel position. A last window with
+    fewer than ``m`` inputs gets its share, rounded down. The density of every layer is n / m. Without ``n`` and ``m``, they
+    follow from the method's density: the smallest ``m`` up to 64 that has it exactly (0.5 is 1:2, 0.1 is 1:10).
 
     Attributes:
-        n: Active weights of a window.
-        m: Length of a window.
+        n: Active weights per window, in [1, m]; ``None`` to derive it from the density.
+        m: Length of a window, >= 2; ``None`` to derive it from the density.
+
+    Raises:
+        ConfigurationError: A number is out of range, or ``n`` is given without ``m``.
     """
+
+    is_free: ClassVar[bool] = False
 
     n: int | None = None
     m: int | None = None
-
-    @property
-    def is_free(self) -> bool:
-        """Never."""
-        return False
 
     def __post_init__(self) -> None:
         if self.n is not None and self.m is None:
@@ -52,10 +53,10 @@ class NM(Grouped):
             raise ConfigurationError(f"{self.n}:{self.m} sparsity: n must lie in [1, m], and m be at least 2")
 
     def numbers(self, density: float) -> tuple[int, int]:
-        """Resolve ``n`` and ``m`` for a density.
+        """Return ``n`` and ``m`` for a density in (0, 1].
 
         Raises:
-            ConfigurationError: A density that is not n / m.
+            ConfigurationError: The density is not n / m.
         """
         exact = Ratio(repr(float(density)))
         sizes = [self.m] if self.m is not None else range(2, _LARGEST_WINDOW + 1)
@@ -71,78 +72,79 @@ class NM(Grouped):
         limit = f"windows of {self.m}" if self.m is not None else f"windows of up to {_LARGEST_WINDOW}"
         raise ConfigurationError(f"density={density:g} is no N:M sparsity with {limit}; choose a fraction such as 0.25")
 
-    def for_density(self, density: float) -> Grouped:
-        """The pattern with its numbers resolved.
+    def for_density(self, density: float) -> NM:
+        """Return the pattern with both numbers set.
 
         Raises:
-            ConfigurationError: A density that is not n / m.
+            ConfigurationError: The density is not n / m.
         """
-        return _Windows(*self.numbers(density))
-
-
-@dataclass(frozen=True)
-class _Windows(Grouped):
-    n: int
-    m: int
+        return NM(*self.numbers(density))
 
     @property
-    def is_free(self) -> bool:
-        return False
+    def _window(self) -> tuple[int, int]:
+        if self.n is None or self.m is None:
+            raise ValueError("n and m are not set; call for_density first")
+        return self.n, self.m
 
     def unsupported_reason(self, layer: SparseLayer) -> str | None:
-        inputs = channels(layer)
-        return f"{inputs} inputs make no window of {self.m}" if inputs * self.n // self.m < 1 else None
+        """See ``Pattern``."""
+        (n, m), inputs = self._window, channels(layer)
+        return f"{inputs} inputs make no window of {m}" if inputs * n // m < 1 else None
 
     def fit(self, layer: SparseLayer, count: int) -> int:
-        inputs = channels(layer)
-        whole, rest = divmod(inputs, self.m)
-        return layer.weights // inputs * (whole * self.n + rest * self.n // self.m)
+        """See ``Pattern``: the only number of active weights that the pattern allows, whatever ``count``."""
+        (n, m), inputs = self._window, channels(layer)
+        whole, rest = divmod(inputs, m)
+        return layer.weights // inputs * (whole * n + rest * n // m)
 
     def arrange(self, layer: SparseLayer, tensor: Tensor, absent: float = 0) -> Tensor:
+        """See ``Grouped``."""
+        _, m = self._window
         rows = tensor.movedim(layer.output_dim, 0).movedim(1, -1)
-        padding = -rows.shape[-1] % self.m
+        padding = -rows.shape[-1] % m
         if padding:
             rows = torch.nn.functional.pad(rows, (0, padding), value=absent)
-        return rows.reshape(-1, self.m, 1)
+        return rows.reshape(-1, m, 1)
 
     def _exists(self, layer: SparseLayer, table: Tensor) -> Tensor:
-        inputs = channels(layer)
-        padded = torch.arange(inputs + -inputs % self.m, device=table.device) < inputs
-        return padded.view(-1, self.m).repeat(layer.weights // inputs, 1)
+        (_, m), inputs = self._window, channels(layer)
+        padded = torch.arange(inputs + -inputs % m, device=table.device) < inputs
+        return padded.view(-1, m).repeat(layer.weights // inputs, 1)
 
     def _quotas(self, layer: SparseLayer, count: int, exists: Tensor) -> Tensor:
-        return exists.sum(1) * self.n // self.m
+        n, m = self._window
+        return exists.sum(1) * n // m
 
 
 @dataclass(frozen=True)
 class TransposableNM(Grouped):
     """``n`` of every ``m`` weights along inputs *and* along outputs, so that the backward pass is N:M sparse too.
 
-    Tiles of m×m have n active weights in every row and column (Hubara et al. 2021, arXiv:2102.08124). The best tile is
-    found among all of them, exactly: 90 for 2:4.
+    Each m×m tile has n active weights in every row and column (Hubara et al. 2021, arXiv:2102.08124). The mask of a tile is
+    the best of all permitted ones, 90 for 2:4: an exact search.
 
     Attributes:
-        n: Active weights per row and column of a tile.
-        m: Side of a tile, at most 4.
+        n: Active weights per row and column of a tile, in [1, m].
+        m: Side of a tile, in [2, 4].
+
+    Raises:
+        ConfigurationError: A number is out of range.
     """
+
+    is_free: ClassVar[bool] = False
 
     n: int = 2
     m: int = 4
-
-    @property
-    def is_free(self) -> bool:
-        """Never."""
-        return False
 
     def __post_init__(self) -> None:
         if not 2 <= self.m <= 4 or not 1 <= self.n <= self.m:
             raise ConfigurationError(f"transposable {self.n}:{self.m}: m must be 2, 3 or 4, and n lie in [1, m]")
 
     def for_density(self, density: float) -> TransposableNM:
-        """The pattern, if the density is n / m (or 1).
+        """Return the pattern itself.
 
         Raises:
-            ConfigurationError: Another density.
+            ConfigurationError: The density is neither n / m nor 1.
         """
         if density != 1 and abs(density - self.n / self.m) > 1e-9:
             raise ConfigurationError(
@@ -151,12 +153,12 @@ class TransposableNM(Grouped):
         return self
 
     def unsupported_reason(self, layer: SparseLayer) -> str | None:
-        """See ``Unstructured``."""
+        """See ``Pattern``."""
         sides = (layer.shape[layer.output_dim], channels(layer))
         return f"{sides[0]}×{sides[1]} has no tiles of {self.m}×{self.m}" if any(s % self.m for s in sides) else None
 
     def fit(self, layer: SparseLayer, count: int) -> int:
-        """See ``Unstructured``."""
+        """See ``Pattern``."""
         return layer.weights // self.m * self.n
 
     def arrange(self, layer: SparseLayer, tensor: Tensor, absent: float = 0) -> Tensor:
@@ -171,11 +173,11 @@ class TransposableNM(Grouped):
         return all(bool((tiles.sum(side) == self.n).all()) for side in (1, 2))
 
     def select(self, layer: SparseLayer, scores: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """See ``Grouped``; the tiles of the largest sum."""
+        """See ``Grouped``: in every tile the mask with the largest sum of scores."""
         return self._positions(layer, self._best_tiles(self._means(layer, scores), generator))[0]
 
     def _best_tiles(self, values: Tensor, generator: torch.Generator) -> Tensor:
-        """Per row of values ``[tiles, m · m]`` the permitted tile of the largest sum, bool; ties at random."""
+        """The permitted mask with the largest sum of values (``[tiles, m · m]``), bool; ties at random."""
         permitted = torch.tensor(_tile_masks(self.n, self.m), dtype=values.dtype, device=values.device)
         key, chosen = tie_key(generator), []
         for first in range(0, values.shape[0], _TILES_AT_ONCE):
@@ -204,15 +206,15 @@ class TransposableNM(Grouped):
     ) -> Rewiring:
         """See ``Grouped``.
 
-        Dropping and growing are one choice here: that of the tiles with the most weights which the drop score keeps, and
-        among those, of the highest sum of growth scores.
+        Dropping and growing are one choice: the permitted mask with the most weights that the drop score keeps, and among
+        those the one with the highest sum of grow scores.
         """
         active = self.arrange(layer, mask)[:, :, 0]
         lows = self._means(layer, drop_scores)
         highs = lows if grow_scores is None else self._means(layer, grow_scores)
         kept = without_lowest(active, lows, drop, generator)
         low, high = highs.amin(1, keepdim=True), highs.amax(1, keepdim=True)
-        # Sums of a tile's growth scores stay below one, what was just dropped and what is kept weigh more.
+        # A tile's grow scores sum to at most 1. A kept weight outweighs them, and so does the penalty of a dropped one.
         scaled = (highs - low) / (high - low).clamp(min=torch.finfo(highs.dtype).tiny) / (self.m * self.m)
         value = scaled + kept * 2.0 * (self.m * self.m)
         if not regrow_dropped:
@@ -223,7 +225,7 @@ class TransposableNM(Grouped):
 
 @lru_cache
 def _tile_masks(n: int, m: int) -> tuple[tuple[int, ...], ...]:
-    """All m×m tiles, flat, with n ones in every row and column."""
+    """All flattened m×m masks with n ones in every row and column."""
     rows = [tuple(int(i in ones) for i in range(m)) for ones in itertools.combinations(range(m), n)]
     tiles = itertools.product(rows, repeat=m)
     return tuple(tuple(itertools.chain(*tile)) for tile in tiles if all(sum(c) == n for c in zip(*tile, strict=True)))

@@ -21,14 +21,14 @@ from dst.topology.layers import SparseLayer
 
 @dataclass(frozen=True)
 class Block(Grouped):
-    """Tiles of ``height`` outputs by ``width`` inputs live or die together.
+    """Tiles of ``height`` outputs by ``width`` inputs are active together.
 
-    A side that the tile does not divide is tiled by the greatest common divisor of the two: a layer of 10 outputs has
-    tiles of 2 where 4 were asked for. Inputs of a convolution are (channel, kernel row, kernel column).
+    If a tile does not divide a side of the layer, their greatest common divisor replaces the tile's side: a layer of 10
+    outputs has tiles of height 2 for ``height=4``. Inputs of a convolution are (channel, kernel row, kernel column).
 
     Attributes:
-        height: Outputs of a tile.
-        width: Inputs of a tile.
+        height: Outputs per tile, >= 1.
+        width: Inputs per tile, >= 1.
     """
 
     height: int = 4
@@ -54,7 +54,7 @@ class Block(Grouped):
 
 @dataclass(frozen=True)
 class Neuron(Grouped):
-    """All inputs of an output live or die together: neurons of a linear layer, output channels of a convolution."""
+    """All weights of an output are active together: neurons of a linear layer, output channels of a convolution."""
 
     def arrange(self, layer: SparseLayer, tensor: Tensor, absent: float = 0) -> Tensor:
         """See ``Grouped``."""
@@ -66,15 +66,15 @@ class Neuron(Grouped):
 
 @dataclass(frozen=True)
 class Head(Grouped):
-    """The part of one attention head in a projection lives or dies as a whole.
+    """The weights of an attention head in a projection are active together.
 
-    In query, key and value projections a head is a range of outputs, in the output projection a range of inputs. Heads are
-    chosen in every projection for itself. All other layers stay dense.
+    A head is a range of outputs in query, key and value projections, and a range of inputs in the output projection. Each
+    projection chooses its heads separately. All other layers stay dense.
 
     Attributes:
-        heads: Number of heads; it divides the width.
-        rows: Names or patterns of the layers in which heads are ranges of outputs.
-        columns: Names or patterns of the layers in which they are ranges of inputs.
+        heads: Number of heads, a divisor of the width.
+        rows: Names or shell-style patterns of layers whose heads are ranges of outputs.
+        columns: Names or shell-style patterns of layers whose heads are ranges of inputs.
     """
 
     heads: int = 4
@@ -87,7 +87,7 @@ class Head(Grouped):
         object.__setattr__(self, "columns", tuple(self.columns))
 
     def unsupported_reason(self, layer: SparseLayer) -> str | None:
-        """See ``Unstructured``."""
+        """See ``Pattern``."""
         outputs, inputs = matrix_shape(layer)
         if self._is(layer, self.columns):
             size = inputs
@@ -113,11 +113,11 @@ class Head(Grouped):
 
 @dataclass(frozen=True)
 class Diagonal(Grouped):
-    """Wrapped diagonals of the weight matrix, each active or not as a whole.
+    """The weights of a wrapped diagonal of the weight matrix are active together.
 
-    Diagonal d of a wide matrix holds the positions (i, (i + d) mod inputs), that of a tall one ((j + d) mod outputs, j): as
-    many diagonals as the longer side, each as long as the shorter, which together are the whole matrix (the structure of
-    DynaDiag; Tyagi et al. 2025, https://arxiv.org/abs/2506.11449).
+    This is the structure of DynaDiag (Tyagi et al. 2025, https://arxiv.org/abs/2506.11449). Diagonal d of a wide matrix has
+    the positions (i, (i + d) mod inputs), that of a tall one ((j + d) mod outputs, j). There are as many diagonals as the
+    longer side has entries, each as long as the shorter side; together they cover the matrix.
     """
 
     def arrange(self, layer: SparseLayer, tensor: Tensor, absent: float = 0) -> Tensor:
@@ -126,7 +126,7 @@ class Diagonal(Grouped):
         if matrix.shape[0] > matrix.shape[1]:
             matrix = matrix.t()
         short, long = matrix.shape
-        # Written twice side by side, no diagonal wraps around.
+        # In two copies side by side, no diagonal wraps around.
         twice = torch.cat([matrix, matrix], 1)
         return twice.as_strided((1, long, short), (0, 1, 2 * long + 1))
 

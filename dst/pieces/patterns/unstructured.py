@@ -1,8 +1,9 @@
-"""No pattern: every weight is active or not by itself."""
+"""No pattern: each weight has a mask bit of its own."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,24 +15,17 @@ from dst.topology.selection import best_free, top_indices
 
 @dataclass(frozen=True)
 class Unstructured:
-    """Every weight for itself, one budget per layer."""
+    """Unstructured sparsity: single weights, one budget per layer."""
 
-    @property
-    def is_grouped(self) -> bool:
-        """Never."""
-        return False
-
-    @property
-    def is_free(self) -> bool:
-        """Always."""
-        return True
+    is_grouped: ClassVar[bool] = False
+    is_free: ClassVar[bool] = True
 
     def spread(self, layer: SparseLayer, scores: Tensor) -> Tensor:
-        """The scores themselves."""
+        """Return the scores themselves."""
         return scores
 
     def select(self, layer: SparseLayer, scores: Tensor, count: int, generator: torch.Generator) -> Tensor:
-        """Sorted positions of the best ``count`` weights."""
+        """Return the sorted positions of the best ``count`` weights."""
         return top_indices(scores.reshape(-1), count, generator)
 
     def rewire(
@@ -46,7 +40,7 @@ class Unstructured:
         regrow_dropped: bool,
         generator: torch.Generator,
     ) -> Rewiring:
-        """As ``dst.topology.rewiring.rewire``."""
+        """See ``Pattern``, and ``dst.topology.rewiring.rewire``."""
         active = mask.reshape(-1).nonzero().squeeze(1)
 
         def choose(count: int, excluded: Tensor) -> Tensor:
@@ -64,17 +58,17 @@ class Unstructured:
         )
 
     def for_density(self, density: float) -> Unstructured:
-        """The pattern with what depends on the network's density resolved: itself."""
+        """Return the pattern itself."""
         return self
 
     def unsupported_reason(self, layer: SparseLayer) -> str | None:
-        """Why the layer cannot have the pattern (it stays dense then), or ``None``."""
+        """Return ``None``: every layer can have it."""
         return None
 
     def fit(self, layer: SparseLayer, count: int) -> int:
-        """The number of active weights that comes nearest to ``count`` and the pattern can hold."""
+        """Return ``count``."""
         return count
 
     def holds(self, layer: SparseLayer, mask: Tensor) -> bool:
-        """Always."""
+        """Return True."""
         return True
