@@ -46,10 +46,7 @@ def _unsupported_reason(
         return "MultiheadAttention reads the weight itself; q, k, v and output as nn.Linear would be csr"
     if not all(is_servable(m) for m in owners) or layer.parameter.rpartition(".")[2] != "weight":
         if isinstance(first, nn.Conv2d):
-            size = "×".join(map(str, first.kernel_size))
-            if size == "1×1":
-                return f"{'grouped' if first.groups > 1 else 'padded'} 1×1 convolution has no csr kernel"
-            return f"{size} convolution: unfolded, not reliably faster than dense (docs/benchmarks.md)"
+            return f"{_unsupported_convolution(first)} convolution has no csr kernel"
         return f"{layer.kind} has no csr kernel"
     if len({id(module) for module in owners}) > 1:
         return "tied weights"
@@ -63,12 +60,33 @@ def _unsupported_reason(
 
 
 def is_servable(module: nn.Module) -> bool:
-    """Whether a dense module is of a kind that has a sparse one: a linear layer, a plain 1×1 convolution."""
+    """Whether a dense module is of a type that has a sparse one: a linear layer, a convolution without groups."""
     if type(module) is nn.Conv2d:
-        padded = module.padding not in ((0, 0), "valid", "same")
-        return module.kernel_size == (1, 1) and module.groups == 1 and not padded
-    # Subclasses may read their weight in ways of their own.
+        return _unsupported_convolution(module) is None
+    # A subclass may read its weight in its own way.
     return type(module) in (nn.Linear, FeatureMajorLinear)
+
+
+def _unsupported_convolution(module: nn.Conv2d) -> str | None:
+    """What a convolution has that no kernel serves, or ``None``."""
+    if module.groups > 1:
+        return "a depthwise" if module.groups == module.in_channels else "a grouped"
+    if module.padding_mode != "zeros":
+        return f"a {module.padding_mode}-padded"
+    if sizes_of_padding(module) is None:
+        return "an unevenly padded"
+    return None if type(module) is nn.Conv2d else f"a {type(module).__name__}"
+
+
+def sizes_of_padding(module: nn.Conv2d) -> tuple[int, int] | None:
+    """The zeros that a convolution adds at each side, in height and width; ``None`` where both sides differ."""
+    if module.padding == "valid":
+        return 0, 0
+    if module.padding == "same":
+        down, across = (d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True))
+        return None if down % 2 or across % 2 else (down // 2, across // 2)
+    down, across = module.padding
+    return int(down), int(across)
 
 
 def owners_of(model: nn.Module) -> dict[str, list[nn.Module]]:

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from dst.backends.servable import sizes_of_padding
 from dst.errors import ConfigurationError
 from dst.nn import FeatureMajorLinear, SparseConv2d, SparseLinear
 from dst.topology.seeding import folded_generator
@@ -87,8 +88,19 @@ def sparse_module(label: str, dense: nn.Module, positions: Tensor, seed: int) ->
     }
     outputs, inputs = weight.shape[:2]
     if isinstance(dense, nn.Conv2d):
-        down, across = dense.stride
-        sparse: SparseLinear = SparseConv2d(inputs, outputs, positions, values, stride=(down, across), **options)
+        padding = sizes_of_padding(dense)
+        assert padding is not None
+        sparse: SparseLinear = SparseConv2d(
+            inputs,
+            outputs,
+            positions,
+            values,
+            kernel_size=two(dense.kernel_size),
+            stride=two(dense.stride),
+            padding=padding,
+            dilation=two(dense.dilation),
+            **options,
+        )
     else:
         sparse = SparseLinear(inputs, outputs, positions, values, **options)
     if bias is not None and sparse.bias is not None:
@@ -99,6 +111,12 @@ def sparse_module(label: str, dense: nn.Module, positions: Tensor, seed: int) ->
         sparse.__dict__[name] = dense.__dict__[name]
     sparse.pattern_seed = seed
     return sparse.train(dense.training)
+
+
+def two(sizes: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width."""
+    down, across = sizes
+    return down, across
 
 
 def dense_module(sparse: SparseLinear) -> Dense:

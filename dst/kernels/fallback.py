@@ -7,6 +7,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from dst.kernels.geometry import ConvShape
 from dst.kernels.pattern import Pattern, split_flat
 from dst.topology.selection import tie_order
 
@@ -91,6 +92,28 @@ class TorchKernels:
         gx = (weight @ gt).t() if input else None
         gv = torch.sparse.sampled_addmm(weight, x, gt.t(), beta=0.0).values()
         return gx, gv, gb, gt
+
+    def conv_forward(
+        self, pattern: Pattern, shape: ConvShape, row_values: Tensor, x: Tensor, bias: Tensor | None, relu: bool = False
+    ) -> Tensor:
+        """Convolve images as in the compiled engine, but with the dense weight: torch has no sparse convolution."""
+        weight = torch.zeros(pattern.rows * pattern.columns, dtype=x.dtype)
+        weight[pattern.flat()] = row_values
+        y = torch.conv2d(x, weight.view(shape.weight), bias, shape.stride, shape.padding, shape.dilation)
+        return y.relu_() if relu else y
+
+    def conv_backward(
+        self, pattern: Pattern, shape: ConvShape, values: Tensor, x: Tensor, g: Tensor, *, input: bool, bias: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Return the gradients of input, values and bias of a convolution; as in the compiled engine."""
+        flat = pattern.flat_by_position()
+        weight = torch.zeros(pattern.rows * pattern.columns, dtype=x.dtype)
+        weight[flat] = values
+        gx, gw, gb = torch.ops.aten.convolution_backward(
+            g, x, weight.view(shape.weight), [pattern.rows], shape.stride, shape.padding, shape.dilation, False, [0, 0],
+            1, [input, True, bias],
+        )  # fmt: skip
+        return gx if input else None, gw.reshape(-1)[flat], gb if bias else None
 
     def top_k(self, k: int, dtype: torch.dtype, key: int) -> TorchTopK:
         """Return an empty running top-k for tiles of ``dtype``; ``key`` breaks ties."""

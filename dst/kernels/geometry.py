@@ -19,6 +19,10 @@ class ConvShape:
         dilation: step between the taps of a kernel, down and across.
 
     Attributes:
+        weight: shape of the weight, ``(outputs, channels, height, width)``.
+        stride: as given.
+        padding: as given.
+        dilation: as given.
         output: batch, channels, height and width of the output.
         address: where the sizes lie in memory; valid while this object lives.
     """
@@ -41,9 +45,13 @@ class ConvShape:
         reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
         spare = [n + 2 * p - r for n, p, r in zip(size, padding, reach, strict=True)]
         if min(spare) < 0:
-            raise ValueError(f"a kernel that spans {tuple(reach)} does not fit an input of {tuple(size)} padded by {padding}")
+            raise ValueError(
+                f"a kernel that spans {tuple(reach)} does not fit an input of {tuple(size)} padded by {padding}"
+            )
         out = [n // s + 1 for n, s in zip(spare, stride, strict=True)]
         self.output = (batch, outputs, *out)
+        self.weight = (outputs, channels, *kernel)
+        self.stride, self.padding, self.dilation = stride, padding, dilation
         sizes = (batch, channels, *size, outputs, *out, *kernel, *stride, *padding, *dilation)
         self._sizes = (c_int64 * len(sizes))(*sizes)
         self.address = ctypes.addressof(self._sizes)

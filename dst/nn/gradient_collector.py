@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dst.errors import ConfigurationError
-from dst.kernels import Engine, Pattern
+from dst.kernels import Engine
 
 TILE_ROWS = 256
+
+Product: TypeAlias = Callable[[Tensor, Tensor, int, int, Tensor, bool], None]
+"""Input, output gradient, first and last row of a tile, the tile, and whether to add to it."""
 
 
 class GradientCollector:
@@ -33,7 +37,7 @@ class GradientCollector:
 
     @property
     def pairs(self) -> Sequence[tuple[Tensor, Tensor]]:
-        """Feature-major inputs ``[in, batch]`` and output gradients ``[out, batch]``, in the order of the passes."""
+        """Inputs and output gradients in the order of the passes, as the layer stores them."""
         return self._pairs or ()
 
     def start(self, values: nn.Parameter) -> None:
@@ -71,12 +75,15 @@ class GradientCollector:
                 del self._pairs[: self._earlier]
             self._earlier = len(self._pairs)
 
-    def tiles(self, shape: tuple[int, int], dtype: torch.dtype, rows: int = TILE_ROWS) -> Iterator[tuple[int, Tensor]]:
+    def tiles(
+        self, shape: tuple[int, int], dtype: torch.dtype, product: Product, rows: int = TILE_ROWS
+    ) -> Iterator[tuple[int, Tensor]]:
         """Yield ``(first row, tile)`` of the dense gradient, tile ``[<= rows, in]``. All tiles share one buffer.
 
         Args:
             shape: ``(out, in)`` of the weight.
             dtype: float32 or float64.
+            product: Computes a tile from one pair.
             rows: Rows per tile.
 
         Raises:
@@ -92,18 +99,8 @@ class GradientCollector:
             last = min(first + rows, outputs)
             tile = buffer[: last - first]
             for i, (x, g) in enumerate(self._pairs):
-                torch.addmm(tile, g[first:last], x.t(), beta=float(i > 0), out=tile)
+                product(x, g, first, last, tile, i > 0)
             yield first, tile
-
-
-def gradient_at(pattern: Pattern, values: Tensor, pairs: Sequence[tuple[Tensor, Tensor]], engine: Engine) -> Tensor:
-    """Return the gradient of collected pairs at the non-zeros of ``pattern``, ``[nnz]`` in the order of ``values``."""
-    total = torch.zeros_like(values)
-    for x, g in pairs:
-        total += engine.backward(
-            pattern, values.to(x.dtype).contiguous(), x, g.t(), None, input=False, bias=False
-        )[1]  # fmt: skip
-    return total
 
 
 @torch.no_grad()

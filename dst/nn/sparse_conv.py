@@ -1,32 +1,37 @@
-"""A pointwise convolution that stores, trains and saves only its non-zero weights."""
+"""A convolution that stores, trains and saves only its non-zero weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dst.nn.operators import indices_of
 from dst.nn.sparse_linear import SparseLinear
 
 
 class SparseConv2d(SparseLinear):
-    """A 1×1 convolution that stores only the non-zeros of its weight ``[out, in, 1, 1]``.
+    """A 2-D convolution without groups, storing only the non-zeros of its weight ``[out, in, height, width]``.
 
-    A `SparseLinear` over channels is applied at every position. Larger kernels are not supported: unfolding the input for
-    them costs more than the sparsity saves.
+    The weight is stored as a matrix ``[out, in * height * width]``. Images and outputs are ordinary contiguous tensors.
+    Each image is copied into padded planes. A non-zero is then one scalar times a contiguous vector of an input plane.
 
     Args:
-        in_channels: Number of input channels.
-        out_channels: Number of output channels.
-        indices: Row-major flat positions ``output * in_channels + input`` of the non-zeros; see `SparseLinear`.
-        values: Values of the non-zeros; see `SparseLinear`.
-        stride: Vertical and horizontal stride.
+        in_channels: Channels of an input.
+        out_channels: Channels of an output.
+        indices: Row-major flat positions in the weight: int64, sorted, distinct.
+        values: As in `SparseLinear`.
+        kernel_size: Height and width of the kernel.
+        stride: Step between output positions, down and across.
+        padding: Zeros added at both sides, in height and width.
+        dilation: Step between the taps of a kernel, down and across.
         **options: Passed to `SparseLinear`.
 
     Shape:
         - Input: ``(N, in_channels, H, W)`` or ``(in_channels, H, W)``.
-        - Output: ``(N, out_channels, ceil(H / stride), ceil(W / stride))``, contiguous; without ``N`` if the input has none.
+        - Output: as of ``nn.Conv2d``.
     """
 
     def __init__(
@@ -36,29 +41,41 @@ class SparseConv2d(SparseLinear):
         indices: Tensor,
         values: Tensor | None = None,
         *,
+        kernel_size: tuple[int, int] = (1, 1),
         stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: tuple[int, int] = (1, 1),
         **options: Any,
     ):
-        super().__init__(in_channels, out_channels, indices, values, **options)
-        self.stride = stride
+        height, width = kernel_size
+        super().__init__(in_channels * height * width, out_channels, indices, values, **options)
+        self.in_channels, self.kernel_size = in_channels, (height, width)
+        self.stride, self.padding, self.dilation = stride, padding, dilation
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
-        """Shape ``(out_channels, in_channels, 1, 1)`` of the dense weight."""
-        return self.out_features, self.in_features, 1, 1
+        """Shape ``(out_channels, in_channels, height, width)`` of the dense weight."""
+        return self.out_features, self.in_channels, *self.kernel_size
 
     def mask(self) -> Tensor:
-        """Return the bool mask ``[out_channels, in_channels, 1, 1]``."""
+        """Return the bool mask of the weight's shape."""
         return super().mask().view(self.shape)
 
     def to_dense(self, entries: Tensor) -> Tensor:
-        """Scatter one entry per non-zero into zeros of shape ``[out_channels, in_channels, 1, 1]``."""
+        """Scatter one entry per non-zero into a tensor of the weight's shape, zeros elsewhere."""
         return super().to_dense(entries).view(self.shape)
 
     def to_conv(self) -> nn.Conv2d:
-        """Return an ``nn.Conv2d`` with the same weights and bias, without a fused ReLU."""
+        """Return an ``nn.Conv2d`` with the same weights and bias; a fused ReLU is not part of it."""
         conv = nn.Conv2d(
-            self.in_features, self.out_features, 1, self.stride, bias=self.bias is not None, dtype=self.values.dtype
+            self.in_channels,
+            self.out_features,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+            self.dilation,
+            bias=self.bias is not None,
+            dtype=self.values.dtype,
         )
         with torch.no_grad():
             conv.weight.copy_(self.dense_weight())
@@ -67,24 +84,54 @@ class SparseConv2d(SparseLinear):
         return conv.train(self.training)
 
     def extra_repr(self) -> str:
-        """Show the settings in ``print(model)``."""
-        return f"{super().extra_repr()}, stride={self.stride}"
+        """Describe the layer in its printed form."""
+        return (
+            f"{super().extra_repr()}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
+            f"dilation={self.dilation}"
+        )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to images.
-
-        Raises:
-            ValueError: The input does not have 3 or 4 dimensions, or has another number of channels.
-        """
-        if x.dim() not in (3, 4) or x.shape[-3] != self.in_features:
+    def _check_input(self, x: Tensor) -> None:
+        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
             raise ValueError(
-                f"the input is {tuple(x.shape)}; this layer takes (N, {self.in_features}, H, W) or "
-                f"({self.in_features}, H, W)"
+                f"the input is {tuple(x.shape)}; this layer takes (N, {self.in_channels}, H, W) or "
+                f"({self.in_channels}, H, W)"
             )
-        images = x[..., :: self.stride[0], :: self.stride[1]]
-        images = images.unsqueeze(0) if x.dim() == 3 else images
-        n, _, height, width = images.shape
-        # [channels, positions of all images] is the feature-major layout, which the kernels read without a copy.
-        y = super().forward(images.transpose(0, 1).reshape(self.in_features, n * height * width).t())
-        y = y.t().view(self.out_features, n, height, width).transpose(0, 1).contiguous()
-        return y.squeeze(0) if x.dim() == 3 else y
+
+    def _compute(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        if x.dim() == 3:
+            return self._differentiable(x.unsqueeze(0), values, bias).squeeze(0)
+        return self._differentiable(x, values, bias)
+
+    def _operand(self, x: Tensor) -> Tensor:
+        return x.contiguous()
+
+    @property
+    def _geometry(self) -> tuple[tuple[int, int], ...]:
+        return self.kernel_size, self.stride, self.padding, self.dilation
+
+    def _operator(self, x: Tensor, values: Tensor, rows: Tensor | None, bias: Tensor | None) -> Tensor:
+        indices = indices_of(self._pattern)
+        return torch.ops.dst.sparse_conv2d.default(x, values, rows, bias, indices, *self._geometry, self.relu)
+
+    def _backward_operator(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        indices, geometry = indices_of(self._pattern), self._geometry
+
+        def backward(
+            g: Tensor, x: Tensor, values: Tensor, y: Tensor | None, input: bool, bias: bool
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            return torch.ops.dst.sparse_conv2d_backward.default(g, x, values, y, indices, *geometry, input, bias)
+
+        return backward
+
+    @staticmethod
+    def _pair(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        return x, g
+
+    def _product(self, x: Tensor, g: Tensor, first: int, last: int, tile: Tensor, add: bool) -> None:
+        shape = (last - first, *self.shape[1:])
+        gradient = nn.grad.conv2d_weight(x, shape, g[:, first:last], self.stride, self.padding, self.dilation)
+        gradient = gradient.view(tile.shape)
+        tile.add_(gradient) if add else tile.copy_(gradient)
+
+    def _chains(self, x: Tensor) -> bool:
+        return False

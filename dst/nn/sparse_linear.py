@@ -20,7 +20,8 @@ from dst.kernels.pattern import check_flat
 
 # Pickled models refer to FeatureMajorLinear by this module.
 from dst.nn.feature_major import FeatureMajorLinear as FeatureMajorLinear
-from dst.nn.gradient_collector import TILE_ROWS, GradientCollector, gradient_at, largest_gradients
+from dst.nn.gradient_collector import TILE_ROWS, GradientCollector, largest_gradients
+from dst.nn.operators import indices_of, is_feature_major
 from dst.nn.row_copy import RowCopy
 from dst.nn.saved_pattern import NAMES, flat_of_masked, flat_of_saved, saved_pattern
 from dst.nn.watched import CopyKey, WatchedChain, readable, unchanged, watch
@@ -37,28 +38,35 @@ is_autocast: Callable[[], bool] = getattr(
 
 
 class _Apply(torch.autograd.Function):
-    """``W x + bias``, then ReLU if ``layer.relu``. The backward pass adds its pair to the layer's collector."""
+    """The layer's operator. The backward pass adds its pair to the layer's collector."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear) -> Tensor:
-        kernels, pattern = layer._engine, layer._pattern
-        xt = kernels.feature_major(x)
-        values = values.contiguous()
-        y = kernels.forward(pattern, layer._rows.of(values, pattern, kernels, fresh=True), xt, bias, layer.relu)
-        ctx.save_for_backward(xt, values, y if layer.relu else None)
-        ctx.kernels, ctx.pattern, ctx.collector, ctx.has_bias = kernels, pattern, layer._collector, bias is not None
+        x, values = layer._operand(x), values.contiguous()
+        rows = layer._rows.of(values, layer._pattern, layer._engine, fresh=True)
+        y = layer._operator(x, values, rows, bias)
+        ctx.save_for_backward(x, values, y if layer.relu else None)
+        # The layer may get another pattern before the backward pass.
+        ctx.operator, ctx.pair = layer._backward_operator(), layer._pair
+        ctx.collector, ctx.has_bias = layer._collector, bias is not None
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        xt, values, y = ctx.saved_tensors
-        gx, gv, gb, gt = ctx.kernels.backward(
-            ctx.pattern, values, xt, grads[0], y, input=ctx.needs_input_grad[0],
-            bias=ctx.has_bias and ctx.needs_input_grad[2],
-        )  # fmt: skip
-        ctx.collector.add(xt, gt)
-        return gx, gv, gb, None
+        x, values, y = ctx.saved_tensors
+        wants_input, wants_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[2]
+        gx, gv, gb = ctx.operator(grads[0], x, values, y, wants_input, wants_bias)
+        if ctx.collector.active:
+            g = grads[0] if y is None else torch.ops.aten.threshold_backward(grads[0], y, 0)
+            ctx.collector.add(*ctx.pair(x, g))
+        return gx if wants_input else None, gv, gb if wants_bias else None, None
+
+
+@torch.compiler.disable
+def _apply(x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear) -> Tensor:
+    """Run ``_Apply``; a compiled model comes here only while a layer collects its dense gradient."""
+    return cast(Tensor, _Apply.apply(x, values, bias, layer))
 
 
 class SparseLinear(nn.Module):
@@ -68,8 +76,9 @@ class SparseLinear(nn.Module):
     copy in row order, which every training step refreshes. A non-zero takes at most 28 bytes with its gradient and one
     momentum (24 if both dimensions are at most 65,536). Row and column pointers add 4 bytes per row and per column.
 
-    Outputs are ``[batch, out]`` tensors with feature-major strides. Element-wise operations and further sparse layers use
-    them without a copy.
+    Outputs are ordinary contiguous tensors. With ``feature_major`` they are ``[batch, out]`` tensors with strides
+    ``(1, batch)``, which element-wise operations and further sparse layers use without a copy: faster in a chain of wide
+    layers at a small batch. `dst.prepare` sets it where nothing but sparse layers and element-wise modules sees the output.
 
     In evaluation the copy is refreshed when autograd's version counter of `values` changes, and by `train` and `eval`.
     Call `refresh` after writing through ``values.data`` in evaluation.
@@ -81,6 +90,7 @@ class SparseLinear(nn.Module):
         values: Values of the non-zeros in the order of ``indices``. If None, drawn by `reset_parameters`.
         bias: Whether to add a bias.
         relu: Whether to apply ReLU to the output, in the same pass.
+        feature_major: Whether outputs have feature-major strides.
         dtype: float32, float64, or a 16-bit type, which computes in float32. If None, the dtype of ``values`` or torch's
             default.
         generator: Generator of the random values.
@@ -109,10 +119,12 @@ class SparseLinear(nn.Module):
         *,
         bias: bool = True,
         relu: bool = False,
+        feature_major: bool = False,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ):
         super().__init__()
+        self.feature_major = feature_major
         self.in_features, self.out_features, self._relu = in_features, out_features, relu
         dtype = dtype or (torch.get_default_dtype() if values is None else values.dtype)
         if not dtype.is_floating_point:
@@ -298,12 +310,16 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to ``(*, in_features)``."""
         prepared = self._chain
-        if prepared is not None and not (is_grad_enabled() or is_autocast()) and unchanged(prepared.watched):
+        if (
+            prepared is not None
+            and not (is_grad_enabled() or is_autocast() or torch.compiler.is_compiling())
+            and self._chains(x)
+            and unchanged(prepared.watched)
+        ):
             y = prepared.chain.run(x)
             if y is not None:
                 return y
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"the last dimension of the input is {x.shape[-1]}; this layer takes {self.in_features}")
+        self._check_input(x)
         values: Tensor = self.values
         bias: Tensor | None = self.bias
         if torch.is_autocast_enabled("cpu"):
@@ -322,29 +338,75 @@ class SparseLinear(nn.Module):
         if values.dtype not in _COMPUTED:
             values = values.float()
             bias = None if bias is None else bias.float()
-        x = x.to(values.dtype)
+        y = self._compute(x.to(values.dtype), values, bias)
+        return y if y.dtype == wanted else y.to(wanted)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"the last dimension of the input is {x.shape[-1]}; this layer takes {self.in_features}")
+
+    def _compute(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """Apply the layer to ``x`` of the dtype of ``values``."""
         lead = x.shape[:-1]
         if x.dim() != 2:
             x = x.reshape(-1, self.in_features)
-        if torch.is_grad_enabled() and (
+        y = self._differentiable(x, values, bias)
+        return y if len(lead) == 1 else y.view(*lead, self.out_features)
+
+    def _differentiable(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        needs_gradient = torch.is_grad_enabled() and (
             values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
-        ):
-            y = cast(Tensor, _Apply.apply(x, values, bias, self))
-        else:
-            y = self._evaluate(x.detach(), values.detach(), bias)
-        if len(lead) != 1:
-            y = y.view(*lead, self.out_features)
-        return y if y.dtype == wanted else y.to(wanted)
+        )
+        if torch.compiler.is_compiling() and not self._collector.active:
+            return self._operator(x, values, None, bias)
+        if needs_gradient:
+            return _apply(x, values, bias, self)
+        return self._evaluate(x.detach(), values.detach(), bias)
+
+    def _operand(self, x: Tensor) -> Tensor:
+        """The input as the forward and the backward pass read it."""
+        if self.feature_major or is_feature_major(x):
+            return self._engine.feature_major(x).t()
+        return x
+
+    def _operator(self, x: Tensor, values: Tensor, rows: Tensor | None, bias: Tensor | None) -> Tensor:
+        indices = indices_of(self._pattern)
+        return torch.ops.dst.sparse_linear.default(x, values, rows, bias, indices, self.relu, self.feature_major)
+
+    def _backward_operator(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+        indices = indices_of(self._pattern)
+
+        def backward(
+            g: Tensor, x: Tensor, values: Tensor, y: Tensor | None, input: bool, bias: bool
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            return torch.ops.dst.sparse_linear_backward.default(g, x, values, y, indices, input, bias)
+
+        return backward
+
+    @staticmethod
+    def _pair(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Between a pass's input and output gradient and what is collected of it: transposed, in both directions."""
+        return x.t(), g.t()
+
+    def _product(self, x: Tensor, g: Tensor, first: int, last: int, tile: Tensor, add: bool) -> None:
+        """Compute rows ``first`` to ``last`` of the dense gradient of one collected pass into ``tile``, or add them."""
+        torch.addmm(tile, g[first:last], x.t(), beta=float(add), out=tile)
+
+    def _chains(self, x: Tensor) -> bool:
+        """Whether a chain of kernels, which returns feature-major outputs, may compute ``x``."""
+        return self.feature_major or x.shape[0] == 1
 
     def _evaluate(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        # Converted values are a new tensor at every call: their version counter does not track the weights.
+        # Converted values are a new tensor at every call, so their version says nothing of the weights.
         converted = values.dtype is not self.values.dtype
-        if self._chain is None or not unchanged(self._chain.watched):
-            self._chain = None if converted else self._prepared_chain()
-        y = None if self._chain is None else self._chain.chain.run(x)
+        y = None
+        if self._chains(x):
+            if self._chain is None or not unchanged(self._chain.watched):
+                self._chain = None if converted else self._prepared_chain()
+            y = None if self._chain is None else self._chain.chain.run(x)
         if y is None:
             rows = self._rows.of(values, self._pattern, self._engine, fresh=self.training or converted)
-            y = self._engine.forward(self._pattern, rows, self._engine.feature_major(x), bias, self.relu)
+            y = self._operator(x, values, rows, bias)
         return y
 
     def _prepared_chain(self) -> WatchedChain | None:
@@ -376,7 +438,7 @@ class SparseLinear(nn.Module):
 
     @property
     def collected(self) -> Sequence[tuple[Tensor, Tensor]]:
-        """Feature-major inputs and output gradients of the collected backward passes."""
+        """Inputs ``[in, batch]`` and output gradients ``[out, batch]`` of the collected backward passes."""
         return self._collector.pairs
 
     def restore_collected(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -388,7 +450,13 @@ class SparseLinear(nn.Module):
 
         After `rewire` this includes newly grown weights, which the backward pass did not have.
         """
-        return gradient_at(self._pattern, self.values.detach(), self.collected, self._engine)
+        values = self.values.detach()
+        values = values if values.dtype in _COMPUTED else values.float()
+        total, backward = torch.zeros_like(values), self._backward_operator()
+        for pair in self.collected:
+            x, g = self._pair(*pair)
+            total += backward(g, x.to(values.dtype), values, None, False, False)[1]
+        return total
 
     def gradient_tiles(self, rows: int = TILE_ROWS) -> Iterator[tuple[int, Tensor]]:
         """Yield ``(first row, tile)`` of the collected dense gradient, tile ``[<= rows, in_features]``.
@@ -399,7 +467,7 @@ class SparseLinear(nn.Module):
             ConfigurationError: The gradient is not being collected.
         """
         dtype = self.values.dtype if self.values.dtype in _COMPUTED else torch.float32
-        return self._collector.tiles((self.out_features, self.in_features), dtype, rows)
+        return self._collector.tiles((self.out_features, self.in_features), dtype, self._product, rows)
 
     def dense_gradient(self) -> Tensor:
         """Return the collected dense gradient, ``[out_features, in_features]``. Materializes it: for small layers."""

@@ -1,0 +1,237 @@
+"""The sparse layers as ``torch.library`` operators: ``torch.ops.dst.sparse_linear`` and ``sparse_conv2d``.
+
+Compilers, exporters, profilers and FLOP counters see one named operator per pass. Each operator has a fake implementation
+for tracing, and an autograd formula. A pattern travels as its five index tensors, in the order of ``INDICES``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dst.kernels import Kernels, Pattern, engine
+from dst.kernels.geometry import ConvShape
+
+INDICES = ("column_pointers", "row_indices", "row_pointers", "column_indices", "permutation")
+
+_library = torch.library.Library("dst", "DEF")
+_library.define(
+    "sparse_linear(Tensor x, Tensor values, Tensor? row_values, Tensor? bias, Tensor[] pattern, bool relu, "
+    "bool feature_major) -> Tensor"
+)
+_library.define(
+    "sparse_linear_backward(Tensor g, Tensor x, Tensor values, Tensor? y, Tensor[] pattern, bool input, bool bias) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "sparse_conv2d(Tensor x, Tensor values, Tensor? row_values, Tensor? bias, Tensor[] pattern, int[2] kernel, "
+    "int[2] stride, int[2] padding, int[2] dilation, bool relu) -> Tensor"
+)
+_library.define(
+    "sparse_conv2d_backward(Tensor g, Tensor x, Tensor values, Tensor? y, Tensor[] pattern, int[2] kernel, int[2] stride, "
+    "int[2] padding, int[2] dilation, bool input, bool bias) -> (Tensor, Tensor, Tensor)"
+)
+
+
+def indices_of(pattern: Pattern) -> list[Tensor]:
+    """The index tensors of a pattern, in the order of ``INDICES``."""
+    return [getattr(pattern, name) for name in INDICES]
+
+
+def is_feature_major(x: Tensor) -> bool:
+    """Whether ``x`` ``[batch, features]`` has unit stride over the batch, so that a feature is contiguous."""
+    return x.shape[0] > 1 and x.stride(0) == 1 and x.stride(1) >= x.shape[0]
+
+
+def _pattern(indices: Sequence[Tensor]) -> Pattern:
+    return Pattern(indices[2].numel() - 1, indices[0].numel() - 1, *indices)
+
+
+def _in_rows(pattern: Pattern, values: Tensor, row_values: Tensor | None) -> Tensor:
+    """Values in row order."""
+    if row_values is not None:
+        return row_values
+    row_values = torch.empty_like(values)
+    engine().refresh(pattern, values.contiguous(), row_values)
+    return row_values
+
+
+# -- linear layers ----------------------------------------------------------------------------------------------------
+
+
+def _linear(
+    x: Tensor,
+    values: Tensor,
+    row_values: Tensor | None,
+    bias: Tensor | None,
+    indices: Sequence[Tensor],
+    relu: bool,
+    feature_major: bool,
+) -> Tensor:
+    kernels, pattern = engine(), _pattern(indices)
+    rows = _in_rows(pattern, values, row_values)
+    if not feature_major and not is_feature_major(x) and isinstance(kernels, Kernels):
+        return kernels.rows_forward(pattern, rows, x, bias, relu)
+    y = kernels.forward(pattern, rows, kernels.feature_major(x), bias, relu)
+    return y if feature_major else y.contiguous()
+
+
+def _linear_backward(
+    g: Tensor, x: Tensor, values: Tensor, y: Tensor | None, indices: Sequence[Tensor], input: bool, bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels, pattern = engine(), _pattern(indices)
+    if not is_feature_major(x) and not is_feature_major(g) and isinstance(kernels, Kernels):
+        gx, gv, gb = kernels.rows_backward(pattern, values.contiguous(), x, g, y, input=input, bias=bias)
+    else:
+        rows = None if y is None else kernels.feature_major(y).t()
+        gx, gv, gb, _ = kernels.backward(
+            pattern, values.contiguous(), kernels.feature_major(x), g, rows, input=input, bias=bias
+        )
+        if gx is not None and not is_feature_major(x):
+            gx = gx.contiguous()
+    empty = values.new_empty(0)
+    return empty if gx is None else gx, gv, empty if gb is None else gb
+
+
+@torch.library.register_fake("dst::sparse_linear", lib=_library)
+def _(x: Tensor, values: Tensor, row_values: Any, bias: Any, pattern: Any, relu: bool, feature_major: bool) -> Tensor:
+    batch, rows = x.shape[0], pattern[2].shape[0] - 1
+    return x.new_empty_strided((batch, rows), (1, batch) if feature_major else (rows, 1))
+
+
+@torch.library.register_fake("dst::sparse_linear_backward", lib=_library)
+def _(
+    g: Tensor, x: Tensor, values: Tensor, y: Any, pattern: Any, input: bool, bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    empty = values.new_empty(0)
+    gx = torch.empty_like(x, memory_format=torch.preserve_format) if input else empty
+    return gx, torch.empty_like(values), g.new_empty(g.shape[1]) if bias else empty
+
+
+def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, _, bias, pattern, relu, _ = inputs
+    ctx.save_for_backward(x, values, output if relu else None, *pattern)
+    ctx.has_bias = bias is not None
+
+
+def _linear_formula(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    x, values, y, *pattern = ctx.saved_tensors
+    wants_input, wants_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[3]
+    gx, gv, gb = torch.ops.dst.sparse_linear_backward(g, x, values, y, pattern, wants_input, wants_bias)
+    return gx if wants_input else None, gv, None, gb if wants_bias else None, [None] * len(pattern), None, None
+
+
+# -- convolutions -----------------------------------------------------------------------------------------------------
+
+
+def _conv(
+    x: Tensor,
+    values: Tensor,
+    row_values: Tensor | None,
+    bias: Tensor | None,
+    indices: Sequence[Tensor],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    relu: bool,
+) -> Tensor:
+    kernels, pattern = engine(), _pattern(indices)
+    rows = _in_rows(pattern, values, row_values)
+    shape = ConvShape(x.shape, pattern.rows, _two(kernel), _two(stride), _two(padding), _two(dilation))
+    return kernels.conv_forward(pattern, shape, rows, x.contiguous(), bias, relu)
+
+
+def _conv_backward(
+    g: Tensor,
+    x: Tensor,
+    values: Tensor,
+    y: Tensor | None,
+    indices: Sequence[Tensor],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    input: bool,
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels, pattern = engine(), _pattern(indices)
+    shape = ConvShape(x.shape, pattern.rows, _two(kernel), _two(stride), _two(padding), _two(dilation))
+    if y is not None:
+        g = torch.ops.aten.threshold_backward(g, y, 0)
+    gx, gv, gb = kernels.conv_backward(
+        pattern, shape, values.contiguous(), x.contiguous(), g.contiguous(), input=input, bias=bias
+    )
+    empty = values.new_empty(0)
+    return empty if gx is None else gx, gv, empty if gb is None else gb
+
+
+def _two(sizes: Sequence[int]) -> tuple[int, int]:
+    return int(sizes[0]), int(sizes[1])
+
+
+@torch.library.register_fake("dst::sparse_conv2d", lib=_library)
+def _(
+    x: Tensor,
+    values: Tensor,
+    row_values: Any,
+    bias: Any,
+    pattern: Any,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    relu: bool,
+) -> Tensor:
+    size = [
+        (n + 2 * p - (k - 1) * d - 1) // s + 1
+        for n, k, s, p, d in zip(x.shape[2:], kernel, stride, padding, dilation, strict=True)
+    ]
+    return x.new_empty((x.shape[0], pattern[2].shape[0] - 1, *size))
+
+
+@torch.library.register_fake("dst::sparse_conv2d_backward", lib=_library)
+def _(
+    g: Tensor,
+    x: Tensor,
+    values: Tensor,
+    y: Any,
+    pattern: Any,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    input: bool,
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    empty = values.new_empty(0)
+    gx = x.new_empty(x.shape) if input else empty
+    return gx, torch.empty_like(values), g.new_empty(g.shape[1]) if bias else empty
+
+
+def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, values, _, bias, pattern, *ctx.sizes, relu = inputs
+    ctx.save_for_backward(x, values, output if relu else None, *pattern)
+    ctx.has_bias = bias is not None
+
+
+def _conv_formula(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    x, values, y, *pattern = ctx.saved_tensors
+    wants_input, wants_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[3]
+    gx, gv, gb = torch.ops.dst.sparse_conv2d_backward(g, x, values, y, pattern, *ctx.sizes, wants_input, wants_bias)
+    none = [None] * len(pattern)
+    return gx if wants_input else None, gv, None, gb if wants_bias else None, none, *[None] * 5
+
+
+for _name, _function in (
+    ("sparse_linear", _linear),
+    ("sparse_linear_backward", _linear_backward),
+    ("sparse_conv2d", _conv),
+    ("sparse_conv2d_backward", _conv_backward),
+):
+    _library.impl(_name, _function, "CPU")
+torch.library.register_autograd("dst::sparse_linear", _linear_formula, setup_context=_linear_setup, lib=_library)
+torch.library.register_autograd("dst::sparse_conv2d", _conv_formula, setup_context=_conv_setup, lib=_library)
