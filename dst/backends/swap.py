@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dst.backends.servable import sizes_of_padding
 from dst.errors import ConfigurationError
 from dst.nn import FeatureMajorLinear, SparseConv2d, SparseLinear
+from dst.nn.layout import choose_layouts
 from dst.topology.seeding import folded_generator
 
 Dense: TypeAlias = nn.Linear | nn.Conv2d
@@ -40,7 +41,9 @@ def exchange(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) -> nn.Mod
     else:
         beside = {m: m.to_linear() for m in modules if type(m) is FeatureMajorLinear}
     _guard_save_pretrained(model, any(isinstance(module, SparseLinear) for module in modules))
-    return replace(model, beside)
+    model = replace(model, beside)
+    choose_layouts(model)
+    return model
 
 
 def _guard_save_pretrained(model: nn.Module, stores_non_zeros: bool) -> None:

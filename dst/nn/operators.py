@@ -73,7 +73,7 @@ def _linear(
 ) -> Tensor:
     kernels, pattern = engine(), _pattern(indices)
     rows = _in_rows(pattern, values, row_values)
-    if not feature_major and not is_feature_major(x) and isinstance(kernels, Kernels):
+    if not feature_major and x.shape[0] > 1 and not is_feature_major(x) and isinstance(kernels, Kernels):
         return kernels.rows_forward(pattern, rows, x, bias, relu)
     y = kernels.forward(pattern, rows, kernels.feature_major(x), bias, relu)
     return y if feature_major else y.contiguous()
@@ -83,7 +83,7 @@ def _linear_backward(
     g: Tensor, x: Tensor, values: Tensor, y: Tensor | None, indices: Sequence[Tensor], input: bool, bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels, pattern = engine(), _pattern(indices)
-    if not is_feature_major(x) and not is_feature_major(g) and isinstance(kernels, Kernels):
+    if x.shape[0] > 1 and not is_feature_major(x) and not is_feature_major(g) and isinstance(kernels, Kernels):
         gx, gv, gb = kernels.rows_backward(pattern, values.contiguous(), x, g, y, input=input, bias=bias)
     else:
         rows = None if y is None else kernels.feature_major(y).t()
@@ -117,7 +117,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.has_bias = bias is not None
 
 
-def _linear_formula(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+def _linear_formula(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     x, values, y, *pattern = ctx.saved_tensors
     wants_input, wants_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[3]
     gx, gv, gb = torch.ops.dst.sparse_linear_backward(g, x, values, y, pattern, wants_input, wants_bias)

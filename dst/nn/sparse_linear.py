@@ -30,6 +30,9 @@ from dst.topology.selection import random_indices
 
 _COMPUTED = (torch.float32, torch.float64)
 
+FEATURE_MAJOR_BATCH = 1024
+"""The largest batch for which outputs are feature-major. For more rows the row-major kernels are faster."""
+
 # Called at every evaluation, so both must be fast. torch has no fast public function for the second.
 is_grad_enabled = torch.is_grad_enabled
 is_autocast: Callable[[], bool] = getattr(
@@ -41,10 +44,12 @@ class _Apply(torch.autograd.Function):
     """The layer's operator. The backward pass adds its pair to the layer's collector."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear) -> Tensor:
-        x, values = layer._operand(x), values.contiguous()
+    def forward(
+        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear, feature_major: bool
+    ) -> Tensor:
+        x, values = layer._operand(x, feature_major), values.contiguous()
         rows = layer._rows.of(values, layer._pattern, layer._engine, fresh=True)
-        y = layer._operator(x, values, rows, bias)
+        y = layer._operator(x, values, rows, bias, feature_major)
         ctx.save_for_backward(x, values, y if layer.relu else None)
         # The layer may get another pattern before the backward pass.
         ctx.operator, ctx.pair = layer._backward_operator(), layer._pair
@@ -53,20 +58,20 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
         x, values, y = ctx.saved_tensors
         wants_input, wants_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[2]
         gx, gv, gb = ctx.operator(grads[0], x, values, y, wants_input, wants_bias)
         if ctx.collector.active:
             g = grads[0] if y is None else torch.ops.aten.threshold_backward(grads[0], y, 0)
             ctx.collector.add(*ctx.pair(x, g))
-        return gx if wants_input else None, gv, gb if wants_bias else None, None
+        return gx if wants_input else None, gv, gb if wants_bias else None, None, None
 
 
 @torch.compiler.disable
-def _apply(x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear) -> Tensor:
+def _apply(x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear, feature_major: bool) -> Tensor:
     """Run ``_Apply``; a compiled model comes here only while a layer collects its dense gradient."""
-    return cast(Tensor, _Apply.apply(x, values, bias, layer))
+    return cast(Tensor, _Apply.apply(x, values, bias, layer, feature_major))
 
 
 class SparseLinear(nn.Module):
@@ -313,7 +318,9 @@ class SparseLinear(nn.Module):
         if (
             prepared is not None
             and not (is_grad_enabled() or is_autocast() or torch.compiler.is_compiling())
-            and self._chains(x)
+            and self._chains(
+                x.shape[0] == 1 or (self.feature_major and x.dim() == 2 and x.shape[0] <= FEATURE_MAJOR_BATCH)
+            )
             and unchanged(prepared.watched)
         ):
             y = prepared.chain.run(x)
@@ -348,30 +355,29 @@ class SparseLinear(nn.Module):
     def _compute(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """Apply the layer to ``x`` of the dtype of ``values``."""
         lead = x.shape[:-1]
-        if x.dim() != 2:
-            x = x.reshape(-1, self.in_features)
-        y = self._differentiable(x, values, bias)
-        return y if len(lead) == 1 else y.view(*lead, self.out_features)
+        if x.dim() == 2:
+            return self._differentiable(x, values, bias, self.feature_major and x.shape[0] <= FEATURE_MAJOR_BATCH)
+        y = self._differentiable(x.reshape(-1, self.in_features), values, bias, False)
+        return y.view(*lead, self.out_features)
 
-    def _differentiable(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        needs_gradient = torch.is_grad_enabled() and (
-            values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
-        )
+    def _differentiable(self, x: Tensor, values: Tensor, bias: Tensor | None, feature_major: bool) -> Tensor:
         if torch.compiler.is_compiling() and not self._collector.active:
-            return self._operator(x, values, None, bias)
-        if needs_gradient:
-            return _apply(x, values, bias, self)
-        return self._evaluate(x.detach(), values.detach(), bias)
+            return self._operator(x, values, None, bias, feature_major)
+        if torch.is_grad_enabled() and (
+            values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return _apply(x, values, bias, self, feature_major)
+        return self._evaluate(x.detach(), values.detach(), bias, feature_major)
 
-    def _operand(self, x: Tensor) -> Tensor:
+    def _operand(self, x: Tensor, feature_major: bool) -> Tensor:
         """The input as the forward and the backward pass read it."""
-        if self.feature_major or is_feature_major(x):
-            return self._engine.feature_major(x).t()
-        return x
+        return self._engine.feature_major(x).t() if feature_major or is_feature_major(x) else x
 
-    def _operator(self, x: Tensor, values: Tensor, rows: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _operator(
+        self, x: Tensor, values: Tensor, rows: Tensor | None, bias: Tensor | None, feature_major: bool
+    ) -> Tensor:
         indices = indices_of(self._pattern)
-        return torch.ops.dst.sparse_linear.default(x, values, rows, bias, indices, self.relu, self.feature_major)
+        return torch.ops.dst.sparse_linear.default(x, values, rows, bias, indices, self.relu, feature_major)
 
     def _backward_operator(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         indices = indices_of(self._pattern)
@@ -392,22 +398,22 @@ class SparseLinear(nn.Module):
         """Compute rows ``first`` to ``last`` of the dense gradient of one collected pass into ``tile``, or add them."""
         torch.addmm(tile, g[first:last], x.t(), beta=float(add), out=tile)
 
-    def _chains(self, x: Tensor) -> bool:
-        """Whether a chain of kernels, which returns feature-major outputs, may compute ``x``."""
-        return self.feature_major or x.shape[0] == 1
-
-    def _evaluate(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    def _evaluate(self, x: Tensor, values: Tensor, bias: Tensor | None, feature_major: bool) -> Tensor:
         # Converted values are a new tensor at every call, so their version says nothing of the weights.
         converted = values.dtype is not self.values.dtype
         y = None
-        if self._chains(x):
+        if self._chains(feature_major or x.shape[0] == 1):
             if self._chain is None or not unchanged(self._chain.watched):
                 self._chain = None if converted else self._prepared_chain()
             y = None if self._chain is None else self._chain.chain.run(x)
         if y is None:
             rows = self._rows.of(values, self._pattern, self._engine, fresh=self.training or converted)
-            y = self._operator(x, values, rows, bias)
+            y = self._operator(x, values, rows, bias, feature_major)
         return y
+
+    def _chains(self, feature_major: bool) -> bool:
+        """Whether a chain of kernels may compute the layer; its outputs are feature-major."""
+        return feature_major
 
     def _prepared_chain(self) -> WatchedChain | None:
         self._chain = None  # frees an outdated copy before the new one is made
@@ -456,7 +462,7 @@ class SparseLinear(nn.Module):
         for pair in self.collected:
             x, g = self._pair(*pair)
             total += backward(g, x.to(values.dtype), values, None, False, False)[1]
-        return total
+        return total.to(self.values.dtype)
 
     def gradient_tiles(self, rows: int = TILE_ROWS) -> Iterator[tuple[int, Tensor]]:
         """Yield ``(first row, tile)`` of the collected dense gradient, tile ``[<= rows, in_features]``.
