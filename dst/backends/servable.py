@@ -85,8 +85,9 @@ def sizes_of_padding(module: nn.Conv2d) -> tuple[int, int] | None:
     if module.padding == "same":
         down, across = (d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True))
         return None if down % 2 or across % 2 else (down // 2, across // 2)
+    assert not isinstance(module.padding, str)
     down, across = module.padding
-    return int(down), int(across)
+    return down, across
 
 
 def owners_of(model: nn.Module) -> dict[str, list[nn.Module]]:

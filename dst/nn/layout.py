@@ -48,11 +48,11 @@ def choose_layouts(model: nn.Module) -> None:
     modules = dict(model.named_modules(remove_duplicate=False))
     seen_outside: set[nn.Module] = set()
     for node in graph.nodes:
-        layer = modules.get(str(node.target)) if node.op == "call_module" else None
-        if type(layer) is SparseLinear:
-            layer.feature_major = True
+        called = modules.get(str(node.target)) if node.op == "call_module" else None
+        if type(called) is SparseLinear:
+            called.feature_major = True
             if not _ends_in_layers(node.users, modules):
-                seen_outside.add(layer)
+                seen_outside.add(called)
     for layer in layers:
         layer.feature_major = layer.feature_major and layer not in seen_outside
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_weight
 
 from dst.nn.operators import indices_of
 from dst.nn.sparse_linear import SparseLinear
@@ -34,6 +35,11 @@ class SparseConv2d(SparseLinear):
         - Output: as of ``nn.Conv2d``.
     """
 
+    # Layers that were pickled before other kernels than 1×1 existed have a stride alone.
+    kernel_size: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+
     def __init__(
         self,
         in_channels: int,
@@ -49,8 +55,13 @@ class SparseConv2d(SparseLinear):
     ):
         height, width = kernel_size
         super().__init__(in_channels * height * width, out_channels, indices, values, **options)
-        self.in_channels, self.kernel_size = in_channels, (height, width)
+        self.kernel_size = height, width
         self.stride, self.padding, self.dilation = stride, padding, dilation
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of an input."""
+        return self.in_features // (self.kernel_size[0] * self.kernel_size[1])
 
     @property
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
@@ -131,7 +142,7 @@ class SparseConv2d(SparseLinear):
 
     def _product(self, x: Tensor, g: Tensor, first: int, last: int, tile: Tensor, add: bool) -> None:
         shape = (last - first, *self.shape[1:])
-        gradient = nn.grad.conv2d_weight(x, shape, g[:, first:last], self.stride, self.padding, self.dilation)
+        gradient = conv2d_weight(x, shape, g[:, first:last], self.stride, self.padding, self.dilation)
         gradient = gradient.view(tile.shape)
         tile.add_(gradient) if add else tile.copy_(gradient)
 

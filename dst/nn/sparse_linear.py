@@ -114,6 +114,7 @@ class SparseLinear(nn.Module):
 
     values: nn.Parameter
     bias: nn.Parameter | None
+    feature_major: bool = False  # layers that were pickled before it existed
 
     def __init__(
         self,
