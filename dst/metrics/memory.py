@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from dst.errors import ConfigurationError
 from dst.metrics.passes import Example, forward_arguments, undisturbed
+from dst.tables import aligned_table
 
 STORAGES = ("masked", "latent", "csr")
 """Backends whose memory can be predicted."""
@@ -55,8 +56,7 @@ class Memory:
 
     def __str__(self) -> str:
         parts = {name.replace("_", " "): value for name, value in vars(self).items()} | {"total": self.total}
-        width = max(map(len, parts))
-        return "\n".join(f"{name:<{width}}  {value / 2**20:10.2f} MiB" for name, value in parts.items())
+        return aligned_table([(name, f"{value / 2**20:.2f} MiB") for name, value in parts.items()], right={1})
 
 
 def predict_memory(

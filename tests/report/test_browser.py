@@ -1,4 +1,4 @@
-"""The report in a real browser: on a phone and on a desk, light and dark. Structure is compared, never pixels."""
+"""The report in a real browser, at the size of a phone and of a desk, light and dark. No test compares pixels."""
 
 from __future__ import annotations
 
