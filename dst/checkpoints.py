@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -37,6 +38,22 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
     """
     with _replacing(Path(path)) as file:
         file.write(text.encode("utf-8"))
+
+
+def json_ready(value: Any) -> Any:
+    """Replace floats that JSON cannot hold, infinities and NaN, by None.
+
+    Args:
+        value: Plain values; mappings and lists are searched.
+
+    Returns:
+        The value with its replacements.
+    """
+    if isinstance(value, Mapping):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [json_ready(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from omegaconf import DictConfig, OmegaConf
 
-from dst.checkpoints import load_checkpoint
+from dst.checkpoints import json_ready, load_checkpoint
 from dst.data.module import Task, image_task
 from dst.errors import ConfigurationError, DataError, StateError
 from dst.lightning.best_checkpoint import SELECTIONS, BestCheckpoint
@@ -191,7 +191,10 @@ def run(cfg: DictConfig, folder: str | os.PathLike[str], *, sweep: bool = False)
             seconds=seconds,
             density=Density(parts.method.target_density, _realised(outcome.layers), outcome.layers, outcome.shortfall),
             test=Quality(
-                _finite(tested["test/accuracy"]), _finite(tested["test/loss"]), outcome.selected, outcome.tested_step
+                json_ready(float(tested["test/accuracy"])),
+                json_ready(float(tested["test/loss"])),
+                outcome.selected,
+                outcome.tested_step,
             ),
             flops=Flops(
                 inference_ratio=inference.theoretical / inference.dense,
@@ -728,10 +731,6 @@ def _set_threads(threads: int | None, macs: int) -> None:
         raise ConfigurationError(f"threads={threads} must be at least 1, or null")
     if threads is not None or macs < 2**26:
         torch.set_num_threads(threads or 1)
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
 
 
 def _quieten() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 
-from dst.checkpoints import write_atomically
+from dst.checkpoints import json_ready, write_atomically
 from dst.engine.sparsifier import Sparsifier
 from dst.errors import ConfigurationError
 from dst.lightning.callback import SparseTraining
@@ -243,7 +242,7 @@ class Recorder(Callback):
             "churn": sparsifier.churn,
             "exploration_rate": self._explored[1],
             "drop_fraction": sparsifier.drop_fraction,
-            "loss": _finite(float(self._before[-1])) if self._before else None,
+            "loss": json_ready(float(self._before[-1])) if self._before else None,
             "active": [layer["nonzero"] for layer in sparsifier.layer_table()],
         }
         if self._dead is not None and self._looked_at[0] == masks:
@@ -272,9 +271,9 @@ class Recorder(Callback):
         row = {
             "step": self._step,
             "update": update,
-            "before": _finite(sum(before) / len(before)),
-            "after": _finite(max(after)),
-            "spike": _finite(float(spike[0])),
+            "before": json_ready(sum(before) / len(before)),
+            "after": json_ready(max(after)),
+            "spike": json_ready(float(spike[0])),
         }
         self._write(trainer, "loss", row)
         if row["spike"] is not None:
@@ -402,7 +401,3 @@ def _floats(losses: Sequence[Tensor] | deque[Tensor]) -> list[float]:
 
 def _tensors(losses: Sequence[float]) -> list[Tensor]:
     return [torch.tensor(loss) for loss in losses]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

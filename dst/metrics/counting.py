@@ -166,20 +166,6 @@ def layer_macs(model: nn.Module, example: Example, *, batch_size: int | None = N
     return count_operations(model, example, batch_size=batch_size).macs
 
 
-def uncounted(model: nn.Module, macs: Mapping[str, int]) -> list[str]:
-    """List the weights that ``macs`` says nothing about, so that no layer is taken for free unnoticed.
-
-    Args:
-        model: The module that was measured.
-        macs: The result of `layer_macs`.
-
-    Returns:
-        Names of the parameters with two or more dimensions that are missing in ``macs``: they take part in no product
-        themselves, were not called, or the weight is computed from them.
-    """
-    return [name for name, p in model.named_parameters() if p.ndim >= 2 and name not in macs]
-
-
 @dataclass
 class _Frame:
     """A module that is running: which parameters its shapes tell about, and of how many products (None: of all)."""

@@ -17,132 +17,6 @@ from dst.metrics.conventions import Convention, convention_of
 from dst.metrics.counting import Operations
 from dst.tables import aligned_table
 
-FLOPS_PER_MAC = 2
-
-
-def inference_flops(macs: Mapping[str, float], densities: Mapping[str, float], extra_flops: float = 0.0) -> float:
-    """FLOPs of one sample's forward pass: ``2 · Σ macs · density + extra_flops``.
-
-    Args:
-        macs: Parameter name -> MACs per sample, from `layer_macs`.
-        densities: Parameter name -> density in [0, 1]; layers that are not named are dense.
-        extra_flops: FLOPs per sample that density does not change, such as bias additions and ReLU.
-
-    Returns:
-        FLOPs per sample, multiplications and additions.
-
-    Raises:
-        ConfigurationError: if a density is out of range or belongs to a layer without MACs.
-    """
-    for name, density in densities.items():
-        if name not in macs:
-            raise ConfigurationError(
-                f"{name} has a density but no MACs: add them to macs, or leave it out of densities"
-            )
-        if not 0.0 <= density <= 1.0:
-            raise ConfigurationError(f"the density of {name} must lie in [0, 1], got {density!r}")
-    return FLOPS_PER_MAC * sum(count * densities.get(name, 1.0) for name, count in macs.items()) + extra_flops
-
-
-def inference_ratio(macs: Mapping[str, float], densities: Mapping[str, float], extra_flops: float = 0.0) -> float:
-    """`inference_flops` relative to the dense network, in [0, 1].
-
-    Args:
-        macs: As in `inference_flops`.
-        densities: As in `inference_flops`.
-        extra_flops: As in `inference_flops`; it stays in both terms of the ratio.
-
-    Returns:
-        Sparse over dense FLOPs.
-
-    Raises:
-        ConfigurationError: as `inference_flops`, or if the dense network costs nothing.
-    """
-    sparse = inference_flops(macs, densities, extra_flops)
-    return sparse / _dense_flops(macs, extra_flops)
-
-
-def training_ratio(
-    macs: Mapping[str, float],
-    densities: Mapping[str, float],
-    step_counts: Mapping[str, int],
-    extra_flops: float = 0.0,
-) -> float:
-    """FLOPs of a training run relative to as many steps of the dense network.
-
-    With f_S and f_D the sparse and dense inference FLOPs, an ordinary sparse step costs 3·f_S, a step
-    that needs the gradient of every weight 2·f_S + f_D, and a dense step 3·f_D (Evci et al. 2020,
-    appendix H). The run counts as having had the given densities throughout.
-
-    Args:
-        macs: As in `inference_flops`.
-        densities: As in `inference_flops`.
-        step_counts: Optimizer steps of the kinds "sparse", "dense_gradient", "dense"; missing kinds are 0.
-        extra_flops: As in `inference_flops`.
-
-    Returns:
-        The run's FLOPs over 3·f_D per step, in [0, 1].
-
-    Raises:
-        ConfigurationError: as `inference_ratio`, or if a kind of step is unknown, a count is negative or
-            there was no step at all.
-    """
-    f_sparse = inference_flops(macs, densities, extra_flops)
-    f_dense = _dense_flops(macs, extra_flops)
-    costs = {"dense": 3 * f_dense, "sparse": 3 * f_sparse, "dense_gradient": 2 * f_sparse + f_dense}
-    for kind, count in step_counts.items():
-        if kind not in costs:
-            raise ConfigurationError(f"unknown kind of step {kind!r}; known are {', '.join(costs)}")
-        if count < 0:
-            raise ConfigurationError(f"the number of {kind!r} steps must not be negative, got {count}")
-    steps = sum(step_counts.values())
-    if steps == 0:
-        raise ConfigurationError("step_counts holds no step: there is no training to measure yet")
-    return sum(costs[kind] * count for kind, count in step_counts.items()) / (steps * 3 * f_dense)
-
-
-def rigl_training_flops(f_sparse: float, f_dense: float, update_every: int) -> float:
-    """Mean FLOPs of a RigL training step: ``(3·f_S·ΔT + 2·f_S + f_D) / (ΔT + 1)``.
-
-    Source: Evci et al. 2020, appendix H.
-
-    Args:
-        f_sparse: Inference FLOPs f_S of the sparse network.
-        f_dense: Inference FLOPs f_D of the dense network.
-        update_every: Steps ΔT between two updates of the topology, at least 1.
-
-    Returns:
-        FLOPs per sample and step.
-
-    Raises:
-        ConfigurationError: if ``update_every`` is less than 1.
-    """
-    if update_every < 1:
-        raise ConfigurationError(f"update_every must be at least 1, got {update_every}")
-    return (3 * f_sparse * update_every + 2 * f_sparse + f_dense) / (update_every + 1)
-
-
-def static_training_flops(f_sparse: float) -> float:
-    """FLOPs of a training step that never needs a dense gradient (static masks, SET): ``3·f_S``.
-
-    Source: Evci et al. 2020, appendix H.
-
-    Args:
-        f_sparse: Inference FLOPs f_S of the sparse network.
-
-    Returns:
-        FLOPs per sample and step.
-    """
-    return 3 * f_sparse
-
-
-def _dense_flops(macs: Mapping[str, float], extra_flops: float) -> float:
-    flops = inference_flops(macs, {}, extra_flops)
-    if flops <= 0:
-        raise ConfigurationError("the dense network costs no FLOPs; measure macs with layer_macs first")
-    return flops
-
-
 SPARSE_EXECUTION: dict[str, bool] = {"masked": False, "latent": False, "csr": True}
 """Backend to whether it skips zeros in the layers that it stores; the others multiply by them."""
 
@@ -151,7 +25,7 @@ def executed_ratio(theoretical: float, backend: str) -> float:
     """What a backend executes of the dense network's operations, where ``theoretical`` of them are needed.
 
     Args:
-        theoretical: From `inference_ratio`, in [0, 1].
+        theoretical: Share of the dense network's operations that the sparse one needs, in [0, 1].
         backend: How weights are stored; see `SPARSE_EXECUTION`.
 
     Returns:

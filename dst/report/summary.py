@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from dst.checkpoints import write_atomically
+from dst.checkpoints import json_ready, write_atomically
 from dst.errors import DataError
 from dst.metrics.conventions import convention_of
 from dst.report.terminal import terminal_facts, terminal_table
@@ -180,7 +180,7 @@ class Summary:
     def write(self, folder: str | os.PathLike[str]) -> Path:
         """Write ``summary.json`` into ``folder`` atomically."""
         path = Path(folder) / SUMMARY_FILE
-        write_atomically(path, json.dumps(_finite(asdict(self)), indent=2, allow_nan=False) + "\n")
+        write_atomically(path, json.dumps(json_ready(asdict(self)), indent=2, allow_nan=False) + "\n")
         return path
 
     def scalars(self) -> dict[str, float]:
@@ -322,12 +322,3 @@ def shape_text(shape: Sequence[int]) -> str:
 def number(value: float | None) -> str:
     """Format a number to four significant digits."""
     return "not finite" if value is None else f"{value:.4g}"
-
-
-def _finite(value: Any) -> Any:
-    """Replace floats that JSON cannot hold, such as a diverged loss, by None."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
