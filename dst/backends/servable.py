@@ -1,4 +1,4 @@
-"""Which layers can be stored as non-zeros alone."""
+"""Which layers the csr backend supports."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ from dst.nn import FeatureMajorLinear, SparseConv2d, SparseLinear
 from dst.topology.layers import SparseLayer
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
 _SPARSE = (SparseLinear.__name__, SparseConv2d.__name__)
 
 
 def unsupported_reasons(model: nn.Module, layers: Sequence[SparseLayer]) -> dict[str, str | None]:
-    """Why layers cannot be stored as non-zeros.
+    """Why the csr backend does not support layers.
 
     Args:
         model: The model.
         layers: Its sparse layers.
 
     Returns:
-        Layer label to the reason, ``None`` where there is none.
+        Layer label to the reason, or ``None`` if the layer is supported.
     """
     owners, named = owners_of(model), dict(model.named_parameters())
     fused = {id(child) for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer) for child in m.children()}
@@ -40,21 +38,21 @@ def unsupported_reasons(model: nn.Module, layers: Sequence[SparseLayer]) -> dict
 def _unsupported_reason(
     layer: SparseLayer, weight: Tensor, owners: Sequence[nn.Module], fused: Collection[int]
 ) -> str | None:
-    """Why a dense layer cannot be stored as non-zeros, or ``None``."""
+    """Why the csr backend does not support a dense layer, or ``None``."""
     first = owners[0]
     if any(isinstance(m, (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)) for m in owners):
-        return "MultiheadAttention reads the weight itself; q, k, v and output as nn.Linear would be csr"
+        return "MultiheadAttention reads the weight directly; csr supports q, k, v and output as nn.Linear"
     if not all(is_servable(m) for m in owners) or layer.parameter.rpartition(".")[2] != "weight":
         if isinstance(first, nn.Conv2d):
             size = "×".join(map(str, first.kernel_size))
             if size == "1×1":
                 return f"{'grouped' if first.groups > 1 else 'padded'} 1×1 convolution has no csr kernel"
-            return f"{size} convolution: unfolded, not reliably faster than dense (docs/benchmarks.md)"
+            return f"{size} convolution: with unfolding not reliably faster than dense (docs/benchmarks.md)"
         return f"{layer.kind} has no csr kernel"
     if len({id(module) for module in owners}) > 1:
         return "tied weights"
     if id(first) in fused:
-        return "TransformerEncoderLayer reads the weight itself"
+        return "TransformerEncoderLayer reads the weight directly"
     if weight.device.type not in ("cpu", "meta"):
         return f"on {weight.device.type}; csr computes on the CPU"
     if weight.dtype not in _DTYPES:
@@ -63,16 +61,16 @@ def _unsupported_reason(
 
 
 def is_servable(module: nn.Module) -> bool:
-    """Whether a dense module is of a kind that has a sparse one: a linear layer, a plain 1×1 convolution."""
+    """Whether a dense module has a sparse counterpart: a linear layer, or a 1×1 convolution without padding or groups."""
     if type(module) is nn.Conv2d:
         padded = module.padding not in ((0, 0), "valid", "same")
         return module.kernel_size == (1, 1) and module.groups == 1 and not padded
-    # Subclasses may read their weight in ways of their own.
+    # Subclasses may use their weight differently.
     return type(module) in (nn.Linear, FeatureMajorLinear)
 
 
 def owners_of(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """Parameter name to the modules that hold it."""
+    """Map each parameter name to the modules that hold the parameter."""
     names = {id(p): name for name, p in model.named_parameters()}
     owners: dict[str, list[nn.Module]] = {}
     for module in model.modules():

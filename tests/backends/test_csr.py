@@ -624,12 +624,15 @@ def test_clock_and_masks_are_those_of_the_dense_names():
 def test_the_plan_tells_where_weights_will_live():
     method = methods.rigl(DENSITY, backend="csr")
     rows = {row.name: row for row in dst.plan(Mixed(), methods.rigl(DENSITY, allocation=Uniform(), backend="csr")).rows}
-    attention = "MultiheadAttention reads the weight itself; q, k, v and output as nn.Linear would be csr"
+    attention = "MultiheadAttention reads the weight directly; csr supports q, k, v and output as nn.Linear"
     assert {name: (row.storage, row.note) for name, row in rows.items()} == {
         "hidden.weight": ("csr", ""),
         "head.weight": ("csr", ""),
         "tied_a.weight": ("masked", "tied weights"),
-        "conv.weight": ("masked", "3×3 convolution: unfolded, not reliably faster than dense (docs/benchmarks.md)"),
+        "conv.weight": (
+            "masked",
+            "3×3 convolution: with unfolding not reliably faster than dense (docs/benchmarks.md)",
+        ),
         **{f"attention.in_proj_weight[{p}]": ("masked", attention) for p in "qkv"},
         "attention.out_proj.weight": ("masked", attention),
     }

@@ -126,7 +126,7 @@ def test_the_plan_and_selectors_know_convolutions():
         "shortcut.weight",
         "head.weight",
     }
-    assert rows["conv.weight"][1].startswith("3×3 convolution: unfolded, not reliably faster than dense")
+    assert rows["conv.weight"][1].startswith("3×3 convolution: with unfolding not reliably faster than dense")
     assert rows["grouped.weight"][1].startswith("grouped 1×1 convolution")
     assert rows["padded.weight"][1].startswith("padded 1×1 convolution")
     model = dst.prepare(Bottleneck(), method, include=[nn.Conv2d])
