@@ -90,7 +90,7 @@ def test_what_does_not_fit_is_refused():
             {"weight": torch.zeros(25, 40), "bias": torch.zeros(25), "extra": torch.ones(1)}
         )
     other = torch.optim.SGD(csr.model.first.parameters(), 0.1)
-    with pytest.raises(StateError, match="of 2 parameters, the optimizer has 6"):
+    with pytest.raises(StateError, match="the state has 2 parameters, the optimizer 6"):
         dst.sparse_optimizer_state(csr.model, csr.optimizer, other.state_dict())
     masked = methods.rigl(0.2)
     with pytest.raises(ConfigurationError, match=r"dst\.to_dense"):
