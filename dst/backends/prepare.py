@@ -44,7 +44,7 @@ def prepare(
         return model  # already prepared
     layers, _ = find_layers(model, include, exclude)
     owners, modules = owners_of(model), sparse_modules(model)
-    excluded = unsupported_reasons(model, layers)
+    unsupported = unsupported_reasons(model, layers)
     swapped: dict[nn.Module, nn.Module] = {}
     for layer, positions in _first(model, layers, method, seed, modules):
         if positions is None:
@@ -52,7 +52,7 @@ def prepare(
         if positions.numel() == layer.weights:
             keep(layer, "dense", "keeps all its weights")
             continue
-        if (reason := excluded[layer.label]) is not None:
+        if (reason := unsupported[layer.label]) is not None:
             keep(layer, "masked", reason)
             continue
         dense = owners[layer.parameter][0]

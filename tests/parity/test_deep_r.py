@@ -159,5 +159,5 @@ def test_settings_out_of_range(settings):
 
 
 def test_csr_is_refused():
-    with pytest.raises(ConfigurationError, match="built for masks"):
+    with pytest.raises(ConfigurationError, match="which need masks"):
         methods.deep_r(0.4, backend="csr")
