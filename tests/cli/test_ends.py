@@ -8,12 +8,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 import dst
 from dst.checkpoints import load_checkpoint
@@ -21,16 +21,13 @@ from dst.cli import main as cli
 from dst.cli.train import build, run
 from dst.models.classifier import Classifier
 from dst.report.summary import Summary
+from tests.cli import runs
 
 ROOT = Path(cli.__file__).resolve().parents[2]
-QUICK = ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "trainer.max_epochs=2", "report=false"]
 
+QUICK = (*runs.QUICK, "trainer.max_epochs=2", "report=false")
 
-def config(*overrides: str):
-    cli.register_schema()
-    with initialize_config_dir(str(cli.config_dir()), version_base="1.3"):
-        return compose("train", [*QUICK, *overrides])
-
+config = partial(runs.composed, *QUICK)
 
 REFUSED = {
     "no epochs": (["trainer.max_epochs=0"], r"trainer\.max_epochs=0: nothing would be trained"),
