@@ -13,7 +13,7 @@ from dst.metrics.latency import time_passes
 @pytest.fixture(autouse=True)
 def _brief_timing(monkeypatch):
     """Time three forward passes, not a tenth of a second of them."""
-    monkeypatch.setattr("dst.cli.train.time_passes", partial(time_passes, seconds=0.0))
+    monkeypatch.setattr("dst.cli.results.time_passes", partial(time_passes, seconds=0.0))
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,8 @@ from functools import partial
 
 import pytest
 
-from dst.cli.train import build, run
+from dst.cli.build import build
+from dst.cli.train import run
 from dst.data import Digits
 from dst.errors import ConfigurationError
 from dst.models.classifier import Classifier
@@ -79,7 +80,7 @@ def metrics_of_digits(tmp_path):
 def test_a_text_of_ones_own_by_a_relative_path(tmp_path, monkeypatch):
     (tmp_path / "rhyme.txt").write_text("the cat sat on the mat, and that was that. " * 200)
     # Hydra may change the directory for a run; paths are from where the command was started.
-    monkeypatch.setattr("dst.cli.train.to_absolute_path", lambda path: str(tmp_path / path))
+    monkeypatch.setattr("dst.cli.build.to_absolute_path", lambda path: str(tmp_path / path))
     summary = run(config(*GPT, "data.path=rhyme.txt", "data.max_chars=null", "optimizer.lr=1e-2"), tmp_path / "run")
     assert summary.test.accuracy > 0.5
 

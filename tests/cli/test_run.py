@@ -198,7 +198,7 @@ def test_a_run_does_not_fail_for_its_report(tmp_path, monkeypatch, caplog):
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("dst.cli.train.write_report", fail)
+    monkeypatch.setattr("dst.cli.results.write_report", fail)
     summary = run(config("trainer.max_epochs=1"), tmp_path)
     assert Summary.read(tmp_path) == summary
     assert "there is no report.html: OSError: no space left" in caplog.text

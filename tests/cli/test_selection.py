@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from dst.cli.train import build, run
+from dst.cli.build import build
+from dst.cli.train import run
 from dst.lightning import best_checkpoint as selection
 from dst.models.classifier import Classifier
 from dst.report.summary import Summary

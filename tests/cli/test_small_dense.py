@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from dst.cli.train import build, run
+from dst.cli.build import build
+from dst.cli.train import run
 from dst.errors import ConfigurationError, StateError
 from dst.models.classifier import Classifier
 from dst.report.inspection import inspect_checkpoint

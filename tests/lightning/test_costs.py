@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from dst.cli import main as cli
-from dst.cli.train import build, run
+from dst.cli.build import build
+from dst.cli.train import run
 from dst.lightning.spent import Spent
 from dst.metrics import Energy, energy
 from dst.metrics.latency import time_passes

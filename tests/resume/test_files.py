@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 import dst
-from dst.checkpoints import latest_readable, load_checkpoint, save_atomically
+from dst.checkpoints import latest_readable, load_checkpoint, replacing, save_atomically
 from dst.lightning import SparseTraining
 from dst.lightning.checkpoint_io import AtomicCheckpointIO
 from tests.distributed.processes import exit_code_of
@@ -122,6 +122,27 @@ def test_the_checkpoint_before_is_used_when_the_last_is_cut_off(tmp_path: Path) 
         path.write_bytes(b"nothing")
     with pytest.raises(dst.StateError, match=r"(?s)no checkpoint in .*6 match.*step=6\.ckpt cannot be read"):
         latest_readable(folder)
+
+
+def test_a_checkpoint_may_be_skipped_with_all_links_to_it(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_atomically({"step": step}, tmp_path / f"step={step}.ckpt")
+        os.utime(tmp_path / f"step={step}.ckpt", (1000 + step, 1000 + step))
+    (tmp_path / "last.ckpt").symlink_to("step=3.ckpt")
+    assert latest_readable(tmp_path, skip=tmp_path / "last.ckpt") == tmp_path / "step=2.ckpt"
+    (tmp_path / "step=3.ckpt").unlink()
+    assert latest_readable(tmp_path, skip=tmp_path / "last.ckpt") == tmp_path / "step=2.ckpt"
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with replacing(path) as first:
+        with replacing(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+        first.write(b"first")
+    assert path.read_bytes() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
