@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from dst.backends.csr_support import is_supported
 from dst.backends.prepare import prepare as prepare_csr
-from dst.backends.servable import is_servable
 from dst.backends.swap import dense_module, exchange, sparse_module
 from dst.errors import StateError
 from dst.method import Method
@@ -177,7 +177,7 @@ def prepare(
     if is_decided(model):
         return model
     if reason := method.needs_inactive_weights():
-        say(f"backend=auto: all layers masked ({method.name} needs inactive weights: {reason})", group)
+        report(f"backend=auto: all layers masked ({method.name} needs inactive weights: {reason})", group)
         return model
     chooser = Chooser(batch_size, group=group)
     outcome: dict[str, tuple[str, str]] = {}
@@ -193,7 +193,7 @@ def prepare(
 
     model = prepare_csr(model, method, seed=seed, include=include, exclude=exclude, choose=choose, keep=keep)
     for label, (storage, reason) in outcome.items():
-        say(f"backend=auto: {label} {storage} ({reason})", group)
+        report(f"backend=auto: {label} {storage} ({reason})", group)
     model.__dict__[_DECIDED] = True
     return model
 
@@ -213,7 +213,7 @@ def _saved(state: Mapping[str, Any], layer: SparseLayer) -> bool:
     return bool(masks[layer.parameter].dtype != torch.bool)
 
 
-def follow(seed: int, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+def restore_modules(seed: int, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Swap a model's modules for those that a state dict was saved from; a ``load_state_dict`` pre-hook.
 
     Measurements differ between runs, so a resumed run takes its decisions from the checkpoint.
@@ -230,16 +230,16 @@ def follow(seed: int, module: nn.Module, state_dict: Mapping[str, Any], prefix: 
         saved_sparse = f"{start}column_pointers" in state_dict and f"{start}values" in state_dict
         if isinstance(child, SparseLinear) and not saved_sparse and f"{start}weight" in state_dict:
             exchanged[child] = dense_module(child)
-            say(f"backend=auto: {name}.weight masked (as in the checkpoint)")
-        elif saved_sparse and is_servable(child):
+            report(f"backend=auto: {name}.weight masked (as in the checkpoint)")
+        elif saved_sparse and is_supported(child):
             # The positions are placeholders: loading the state dict sets them.
             count = state_dict[f"{start}values"].numel()
             exchanged[child] = sparse_module(name, child, torch.arange(count), seed)
-            say(f"backend=auto: {name}.weight csr (as in the checkpoint)")
+            report(f"backend=auto: {name}.weight csr (as in the checkpoint)")
     exchange(module, exchanged)
 
 
-def say(message: str, group: ProcessGroup | None = None) -> None:
+def report(message: str, group: ProcessGroup | None = None) -> None:
     """Log a decision on rank 0, or print it to standard error if the log level hides it."""
     if rank(group) != 0:
         return

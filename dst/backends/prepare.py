@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dst.backends.servable import owners_of, unsupported_reasons
+from dst.backends.csr_support import owners_of, unsupported_reasons
 from dst.backends.swap import Dense, exchange, sparse_module
 from dst.errors import ConfigurationError
 from dst.method import Method

@@ -72,7 +72,7 @@ def sparse_module(label: str, dense: nn.Module, positions: Tensor, seed: int) ->
 
     Args:
         label: The layer's label. Together with ``seed`` it seeds the values if the dense weight is on the meta device.
-        dense: A module that ``is_servable``.
+        dense: A module that ``is_supported``.
         positions: Sorted row-major positions of the weights.
         seed: Stored as ``pattern_seed``.
     """

@@ -111,7 +111,7 @@ class SparseTraining(Callback):
             if device.type != "cpu" or strategy == "ModelParallelStrategy":
                 found = f"needs the CPU and whole layers, and the trainer uses {device} and {strategy}"
                 if self.method.backend == "auto":
-                    auto.say(f"backend=auto: all layers masked (csr {found})")
+                    auto.report(f"backend=auto: all layers masked (csr {found})")
                     return
                 raise ConfigurationError(
                     f'backend="{self.method.backend}" {found}: pass accelerator="cpu" and no model parallelism, or use '
@@ -132,7 +132,7 @@ class SparseTraining(Callback):
         )
         if self.method.backend == "auto":
             # Lightning loads a checkpoint's weights after this hook and before it creates optimizers.
-            self._following = pl_module.register_load_state_dict_pre_hook(partial(auto.follow, self.seed))
+            self._following = pl_module.register_load_state_dict_pre_hook(partial(auto.restore_modules, self.seed))
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
         """Remove the hook on loading weights from the module."""

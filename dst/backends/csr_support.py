@@ -42,7 +42,7 @@ def _unsupported_reason(
     first = owners[0]
     if any(isinstance(m, (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)) for m in owners):
         return "MultiheadAttention reads the weight directly; csr supports q, k, v and output as nn.Linear"
-    if not all(is_servable(m) for m in owners) or layer.parameter.rpartition(".")[2] != "weight":
+    if not all(is_supported(m) for m in owners) or layer.parameter.rpartition(".")[2] != "weight":
         if isinstance(first, nn.Conv2d):
             size = "×".join(map(str, first.kernel_size))
             if size == "1×1":
@@ -60,7 +60,7 @@ def _unsupported_reason(
     return None
 
 
-def is_servable(module: nn.Module) -> bool:
+def is_supported(module: nn.Module) -> bool:
     """Whether a dense module has a sparse counterpart: a linear layer, or a 1×1 convolution without padding or groups."""
     if type(module) is nn.Conv2d:
         padded = module.padding not in ((0, 0), "valid", "same")
