@@ -23,7 +23,7 @@ from dst.tables import aligned_table
 
 
 def make_step(method: dst.Method | None, args: argparse.Namespace) -> tuple[Callable[[], None], dst.Sparsifier | None]:
-    """One training step on fixed random data; without a method the step knows nothing of dst."""
+    """Return a training step on fixed random data, and its sparsifier; without a method the step is plain PyTorch."""
     torch.manual_seed(0)
     model = MLP((1, 28, 28), 10, width=args.width, depth=3).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
@@ -42,7 +42,7 @@ def make_step(method: dst.Method | None, args: argparse.Namespace) -> tuple[Call
 
 
 def timed(step: Callable[[], None], device: str) -> float:
-    """Seconds that one step takes."""
+    """Return the time of one step in seconds."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -53,7 +53,7 @@ def timed(step: Callable[[], None], device: str) -> float:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=128)
