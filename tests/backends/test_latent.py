@@ -185,7 +185,7 @@ def test_gates_are_random_in_training_and_not_in_evaluation_or_in_copies():
     assert equal(latent, sparsifier.state_dict()["latent"])
 
 
-def test_a_state_saved_in_evaluation_goes_on_exactly():
+def test_a_state_saved_in_evaluation_resumes_exactly():
     whole = sparsified(METHODS["l0"]())
     train(*whole, 4)
     whole[0].eval()(batch(0)[0])

@@ -79,7 +79,7 @@ def test_a_training_agrees_with_a_loop(scope):
         "dense": 9,
         "sparse": 11,
         "dense_gradient": 0,
-    }  # a phase begins behind a backward pass
+    }  # a phase begins after a backward pass
     work = sparsifier.work
     assert sum(work["dense"].values()) == 9 * 500
     assert sum(work["sparse"].values()) == 11 * 100

@@ -159,9 +159,9 @@ def test_masks_keep_the_pattern_and_the_count_through_updates(pattern, where, re
         assert has_pattern(pattern, where, mask)
         assert resolved.holds(where, mask)
         if pattern == FanIn(0.5):
-            alive = int(as_matrix(where, mask).any(1).sum())
+            remaining = int(as_matrix(where, mask).any(1).sum())
             inputs = as_matrix(where, mask).shape[1]
-            assert int(mask.sum()) == min(inputs, count // alive) * alive
+            assert int(mask.sum()) == min(inputs, count // remaining) * remaining
         else:
             assert int(mask.sum()) == count
         if fraction == 0 and pattern != FanIn(0.5):
