@@ -1,6 +1,6 @@
-"""What a sparse network costs and how its topology fares: pure functions, and torchmetrics classes over them.
+"""Measures the costs and the topology of sparse networks: pure functions, and torchmetrics classes built on them.
 
-The classes are imported when they are first asked for, so that the functions need torch alone.
+The classes are imported on first use, so that the functions need torch alone.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ _CLASSES = {
     "MaskOverlap": "dst.metrics.diagnostics",
     "NMConformance": "dst.metrics.diagnostics",
 }
-"""Name of a class to the module that holds it."""
+"""Class name -> the module that defines it."""
 
 __all__ = [
     "CONVENTIONS",
@@ -114,7 +114,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a class on first use: the functions do not need torchmetrics."""
+    """Import a class on first use."""
     if name not in _CLASSES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:

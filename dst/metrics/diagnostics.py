@@ -43,7 +43,7 @@ class _Share(Metric):
 
 
 class MaskDensity(_Share):
-    r"""Share of active weights, over all updates; see `dst.metrics.mask_density`.
+    r"""Share of active weights over all updates; see `dst.metrics.mask_density`.
 
     .. math:: d = \frac{\sum_l |M_l|}{\sum_l N_l}
 
@@ -59,12 +59,12 @@ class MaskDensity(_Share):
     higher_is_better = False
 
     def update(self, masks: Masks) -> None:
-        """Take masks: bool tensors of any shape."""
+        """Add masks: bool tensors of any shape."""
         self._count(topology.density_counts(masks))
 
 
 class MaskChurn(_Share):
-    r"""Share of the active connections that are new, over all updates; see `dst.metrics.mask_churn`.
+    r"""Share of the active weights that topology updates have grown; see `dst.metrics.mask_churn`.
 
     .. math:: c = \frac{\sum_l |M'_l \setminus M_l|}{\sum_l |M'_l|}
 
@@ -78,22 +78,22 @@ class MaskChurn(_Share):
     """
 
     def update(self, before: Masks, after: Masks) -> None:
-        """Take masks of the same layers before and after an update."""
+        """Add masks of the same layers before and after an update."""
         self._count(topology.churn_counts(before, after))
 
 
 class MaskOverlap(_Share):
-    r"""How much of their topology two runs have in common, over all updates; see `dst.metrics.mask_overlap`.
+    r"""Overlap of the topologies of two runs over all updates; see `dst.metrics.mask_overlap`.
 
     .. math:: J = \frac{\sum_l |A_l \cap B_l|}{\sum_l |A_l \cup B_l|}
         \qquad O = \frac{\sum_l |A_l \cap B_l|}{\sum_l |A_l|}
 
     Args:
         over: "union" (Jaccard) or "active".
-        kwargs: As for ``torchmetrics.Metric``.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Raises:
-        ConfigurationError: An unknown ``over``.
+        ConfigurationError: If ``over`` is unknown.
 
     Example:
         >>> import torch
@@ -113,20 +113,20 @@ class MaskOverlap(_Share):
         self.over = over
 
     def update(self, first: Masks, second: Masks) -> None:
-        """Take masks of the same layers of two runs."""
+        """Add masks of the same layers of two runs."""
         self._count(topology.overlap_counts(first, second, self.over))
 
 
 class NMConformance(_Share):
-    r"""Share of the windows of M consecutive inputs with at most N connections; see `dst.metrics.nm_conformance`.
+    r"""Share of the windows of M consecutive inputs with at most N active weights; see `dst.metrics.nm_conformance`.
 
     .. math:: C = \frac{1}{W} \sum_w [\, |M_w| \le N \,]
 
     Args:
-        n: Connections N that a window may hold, 1 to ``m``.
+        n: Largest number N of active weights in a window, 1 to ``m``.
         m: Length M of a window.
-        dim: Dimension along which windows lie.
-        kwargs: As for ``torchmetrics.Metric``.
+        dim: Dimension of the windows.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Example:
         >>> import torch
@@ -145,12 +145,12 @@ class NMConformance(_Share):
         self.n, self.m, self.dim = n, m, dim
 
     def update(self, masks: Masks) -> None:
-        """Take masks: bool tensors of shape (out, in, ...)."""
+        """Add masks: bool tensors of shape (out, in, ...)."""
         self._count(topology.nm_counts(masks, self.n, self.m, self.dim))
 
 
 class DeadUnits(_Share):
-    r"""Share of the outputs that no connection enters, or of the inputs that none leaves, over all layers and updates.
+    r"""Share of the outputs, or of the inputs, without an active weight, over all layers and updates.
 
     .. math:: \frac{\sum_l |\mathrm{dead}_l|}{\sum_l n_l}
 
@@ -158,10 +158,10 @@ class DeadUnits(_Share):
 
     Args:
         side: "outputs" or "inputs".
-        kwargs: As for ``torchmetrics.Metric``.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Raises:
-        ConfigurationError: An unknown ``side``.
+        ConfigurationError: If ``side`` is unknown.
 
     Example:
         >>> import torch
@@ -181,7 +181,7 @@ class DeadUnits(_Share):
         self.side = side
 
     def update(self, masks: Masks, output_dims: Sequence[int] | None = None) -> None:
-        """Take masks of shape (out, in, ...), and for each the dimension of its outputs where it is not 0."""
+        """Add masks of shape (out, in, ...), and for each the dimension of its outputs; default 0."""
         find = health.dead_outputs if self.side == "outputs" else health.dead_inputs
         tensors = topology.as_masks(masks)
         for mask, dim in zip(tensors, output_dims or [0] * len(tensors), strict=True):
@@ -190,7 +190,7 @@ class DeadUnits(_Share):
 
 
 class EffectiveDensity(_Share):
-    r"""Share of a chain's weights that lie on some path from input to output; see `dst.metrics.effective_density`.
+    r"""Share of the weights of a chain that lie on a path from input to output; see `dst.metrics.effective_density`.
 
     .. math:: d_\mathrm{eff} = \frac{\sum_l |E_l|}{\sum_l N_l} \le d
 
@@ -204,12 +204,12 @@ class EffectiveDensity(_Share):
     """
 
     def update(self, masks: Sequence[Tensor]) -> None:
-        """Take masks of a chain of layers from input to output."""
+        """Add masks of a chain of layers, from input to output."""
         self._count(health.chain_effective_counts(masks))
 
 
 class CollapsedLayers(Metric):
-    r"""Largest number of layers that had no connection at once; see `dst.metrics.collapsed_layers`.
+    r"""Largest number of layers without an active weight at once; see `dst.metrics.collapsed_layers`.
 
     .. math:: \max_t |\{ l : |M_l^t| = 0 \}|
 
@@ -233,7 +233,7 @@ class CollapsedLayers(Metric):
         self.add_state("collapsed", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
 
     def update(self, masks: Mapping[str, Tensor]) -> None:
-        """Take masks by name."""
+        """Add masks by name."""
         self.collapsed = self.collapsed.clamp(min=len(health.collapsed_layers(masks)))
 
     def compute(self) -> Tensor:
@@ -242,16 +242,16 @@ class CollapsedLayers(Metric):
 
 
 class ExplorationRate(Metric):
-    r"""ITOP rate: share of the sparse layers' weights that were ever active; see `dst.metrics.exploration_rate`.
+    r"""ITOP rate: share of the weights of sparse layers that were ever active; see `dst.metrics.exploration_rate`.
 
     .. math:: R = \frac{\sum_l |\bigcup_t M_l^t|}{\sum_l N_l}
 
-    Layers that are wholly dense in the last masks are in neither term. ``Sparsifier.exploration_rate`` is the same from the
-    first mask of a run on; this class starts where you do.
+    Layers that are dense in the last masks count in neither term. ``Sparsifier.exploration_rate`` counts from the first mask
+    of a run; this class counts from its first update.
 
     Args:
-        shapes: Shape of each layer's mask, by name.
-        kwargs: As for ``torchmetrics.Metric``.
+        shapes: Name -> shape of the mask.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Example:
         >>> import torch
@@ -275,7 +275,7 @@ class ExplorationRate(Metric):
             self.add_state(f"last_{i}", torch.zeros(shape, dtype=torch.uint8), dist_reduce_fx="max")
 
     def update(self, masks: Mapping[str, Tensor]) -> None:
-        """Take the masks of a moment, of the shapes given."""
+        """Add the masks of a step, of the shapes given to the constructor."""
         topology.as_masks(masks)
         if {name: tuple(mask.shape) for name, mask in masks.items()} != self.shapes:
             raise ConfigurationError(f"the masks are not of the shapes {self.shapes} that this metric was made for")
@@ -285,7 +285,7 @@ class ExplorationRate(Metric):
             setattr(self, f"last_{i}", mask.clone())
 
     def compute(self) -> Tensor:
-        """Return a scalar in [0, 1]; 1 where all layers are dense."""
+        """Return a scalar in [0, 1]; 1 if all layers are dense."""
         union, last = (
             [getattr(self, f"{kind}_{i}").bool() for i in range(len(self.shapes))] for kind in ("union", "last")
         )
@@ -293,13 +293,13 @@ class ExplorationRate(Metric):
 
 
 class InDegreeHistogram(Metric):
-    r"""Share of the output units with so many incoming connections; see `dst.metrics.in_degree_histogram`.
+    r"""Distribution of the fan-in of output units; see `dst.metrics.in_degree_histogram`.
 
     .. math:: h_k = \frac{|\{o : k_o = k\}|}{n}
 
     Args:
-        largest: Largest degree that gets an entry of its own; units with more are in the last entry.
-        kwargs: As for ``torchmetrics.Metric``.
+        largest: Largest fan-in with an entry of its own, at least 1. Units with more count in the last entry.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Example:
         >>> import torch
@@ -322,7 +322,7 @@ class InDegreeHistogram(Metric):
         self.add_state("units", torch.zeros(largest + 1, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, mask: Tensor, output_dim: int = 0) -> None:
-        """Take a mask of shape (out, in, ...)."""
+        """Add a mask of shape (out, in, ...)."""
         degrees = topology.in_degrees(mask, output_dim).clamp(max=len(self.units) - 1)
         self.units += torch.bincount(degrees, minlength=len(self.units)).to(self.units)
 

@@ -1,10 +1,8 @@
-"""FLOPs of inference and training as functions of the layers' densities.
+"""FLOPs of a forward pass as a function of the densities of the layers.
 
-Two figures stand side by side everywhere: what the sparse network needs in *theory*, and what the hardware really
-*executes*. The masked backend multiplies by its zeros, so it executes the dense network's operations; a backend that
-stores only non-zeros executes those of the sparse one. Conventions are those of ``dst.metrics.conventions``; functions that
-take ``macs`` alone count two FLOPs per multiply-accumulate (MAC), and the backward pass costs twice the forward pass (Evci
-et al. 2020, "Rigging the Lottery", appendix H). What no weight costs, such as attention scores, is passed as ``extra_flops``.
+Two figures are reported everywhere: the operations that the sparse network needs in *theory*, and those that the backend
+*executes*. The masked backend multiplies by its zeros, so it executes the operations of the dense network. A backend that
+stores only non-zeros executes those of the sparse network. Conventions are those of ``dst.metrics.conventions``.
 """
 
 from __future__ import annotations
@@ -18,21 +16,21 @@ from dst.metrics.counting import Operations
 from dst.tables import aligned_table
 
 SPARSE_EXECUTION: dict[str, bool] = {"masked": False, "latent": False, "csr": True}
-"""Backend to whether it skips zeros in the layers that it stores; the others multiply by them."""
+"""Backend -> whether it skips zeros in the layers that it stores. The others multiply by zeros."""
 
 
 def executed_ratio(theoretical: float, backend: str) -> float:
-    """What a backend executes of the dense network's operations, where ``theoretical`` of them are needed.
+    """Share of the dense network's operations that a backend executes.
 
     Args:
         theoretical: Share of the dense network's operations that the sparse one needs, in [0, 1].
-        backend: How weights are stored; see `SPARSE_EXECUTION`.
+        backend: Backend of the weights; a name in `SPARSE_EXECUTION`.
 
     Returns:
-        1 for backends that multiply by zeros, else ``theoretical``.
+        1 for backends that multiply by zeros, otherwise ``theoretical``.
 
     Raises:
-        ConfigurationError: An unknown backend.
+        ConfigurationError: If the backend is unknown.
     """
     if backend not in SPARSE_EXECUTION:
         raise ConfigurationError(f"backend={backend!r} is unknown; choose from {', '.join(SPARSE_EXECUTION)}")
@@ -41,14 +39,14 @@ def executed_ratio(theoretical: float, backend: str) -> float:
 
 @dataclass(frozen=True)
 class FlopsRow:
-    """One weight's operations, or those of a product without weights, per sample.
+    """Operations per sample of one weight, or of a product without weights.
 
     Attributes:
-        name: The weight's label, or the product's name.
+        name: Label of the weight, or name of the product.
         density: Share of active weights; None for products, which no mask makes cheaper.
         dense: Operations of the dense network.
         theoretical: Operations that the sparse network needs.
-        executed: Operations that the backend carries out.
+        executed: Operations that the backend executes.
     """
 
     name: str
@@ -60,15 +58,15 @@ class FlopsRow:
 
 @dataclass(frozen=True)
 class FlopsTable:
-    """Operations of one forward pass per sample, by layer and over all.
+    """Operations per sample of one forward pass, by layer and in total.
 
-    A training step costs three times as much in each column (forward, and backward to inputs and to weights), but for
-    steps that need the dense gradient; `dst.metrics.meter.FlopsMeter` adds up what ran.
+    A training step costs three times as much in each column: forward, backward to inputs, backward to weights. Steps that
+    need the dense gradient cost more; `dst.metrics.FlopsMeter` adds up the steps of a training.
 
     Attributes:
-        convention: What counts as an operation.
-        rows: Weights in the model's order, then products without weights.
-        warnings: What is in no total, in words.
+        convention: The convention of counting.
+        rows: Weights in the order of the model, then products without weights.
+        warnings: Descriptions of what no total includes.
     """
 
     convention: Convention
@@ -77,17 +75,17 @@ class FlopsTable:
 
     @property
     def dense(self) -> float:
-        """The dense network's operations."""
+        """Operations of the dense network."""
         return sum(row.dense for row in self.rows)
 
     @property
     def theoretical(self) -> float:
-        """The operations that the sparse network needs."""
+        """Operations that the sparse network needs."""
         return sum(row.theoretical for row in self.rows)
 
     @property
     def executed(self) -> float:
-        """The operations that the backend carries out."""
+        """Operations that the backend executes."""
         return sum(row.executed for row in self.rows)
 
     def __str__(self) -> str:
@@ -114,17 +112,18 @@ def flops_table(
 
     Args:
         operations: From `dst.metrics.count_operations`.
-        densities: Label or parameter name -> density in [0, 1]; weights that are not named are dense.
+        densities: Label or parameter name -> density in [0, 1]. Weights without an entry are dense.
         convention: A name in ``CONVENTIONS``, or a `Convention`.
-        backend: How weights are stored; see `SPARSE_EXECUTION`.
-        stored: Labels or parameter names of the layers whose non-zeros alone the backend computes; None takes all that
-            have a density. Of no effect for backends that multiply by zeros.
+        backend: Backend of the weights; a name in `SPARSE_EXECUTION`.
+        stored: Labels or parameter names of the layers that the backend stores. Default: all with a density. Ignored for
+            backends that multiply by zeros.
 
     Returns:
         The table.
 
     Raises:
-        ConfigurationError: A density out of range or of a layer that was not counted, an unknown convention or backend.
+        ConfigurationError: If a density is out of range or belongs to a layer that was not counted, or if the convention
+            or the backend is unknown.
     """
     rule = convention_of(convention)
     check_densities(operations, densities)
@@ -142,7 +141,7 @@ def flops_table(
 
 
 def check_densities(operations: Operations, densities: Mapping[str, float]) -> None:
-    """Raise ``ConfigurationError`` for a density out of [0, 1], or of a layer that was not counted."""
+    """Raise ``ConfigurationError`` for a density outside [0, 1], or of a layer that was not counted."""
     known = {name for weight in operations.weights for name in (weight.label, weight.parameter)}
     for name, density in densities.items():
         if name not in known:
@@ -152,7 +151,7 @@ def check_densities(operations: Operations, densities: Mapping[str, float]) -> N
 
 
 def skips_zeros(operations: Operations, backend: str, stored: Iterable[str]) -> frozenset[str]:
-    """Labels of the weights of which the backend computes the non-zeros alone.
+    """Labels of the weights whose zeros the backend skips.
 
     Args:
         operations: From `dst.metrics.count_operations`.
@@ -160,7 +159,7 @@ def skips_zeros(operations: Operations, backend: str, stored: Iterable[str]) -> 
         stored: Labels or parameter names that the backend stores.
 
     Raises:
-        ConfigurationError: An unknown backend.
+        ConfigurationError: If the backend is unknown.
     """
     if backend not in SPARSE_EXECUTION:
         raise ConfigurationError(f"backend={backend!r} is unknown; choose from {', '.join(SPARSE_EXECUTION)}")

@@ -18,11 +18,11 @@ from dst.metrics import training
 
 
 class GradientNorms(Metric):
-    r"""Gradient norms on active and on inactive weights, root mean square over updates; see `dst.metrics.gradient_norms`.
+    r"""Gradient norms on active and on inactive weights, root mean square over calls; see `dst.metrics.gradient_norms`.
 
     .. math:: g = \Bigl(\frac{1}{T} \sum_t \sum_l \| G_l^t \odot M_l^t \|^2\Bigr)^{1/2}
 
-    Update it with gradients that are reduced over processes and still dense.
+    Gradients must be dense and reduced over processes.
 
     Example:
         >>> import torch
@@ -45,7 +45,7 @@ class GradientNorms(Metric):
         self.add_state("updates", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, gradients: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-        """Take gradients and masks by name."""
+        """Add gradients and masks by name."""
         self.squares += torch.stack(training.gradient_squares(gradients, masks)).to(self.squares)
         self.updates += 1
 
@@ -56,15 +56,15 @@ class GradientNorms(Metric):
 
 
 class LossSpikes(Metric):
-    r"""How far the loss rises after topology updates, mean over updates; see `dst.metrics.loss_spikes`.
+    r"""Relative rise of the loss after topology updates, mean over updates; see `dst.metrics.loss_spikes`.
 
     .. math:: s_u = \frac{\max_{0 < i \le w} \ell_{u + i}}{\frac{1}{w} \sum_{0 \le i < w} \ell_{u - i}} - 1
 
-    Losses are averaged over processes first, which must have taken as many steps.
+    Losses are averaged over processes first. All processes must have taken the same number of steps.
 
     Args:
-        window: Steps w before and after an update, at least 1.
-        kwargs: As for ``torchmetrics.Metric``.
+        window: Number w of steps before and after an update, at least 1.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Example:
         >>> from dst.metrics import LossSpikes
@@ -93,7 +93,7 @@ class LossSpikes(Metric):
         self.add_state("steps", torch.zeros((), dtype=torch.int64), dist_reduce_fx=None)  # of every process
 
     def update(self, loss: Tensor | float, updated: bool) -> None:
-        """Take an optimizer step's loss, and whether that step updated the topology."""
+        """Add the loss of an optimizer step, and whether that step updated the topology."""
         assert isinstance(self.losses, list)
         assert isinstance(self.updated, list)
         self.losses.append(torch.as_tensor(loss, device=self.device).detach().double().reshape(1))
@@ -101,10 +101,10 @@ class LossSpikes(Metric):
         self.steps += 1
 
     def compute(self) -> Tensor:
-        """Return a scalar; NaN where no update has a full window before it.
+        """Return a scalar; NaN if no update has a full window before it.
 
         Raises:
-            ConfigurationError: The processes took different numbers of steps.
+            ConfigurationError: If the processes took different numbers of steps.
         """
         steps = self.steps.flatten().tolist()
         if len(set(steps)) > 1:
