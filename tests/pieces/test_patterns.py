@@ -383,6 +383,14 @@ def test_the_smallest_windows_that_have_the_density():
     assert NM(m=4).numbers(0.5) == (2, 4)
 
 
+def test_windows_are_resolved_by_the_density():
+    where = layer(2, 8)
+    assert NM().for_density(0.25) == NM(1, 4).for_density(0.25) == NM(1, 4)
+    assert NM(1, 4).fit(where, 16) == NM().for_density(0.25).fit(where, 16) == 4
+    with pytest.raises(ValueError, match="call for_density first"):
+        NM().fit(where, 16)
+
+
 def trained(method: dst.Method, steps: int = 6) -> dst.Sparsifier:
     torch.manual_seed(0)
     model = Small()
