@@ -22,7 +22,7 @@ from dst.errors import StateError
 from dst.init import Magnitude, Snip
 from dst.lightning import SparseTraining
 from dst.nn import FeatureMajorLinear, SparseConv2d, SparseLinear
-from tests.backends.test_csr import Mixed, Net, batch, sparse_layers
+from tests.backends.runs import Mixed, Net, batch, sparse_layers
 
 
 @pytest.fixture

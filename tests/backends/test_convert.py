@@ -12,8 +12,7 @@ import dst
 from dst import methods
 from dst.errors import ConfigurationError, StateError
 from dst.nn import FeatureMajorLinear, SparseLinear
-from tests.backends.test_csr import CLAIMED, OPTIMIZERS, Mixed, Net, Run, assert_same, saved, sparse_layers
-from tests.nn.test_sparse_conv import Bottleneck
+from tests.backends.runs import CLAIMED, OPTIMIZERS, Bottleneck, Mixed, Net, Run, assert_same, saved, sparse_layers
 from tests.sampling import rotated
 
 METHODS = ["rigl", "rigl_with_step", "set", "sparse_from_scratch"]

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import dst
 from dst.nn import SparseLinear
-from tests.backends.test_csr import CLAIMED, OPTIMIZERS, Run, assert_same, sparse_layers
+from tests.backends.runs import CLAIMED, OPTIMIZERS, Run, assert_same, sparse_layers
 from tests.sampling import rotated
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import dst
 from dst import methods
 from dst.nn import SparseConv2d
-from tests.backends.test_csr import CLAIMED, OPTIMIZERS, Run, assert_same
+from tests.backends.runs import CLAIMED, OPTIMIZERS, Bottleneck, Run, assert_same
 from tests.sampling import rotated
 
 
@@ -83,27 +83,6 @@ def test_it_becomes_a_convolution_and_travels():
     other.load_state_dict(sparse.state_dict())
     assert torch.equal(other(x), sparse(x))
     assert "stride=(2, 1)" in repr(sparse)
-
-
-class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions with a strided shortcut, and kinds of 1×1 that are not served."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reduce = nn.Conv2d(3, 8, 1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.conv = nn.Conv2d(8, 8, 3, stride=2, padding=1)
-        self.expand = nn.Conv2d(8, 12, 1, padding="same")
-        self.shortcut = nn.Conv2d(3, 12, (1, 1), stride=2)
-        self.grouped = nn.Conv2d(12, 12, 1, groups=2)
-        self.padded = nn.Conv2d(12, 12, 1, padding=1)
-        self.head = nn.Linear(12, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([x, x, x[:, :12]], 1)[:, :27].view(-1, 3, 3, 3)
-        y = self.conv(self.norm(self.reduce(x)).relu()).relu()
-        y = (self.expand(y) + self.shortcut(x)).relu()
-        return self.head(self.padded(self.grouped(y)).relu().mean((2, 3)))
 
 
 @pytest.mark.parametrize(("name", "optimizer"), rotated(["rigl", "rigl_with_step", "rigl_rescaled", "set"], OPTIMIZERS))

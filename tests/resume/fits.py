@@ -25,6 +25,9 @@ warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 BATCHES = 6  # optimizer steps of an epoch
 
+SELDOM = {"every_n_train_steps": 9}
+"""Settings of a saver for fits whose checkpoints a test hardly reads: writing one takes as long as a step."""
+
 
 class Interrupted(Exception):
     """What stops a run."""
@@ -136,6 +139,21 @@ class StopAt(Callback):
                 self.how()
             raise Interrupted
         self.left -= 1
+
+
+class SaveAt(Callback):
+    """Saves a checkpoint at the end of one micro-batch, then stops."""
+
+    def __init__(self, number: int, path: Path) -> None:
+        self.stop = StopAt(number)
+        self.path = path
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *args: Any) -> None:
+        self.stop.on_train_batch_start()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+        if self.stop.left == 0:
+            trainer.save_checkpoint(self.path)
 
 
 class Fit:

@@ -19,16 +19,13 @@ from dst.lightning import SparseTraining
 from tests.checks import differences
 from tests.distributed.processes import exit_code_of
 from tests.methods_list import DYNAMIC, METHODS, TOTAL_STEPS
-from tests.resume.fits import BATCHES, Fit, Interrupted, Module, StopAt, check_rows, check_same
+from tests.resume.fits import BATCHES, SELDOM, Fit, Interrupted, Module, SaveAt, StopAt, check_rows, check_same
 from tests.sampling import rotated
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),  # savers of other intervals
 ]
-
-SELDOM = {"every_n_train_steps": 9}
-"""For fits whose checkpoints are not, or hardly, looked at: writing one takes as long as a step."""
 
 
 def points(name: str) -> list[int]:
@@ -92,21 +89,6 @@ def test_a_run_that_is_interrupted_goes_on_from_its_last_checkpoint(
     resumed = Fit(sparse(), tmp_path, accumulate=accumulate, resume=last, saver=SELDOM)
     check_same(whole, resumed)
     check_rows(whole, interrupted, resumed)
-
-
-class SaveAt(Callback):
-    """Saves a checkpoint at the end of one micro-batch, then stops."""
-
-    def __init__(self, number: int, path: Path) -> None:
-        self.stop = StopAt(number)
-        self.path = path
-
-    def on_train_batch_start(self, trainer: lightning.Trainer, *args: Any) -> None:
-        self.stop.on_train_batch_start()
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
-        if self.stop.left == 0:
-            trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize(("micro", "order"), rotated([13, 14, 15], [0, 1]))
