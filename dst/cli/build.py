@@ -43,7 +43,7 @@ class Parts:
         layers: The weights that the method makes sparse.
         operations: Operations of one sample's forward pass.
         example: A sample's shape, or a batch; see `dst.data.Task`.
-        full_size: The network of full size, where the method narrows the module; ``None`` otherwise.
+        full_size: The network of full size if the method narrows the module, else ``None``.
     """
 
     method: Method

@@ -41,7 +41,7 @@ def check_backend(cfg: DictConfig, method: Method) -> None:
 
 
 def check_selection(cfg: DictConfig, method: Method, datamodule: Any) -> None:
-    """Refuse ``select=validation`` where there are no validation samples, or where the method tests its last weights."""
+    """Refuse ``select=validation`` without validation samples, or for a method that tests its last weights."""
     if cfg.select not in SELECTIONS:
         raise ConfigurationError(f"select={cfg.select} is unknown; choose from {', '.join(SELECTIONS)}")
     if cfg.select == "last":

@@ -20,7 +20,7 @@ def make(node: DictConfig, **arguments: Any) -> Any:
         **arguments: Further arguments. They are passed on as they are: Hydra itself would copy objects.
 
     Returns:
-        The object; ``None`` without a ``_target_``; the factory where the node has ``_partial_: true``.
+        The object; ``None`` without a ``_target_``; the factory if the node has ``_partial_: true``.
 
     Raises:
         ConfigurationError: The class refuses its arguments; names the node.

@@ -19,7 +19,7 @@ _ORDER, _AUGMENT, _SPLIT, _OFFSET = range(4)  # independent random streams of on
 
 
 def generator(seed: int, *key: int) -> torch.Generator:
-    """Return a CPU generator that depends on ``seed`` and ``key`` alone."""
+    """Return a CPU generator that depends on ``seed`` and ``key`` only."""
     generator = torch.Generator()
     return generator.manual_seed(int(np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0]))
 
@@ -84,7 +84,7 @@ class Loader(ABC):
         ConfigurationError: The samples do not make one batch.
     """
 
-    #: Lightning reads this beside ``sampler``.
+    #: Lightning reads this as well as ``sampler``.
     batch_sampler = None
 
     def __init__(

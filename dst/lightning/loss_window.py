@@ -1,4 +1,4 @@
-"""The losses around topology updates, as training goes on."""
+"""Training losses before and after topology updates."""
 
 from __future__ import annotations
 
