@@ -1,4 +1,4 @@
-"""``backend="auto"``: masked or csr, layer by layer, by times that the tests make up."""
+"""``backend="auto"`` chooses masked or csr for each layer, here by invented times."""
 
 from __future__ import annotations
 

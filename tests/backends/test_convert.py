@@ -1,4 +1,4 @@
-"""Runs change their backend halfway: states go both ways and the training goes on."""
+"""Runs that change their backend halfway: states convert in both directions, and training continues."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_two_optimizers():
 
 
 def test_ties_of_dead_inputs_are_spread_and_not_in_the_first_rows():
-    """Weights of a dead input never get a gradient: where too few others are free, they are grown, at random."""
+    """Weights of a dead input have no gradient. If too few others are free, they are grown at random."""
 
     def grown(backend):
         torch.manual_seed(0)
@@ -198,7 +198,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update():
 
 
 def test_an_attempt_that_is_not_followed_by_a_step_leaves_nothing_behind():
-    """A step that a gradient scaler leaves out is tried again, and grows by its own gradient alone."""
+    """A step that a gradient scaler skipped is repeated, and grows by its own gradient alone."""
     masked, csr = (Run(CLAIMED["rigl"](b)).train(3) for b in ("masked", "csr"))
     for run in (masked, csr):
         run.optimizer.zero_grad()
@@ -228,7 +228,7 @@ def test_a_layer_without_gradient_keeps_its_connections(caplog):
 
 
 def large_tensors(size: int) -> dict[int, str]:
-    """All tensors of at least ``size`` entries there are, by id."""
+    """All tensors of at least ``size`` entries in memory, by id."""
     gc.collect()
     tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
     return {id(t): f"{type(t).__name__} {tuple(t.shape)}" for t in tensors if t.numel() >= size}

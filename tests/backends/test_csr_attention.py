@@ -14,7 +14,7 @@ from tests.sampling import rotated
 
 
 class Block(nn.Module):
-    """Causal self-attention with projections of its own and a feed-forward part, on (N, T, width)."""
+    """Causal self-attention with ``nn.Linear`` projections and a feed-forward part, on (N, T, width)."""
 
     def __init__(self, width: int = 12, heads: int = 3) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How runs end that cannot begin, diverge, or are interrupted: a message, a status, and a way to go on."""
+"""Runs that cannot start, diverge or are interrupted end with a message and a status, and say how to resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kind of model and data from the command line: they train, resume exactly, and are refused where they do not fit."""
+"""Every kind of model and data from the command line: training, exact resumption, and errors for mismatches."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_refuses_what_does_not_fit(overrides, message):
 
 
 class Foreign(Digits):
-    """A data module of somebody who knows shapes and classes alone."""
+    """A user's data module with only shapes and classes."""
 
     task = None
 

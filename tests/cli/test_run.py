@@ -1,4 +1,4 @@
-"""``dst.cli.train.run`` in this process: resuming, refusing, and what the folders around it keep."""
+"""``dst.cli.train.run`` in this process: resuming, errors, and the contents of run folders."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_run_that_measures_resumes_with_the_layers_it_has(tmp_path, monkeypatc
 
 
 class PowerCut(Exception):
-    """Stands for anything that ends a process."""
+    """Stands for any end of a process."""
 
 
 def cut_power(monkeypatch, at_call):
@@ -132,7 +132,7 @@ def test_a_repeated_sweep_keeps_what_is_finished_and_goes_on_with_what_is_not(tm
 
 
 class PlainDigits(Digits):
-    """Digits from a loader that keeps no state, as users' own data modules have it."""
+    """Digits from a loader without a state, as users' data modules have."""
 
     def train_dataloader(self):
         images, labels = self._split("train")

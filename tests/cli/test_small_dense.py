@@ -20,7 +20,7 @@ config = partial(composed, "trainer.max_epochs=2", "sparsity=small_dense")
 
 
 class PowerCut(Exception):
-    """Stands for anything that ends a process."""
+    """Stands for any end of a process."""
 
 
 def test_reports_are_relative_to_full_size_and_a_resume_is_exact(tmp_path, monkeypatch, caplog):
@@ -98,7 +98,7 @@ def test_full_size_is_what_the_model_settings_say():
 
 
 class Foreign(nn.Module):
-    """A model of somebody who has never heard of width factors."""
+    """A user's model without width factors."""
 
     def __init__(self, input_shape, num_classes):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Every YAML under conf/ composes, instantiates, and says the same as the code it configures."""
+"""Every YAML file under conf/ composes, instantiates, and agrees with the code it configures."""
 
 from __future__ import annotations
 

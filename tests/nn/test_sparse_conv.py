@@ -1,4 +1,4 @@
-"""1×1 convolutions of which only the non-zeros exist."""
+"""1×1 convolutions that store only their non-zeros."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def kept(total, s):
 
 
 def global_loop(initial, steps_with_update, regrow):
-    """Run the method beside a loop of its definition; yields nothing but compares the masks of every step."""
+    """Train under the method and under a loop of its definition, and compare the masks after every step."""
     torch.manual_seed(0)
     model = Small()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

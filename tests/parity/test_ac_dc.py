@@ -68,7 +68,7 @@ def test_a_training_agrees_with_a_loop(scope):
             assert torch.equal(sparsifier.masks[n], masks[n]), (step, n)
             changed = masks[n] ^ old[n]
             parameter = model.get_parameter(n)
-            assert not parameter.detach()[changed].any()  # what comes back sets out from zero, without momentum
+            assert not parameter.detach()[changed].any()  # grown weights start at zero, without momentum
             assert torch.equal(parameter.detach()[~changed], weights[n][~changed])
             for _, value in per_weight_state(optimizer, parameter):
                 assert not value[changed].any()

@@ -1,4 +1,4 @@
-"""Patterns: whole groups, exact counts, for ever."""
+"""Patterns: whole groups and exact counts at every update."""
 
 from __future__ import annotations
 

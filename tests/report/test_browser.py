@@ -1,4 +1,4 @@
-"""The report in a real browser, at the size of a phone and of a desk, light and dark. No test compares pixels."""
+"""The report in a real browser, at the sizes of a phone and a desktop, light and dark. No test compares pixels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking at checkpoints of every kind, good and bad."""
+"""Inspection of checkpoints of every kind, valid and damaged."""
 
 from __future__ import annotations
 

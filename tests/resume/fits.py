@@ -1,4 +1,4 @@
-"""Fits of a tiny module with Lightning, and all that a resumed one must have in common with an uninterrupted one."""
+"""Fits of a small module with Lightning, and the comparison of a resumed fit with an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ SELDOM = {"every_n_train_steps": 9}
 
 
 class Interrupted(Exception):
-    """What stops a run."""
+    """Raised to stop a run."""
 
 
 class Rows(Logger):
-    """Keeps what is logged."""
+    """A logger that keeps its rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Module(lightning.LightningModule):
 
 
 class Data(lightning.LightningDataModule):
-    """Loaders that say where they stand; ``accumulate`` micro-batches make an optimizer step."""
+    """Loaders with a state; ``accumulate`` micro-batches make an optimizer step."""
 
     def __init__(self, accumulate: int = 1) -> None:
         super().__init__()
@@ -157,7 +157,7 @@ class SaveAt(Callback):
 
 
 class Fit:
-    """One call of ``Trainer.fit``, to its end or to where it is stopped."""
+    """One call of ``Trainer.fit``, until it ends or is stopped."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class Fit:
             self.finished = False
 
     def outcome(self) -> dict[str, Any]:
-        """Everything that training leaves: weights, optimizers, schedules, topology, metrics."""
+        """The final weights, optimizers, schedules, topology and metrics."""
         assert self.sparse.sparsifier is not None
         return {
             "model": copy.deepcopy(self.module.state_dict()),
@@ -209,7 +209,7 @@ class Fit:
 
 
 def check_same(whole: Fit, resumed: Fit) -> None:
-    """The resumed run ends as the whole one does, and logs what it logged from there on."""
+    """Assert that the resumed run ends as the whole one does, and logs the same rows from there on."""
     assert whole.finished
     assert resumed.finished
     found = list(differences(whole.outcome(), resumed.outcome()))
@@ -220,7 +220,7 @@ def check_same(whole: Fit, resumed: Fit) -> None:
 
 
 def check_rows(whole: Fit, interrupted: Fit, resumed: Fit) -> None:
-    """Each row of the whole run was logged by the interrupted run or by the resumed one, and nothing else was."""
+    """Assert that the interrupted and the resumed run together log exactly the rows of the whole run."""
 
     def rows(*fits: Fit) -> set[str]:
         return {repr((step, sorted(row.items()))) for fit in fits for step, row in fit.rows.rows}

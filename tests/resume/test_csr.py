@@ -1,4 +1,4 @@
-"""Fits that store only non-zeros resume as others do."""
+"""Fits under the csr backend resume exactly."""
 
 from __future__ import annotations
 

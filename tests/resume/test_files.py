@@ -1,4 +1,4 @@
-"""Checkpoint files are whole at any moment, and a damaged one is told from a readable one."""
+"""Checkpoint files are complete at any moment, and damaged files are detected."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_write_that_fails_leaves_the_old_file(save: Any, tmp_path: Path) -> No
 def test_a_failure_after_the_writing_leaves_the_old_file(
     function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is on the disk before it takes the old one's place."""
+    """The file is on the disk before it replaces the old one."""
     path = tmp_path / "last.ckpt"
     save_atomically({"weights": torch.ones(1000)}, path)
     calls: list[str] = []
@@ -158,7 +158,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_lightning_is_asked_for_plain_values_alone(tmp_path: Path) -> None:
-    """Whatever a trainer writes for these methods can be read without executing anything."""
+    """A checkpoint of a Lightning trainer loads with ``weights_only=True``."""
     Fit(SparseTraining(METHODS["watching_twice"]()), tmp_path, steps=6, optimizer="odd")
     checkpoint = load_checkpoint(tmp_path / "last.ckpt")
     assert checkpoint["global_step"] == 6

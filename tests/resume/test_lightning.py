@@ -1,4 +1,4 @@
-"""A run that is interrupted and resumed ends as if nothing had happened, to the bit."""
+"""A run that is interrupted and resumed is bitwise identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_a_checkpoint_cut_off_is_refused_by_name(an_epoch: Path, tmp_path: Path)
 
 
 def test_a_dense_checkpoint_on_the_connections_of_a_fit_before(tmp_path: Path) -> None:
-    """Momentum of connections that the callback's masks lack is cut, as the weights are."""
+    """Momentum of connections that are inactive in the callback's masks becomes zero, as the weights do."""
     Fit(SparseTraining(METHODS["dense"]()), tmp_path, callbacks=[], steps=BATCHES, optimizer="adamw")
     module, sparse = Module("adamw"), SparseTraining(METHODS["sparse_from_scratch"]())
     Fit(sparse, tmp_path / "b", module=module, steps=BATCHES)
@@ -254,7 +254,7 @@ def test_a_dense_checkpoint_on_the_connections_of_a_fit_before(tmp_path: Path) -
 
 
 def test_a_checkpoint_without_sparse_training_starts_from_its_weights(tmp_path: Path) -> None:
-    """A dense run's checkpoint is a starting point: no masks are in it, and momentum is cut to the new mask."""
+    """A dense run's checkpoint without masks is a starting point: momentum is masked by the new mask."""
     dense = Fit(SparseTraining(METHODS["dense"]()), tmp_path, callbacks=[], steps=BATCHES, optimizer="adamw")
     assert dense.finished
     sparse = SparseTraining(METHODS["static_from_start"]())
