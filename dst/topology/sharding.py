@@ -115,7 +115,7 @@ def all_agree(value: bool, group: dist.ProcessGroup | None = None) -> bool:
 
 
 def average_(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """Average a tensor over processes, in place; a collective that all processes must enter."""
+    """Average a tensor over ranks, in place. A collective that all ranks must enter."""
     if world_size(group) > 1:
         dist.all_reduce(tensor, group=group)
         tensor.div_(world_size(group))
