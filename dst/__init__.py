@@ -140,13 +140,9 @@ def __getattr__(name: str) -> Any:
         try:
             return importlib.import_module(f"dst.{name}")
         except ModuleNotFoundError as error:
-            missing = (error.name or "dst").partition(".")[0]
-            if missing == "dst":
-                raise
-            raise ModuleNotFoundError(
-                f"dst.{name} needs {missing}, which is not installed; reinstalling dst installs its dependencies",
-                name=error.name,
-            ) from error
+            from dst.errors import missing_package
+
+            raise missing_package(f"dst.{name}", error) from error
     raise AttributeError(f"module 'dst' has no attribute {name!r}")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +26,7 @@ def save_atomically(value: Any, path: str | os.PathLike[str]) -> None:
         value: Anything that ``torch.save`` accepts.
         path: The file; missing folders are created.
     """
-    with _replacing(Path(path)) as file:
+    with replacing(path) as file:
         torch.save(value, file)
 
 
@@ -35,16 +37,44 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
         path: The file; missing folders are created.
         text: The content, written as UTF-8.
     """
-    with _replacing(Path(path)) as file:
+    with replacing(path) as file:
         file.write(text.encode("utf-8"))
 
 
+def json_ready(value: Any) -> Any:
+    """Replace floats that JSON cannot hold, infinities and NaN, by None.
+
+    Args:
+        value: Plain values; mappings and lists are searched.
+
+    Returns:
+        The value with its replacements.
+    """
+    if isinstance(value, Mapping):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [json_ready(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 @contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a new file that takes the place of ``path`` at the end of the ``with`` block.
+
+    If the block raises, ``path`` stays as it is and the new content is removed.
+
+    Args:
+        path: The file; missing folders are created.
+
+    Yields:
+        The new file, open for writing bytes.
+    """
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    # A random name: several processes, also of several machines, may write the same file.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        with partial.open("wb") as file:
+        with partial.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -88,12 +118,15 @@ def reason_of(error: Exception) -> str:
     return f"{reason} ({str(error).splitlines()[0]})" if isinstance(error, (OSError, RuntimeError)) else reason
 
 
-def latest_readable(folder: str | os.PathLike[str], pattern: str = "*.ckpt") -> Path:
+def latest_readable(
+    folder: str | os.PathLike[str], pattern: str = "*.ckpt", *, skip: str | os.PathLike[str] | None = None
+) -> Path:
     """The newest checkpoint of a folder that can be read. Skips files that are cut off or damaged.
 
     Args:
         folder: The folder.
         pattern: Glob pattern of the checkpoint files.
+        skip: A checkpoint to skip, such as the last one. If it is a link, its target is skipped as well.
 
     Returns:
         Path of the newest file that ``load_checkpoint`` accepts.
@@ -102,7 +135,8 @@ def latest_readable(folder: str | os.PathLike[str], pattern: str = "*.ckpt") -> 
         StateError: No checkpoint can be read. The message lists the reason for each file.
     """
     errors: list[str] = []
-    for path in sorted(Path(folder).glob(pattern), key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):
+    paths = [path for path in Path(folder).glob(pattern) if skip is None or path.resolve() != Path(skip).resolve()]
+    for path in sorted(paths, key=lambda p: (p.stat().st_mtime_ns, p.name), reverse=True):
         try:
             load_checkpoint(path)
         except StateError as error:

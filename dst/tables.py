@@ -43,7 +43,7 @@ def markdown_table(rows: Iterable[Sequence[str]], right: Collection[int] = ()) -
     return "\n".join([header, rule, *lines])
 
 
-def csv_table(rows: Iterable[Sequence[Any]]) -> str:
+def csv_table(rows: Iterable[Iterable[Any]]) -> str:
     """Format rows as CSV with Unix line ends. None becomes an empty cell."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)

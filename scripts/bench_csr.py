@@ -1,14 +1,15 @@
-"""Time truly sparse layers against dense ones: ratios in one process, interleaved, medians, cold caches.
+"""Time layers that store only their non-zeros against dense layers.
 
     python scripts/bench_csr.py                 # every table; about ten minutes
     python scripts/bench_csr.py --quick         # fewer repetitions, narrow networks only
     python scripts/bench_csr.py --only step,inference --threads 1
 
-Before every timed call a buffer larger than the caches is swept: hot caches flatter whatever is small. That evicts the
-interpreter too, which a single example cannot hide; the inference table therefore also gives the ratio with cold weights
-but warm code (after the sweep, a tiny network of the same modules runs untimed). A ratio is the quotient of two medians;
-above 1 the sparse side is faster. With one thread CPU time is taken, which other processes disturb less than wall time.
-The peer sparselab is timed where it is installed.
+Both sides run interleaved in one process. A ratio is the quotient of two medians; above 1 the sparse side is faster.
+
+A buffer larger than the caches is swept before every timed call, because hot caches favour small layers. The sweep also evicts the
+interpreter, which dominates a call with a single sample. The inference table therefore also has a column with cold weights and
+warm code: a tiny network of the same modules runs untimed after the sweep. With one thread the CPU time is measured, which other
+processes disturb less than wall time. The package sparselab is timed too if it is installed.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def sparse_mlp(widths: Sequence[int], density: float, engine: kernels.Engine | N
 
 
 def use_engine(layer: SparseLinear, engine: kernels.Engine) -> None:
-    """Let ``layer`` compute with ``engine``, whatever this machine would choose."""
+    """Make ``layer`` compute with ``engine`` instead of the engine that was chosen for this machine."""
     flat = layer.pattern.flat()
     layer._engine = engine
     layer._pattern = engine.pattern(flat, layer.out_features, layer.in_features)
@@ -69,7 +70,7 @@ def use_engine(layer: SparseLinear, engine: kernels.Engine) -> None:
 
 
 def peer_mlp(widths: Sequence[int], density: float) -> nn.Sequential | None:
-    """Return the network with sparselab's layers, or None where it is not installed."""
+    """Return the network with sparselab's layers, or None if it is not installed."""
     if find_spec("sparselab") is None:
         return None
     import sparselab
@@ -88,7 +89,7 @@ def make_optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def training_step(model: nn.Module, optimizer: str, x: Tensor, y: Tensor) -> Callable[[], None]:
-    """Return a function that makes one whole training step of ``model``."""
+    """Return a function that takes one training step of ``model``."""
     chosen = make_optimizer(optimizer, model)
 
     def step() -> None:
@@ -105,13 +106,13 @@ def measure(
     warmup: int = 3,
     before: dict[str, Callable[[], object]] | None = None,
 ) -> dict[str, float]:
-    """Return each function's median time in seconds: in turns, after a sweep of the caches before every call.
+    """Return each function's median time in seconds. Calls are interleaved, and the caches are swept before each.
 
     Args:
-        functions: what to time, by name.
-        repeats: timed calls of each.
-        warmup: untimed calls of each.
-        before: by name, what to call between the sweep and the timed call.
+        functions: Functions to time, by name.
+        repeats: Timed calls of each function.
+        warmup: Untimed calls of each function.
+        before: Functions to call between the sweep and the timed call, by name.
     """
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in functions}
@@ -128,14 +129,14 @@ def measure(
 
 
 def report(rows: list[dict[str, object]], **row: object) -> None:
-    """Print one line and keep it."""
+    """Print a row and append it to ``rows``."""
     rows.append(row)
     print("  ".join(f"{key} {value:.2f}" if isinstance(value, float) and key != "density" else f"{key} {value}"
                     for key, value in row.items()), flush=True)  # fmt: skip
 
 
 def bench_steps(rows: list[dict[str, object]], quick: bool) -> None:
-    """Time whole training steps: 784-1000-1000-1000-10 and the same with hidden width 4096."""
+    """Time training steps of 784-h-h-h-10 networks, with h = 1000 and h = 4096."""
     x, y = torch.randn(128, 784), torch.randint(10, (128,))
     for hidden, goals in ((1000, STEP_GOALS), (4096, WIDE_GOALS)):
         if quick and hidden > 1000:
@@ -162,7 +163,7 @@ def bench_steps(rows: list[dict[str, object]], quick: bool) -> None:
 
 
 def inference_models(widths: Sequence[int], density: float) -> dict[str, nn.Module]:
-    """Return the dense network and the sparse one, as modules and as one call, for evaluation."""
+    """Return the dense network, the sparse network, and the sparse network in one call, in evaluation mode."""
     return {
         "dense": dense_mlp(widths).eval(),
         "modules": sparse_mlp(widths, density).eval(),
@@ -195,7 +196,7 @@ def bench_inference(rows: list[dict[str, object]], quick: bool) -> None:
 
 
 def rigl_step(density: float, every: int, fraction: float, x: Tensor, y: Tensor) -> Callable[[], None]:
-    """Return a function that makes one step of RigL training with an update every so many steps."""
+    """Return a function that takes one RigL training step, with an update every ``every`` steps."""
     method = dst.methods.rigl(
         density,
         update_every=every,
@@ -218,10 +219,10 @@ def rigl_step(density: float, every: int, fraction: float, x: Tensor, y: Tensor)
 
 
 def bench_updates(rows: list[dict[str, object]], quick: bool) -> None:
-    """Time RigL updates, every 100 steps, as a share of training, the sparsifier's own work included.
+    """Time RigL updates every 100 steps, as a share of training time that includes the sparsifier's work.
 
-    Two shares: with the fraction 0.3 throughout, and over RigL's schedule (cosine from 0.3, until 75% of training: updates
-    at the mean fraction 0.15 in three quarters of the time).
+    There are two shares: one at the constant fraction 0.3, and one over RigL's schedule (cosine from 0.3 until 75% of training),
+    which is computed as updates at the mean fraction 0.15 in three quarters of the steps.
     """
     x, y = torch.randn(128, 784), torch.randint(10, (128,))
     for density in STEP_GOALS:
@@ -238,7 +239,7 @@ def bench_updates(rows: list[dict[str, object]], quick: bool) -> None:
 
 
 def bench_state(rows: list[dict[str, object]], quick: bool) -> None:
-    """Count bytes of state a non-zero: values, both orders, indices, gradient, momentum."""
+    """Count the bytes of state per non-zero: values in both orders, indices, gradient and momentum."""
     for width, density in ((1000, 0.1), (4096, 0.05), (70_000, 0.0002)):
         layer = SparseLinear.random(width, width, round(width * width * density))
         total = layer.state_bytes() + 2 * layer.values.numel() * layer.values.element_size()
@@ -246,7 +247,7 @@ def bench_state(rows: list[dict[str, object]], quick: bool) -> None:
 
 
 class Unfolded(nn.Module):
-    """A convolution with a larger kernel by the same kernels: every window a row of one large matrix."""
+    """A convolution larger than 1×1, computed as a linear layer on unfolded windows."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, density: float):
         super().__init__()
@@ -264,7 +265,7 @@ class Unfolded(nn.Module):
 
 
 def sparse_conv(inputs: int, outputs: int, kernel: int, density: float) -> nn.Module:
-    """Return a convolution that computes non-zeros alone."""
+    """Return a convolution that computes only its non-zeros."""
     if kernel > 1:
         return Unfolded(inputs, outputs, kernel, density)
     positions = SparseLinear.random(inputs, outputs, round(density * inputs * outputs)).pattern.flat()
@@ -284,7 +285,7 @@ CONVOLUTIONS = (
 
 
 def bench_conv(rows: list[dict[str, object]], quick: bool) -> None:
-    """Time convolutions, forward and backward, against dense ones."""
+    """Time the forward and backward pass of convolutions against dense convolutions."""
     for batch in (32, 128):
         for inputs, outputs, size, kernel in CONVOLUTIONS:
             x = torch.randn(batch, inputs, size, size, requires_grad=True)
@@ -314,7 +315,7 @@ TABLES = {
 
 
 def main() -> None:
-    """Run the tables asked for and write their rows as JSON where asked."""
+    """Run the selected tables and, with ``--json``, write their rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer repetitions, narrow networks only")
     parser.add_argument("--only", default=",".join(TABLES), help=f"comma-separated tables: {', '.join(TABLES)}")

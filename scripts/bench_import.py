@@ -1,4 +1,4 @@
-"""How long `import dst` takes beside `import torch`, and how soon `dst --help` answers: medians of fresh processes."""
+"""Measures `import dst`, `import torch` and `dst --help`: medians over fresh processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import statistics
 import subprocess
 import sys
 import time
+
+from dst.tables import aligned_table
 
 COMMANDS = {
     "import torch": "import torch",
@@ -17,7 +19,7 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Print seconds, and the ratio of the imports."""
+    """Print the seconds of each, and the ratio of the imports."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=9, help="processes of each kind, interleaved")
     repeats = parser.parse_args().repeats
@@ -28,9 +30,8 @@ def main() -> None:
             subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
             seconds[name].append(time.perf_counter() - began)
     medians = {name: statistics.median(values[1:]) for name, values in seconds.items()}
-    for name, median in medians.items():
-        print(f"{name:<14}{median:7.3f} s")
-    print(f"{'ratio':<14}{medians['import dst'] / medians['import torch']:7.2f}")
+    rows = [(name, f"{median:.3f} s") for name, median in medians.items()]
+    print(aligned_table([*rows, ("ratio", f"{medians['import dst'] / medians['import torch']:.2f}")], right={1}))
 
 
 if __name__ == "__main__":

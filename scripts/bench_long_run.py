@@ -1,9 +1,9 @@
-"""Times steps and updates over a long training: their cost must not grow with the number of updates made.
+"""Time steps and updates over a long training. Their cost must not grow with the number of updates.
 
     python scripts/bench_long_run.py --updates 10000
 
-Prints the median milliseconds of a step in every tenth of the training, the process's resident memory at its end, and the
-ratio of the last tenth to the first.
+Prints the median time of a step in milliseconds and the peak resident memory for each tenth of the training, and the ratio of the last
+tenth to the first.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dst.schedules import Constant
 def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--updates", type=int, default=10_000, help="topology updates, one a step")
+    parser.add_argument("--updates", type=int, default=10_000, help="topology updates, one per step")
     parser.add_argument("--width", type=int, default=64, help="inputs and outputs of each of two layers")
     parser.add_argument("--density", type=float, default=0.1)
     arguments = parser.parse_args()
@@ -49,9 +49,7 @@ def main() -> None:
             times.append(time.perf_counter() - began)
         medians.append(1e3 * statistics.median(times))
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-        print(
-            f"updates {first:>7} to {last:>7}: {medians[-1]:.3f} ms a step, at most {memory:.0f} MiB so far", flush=True
-        )
+        print(f"updates {first:>7} to {last:>7}: {medians[-1]:.3f} ms per step, peak {memory:.0f} MiB", flush=True)
     assert sparsifier.updates == arguments.updates
     print(f"last tenth / first tenth: {medians[-1] / medians[0]:.3f}")
 

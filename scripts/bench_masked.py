@@ -1,7 +1,7 @@
-"""Cost of a masked training step against a dense one.
+"""Cost of a masked training step relative to a dense one.
 
-Both are trained in one process, in turns, and the medians of their step times are compared: on a noisy machine only the
-ratio means something. Topology updates are timed with the steps they fall on, and reported per update as well.
+Both networks train in one process, in turns, and the medians of their step times are compared: on a noisy machine only the
+ratio is meaningful. The time of a topology update is part of its step, and is printed per update as well.
 
     python scripts/bench_masked.py                   # MLP 3×1000, batch 128, on the CPU
     python scripts/bench_masked.py --device cuda --batch 1024
@@ -19,10 +19,11 @@ from torch import nn
 
 import dst
 from dst.models import MLP
+from dst.tables import aligned_table
 
 
 def make_step(method: dst.Method | None, args: argparse.Namespace) -> tuple[Callable[[], None], dst.Sparsifier | None]:
-    """One training step on fixed random data; without a method the step knows nothing of dst."""
+    """Return a training step on fixed random data, and its sparsifier; without a method the step is plain PyTorch."""
     torch.manual_seed(0)
     model = MLP((1, 28, 28), 10, width=args.width, depth=3).to(args.device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
@@ -41,7 +42,7 @@ def make_step(method: dst.Method | None, args: argparse.Namespace) -> tuple[Call
 
 
 def timed(step: Callable[[], None], device: str) -> float:
-    """Seconds that one step takes."""
+    """Return the time of one step in seconds."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -52,7 +53,7 @@ def timed(step: Callable[[], None], device: str) -> float:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch", type=int, default=128)
@@ -84,13 +85,14 @@ def main() -> None:
     print(
         f"MLP 3×{args.width}, batch {args.batch}, {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    print(f"{'':16}{'step, ms':>10}{'× dense':>10}{'update step, ms':>18}{'all steps, × dense':>20}")
+    rows = [["", "step, ms", "× dense", "update step, ms", "all steps, × dense"]]
     for name in made:
         median = statistics.median(times[name])
         update = statistics.median(updates[name]) if updates[name] else float("nan")
         share = len(updates[name]) / args.steps
         overall = ((1 - share) * median + (share * update if updates[name] else 0)) / reference
-        print(f"{name:16}{1e3 * median:10.2f}{median / reference:10.3f}{1e3 * update:18.1f}{overall:20.3f}")
+        rows.append([name, f"{1e3 * median:.2f}", f"{median / reference:.3f}", f"{1e3 * update:.1f}", f"{overall:.3f}"])
+    print(aligned_table(rows, right=range(1, 5)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train a 65,536 x 65,536 layer at density 0.001 with RigL growth and report the peak of resident memory.
+"""Train a 65,536 x 65,536 layer at density 0.001 with RigL growth and report the peak resident memory.
 
     python scripts/bench_memory_csr.py [--width 65536] [--density 0.001] [--limit-gb 1.5]
 
@@ -20,7 +20,7 @@ from dst.schedules import Constant
 
 
 def peak_gb() -> float:
-    """Return the largest resident memory of this process so far, in gigabytes."""
+    """Return the peak resident memory of this process in gigabytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (1e9 if sys.platform == "darwin" else 1e6 / 1.024)
 

@@ -1,9 +1,9 @@
-"""What recording adds to a training step: time within the recorder's hooks, over the whole of the fit.
+"""Measure what recording adds to training: the time in the recorder's hooks as a share of the fit.
 
-Measured within one run and in the processor's time, because the difference between two is smaller than a machine's noise. The loggers' part (here
-``metrics.csv``) is included.
+The share is measured within one run and in CPU time, because the difference between two runs is smaller than the noise. The time
+of the logger (here ``metrics.csv``) is included.
 
-    python scripts/bench_recording.py                 # LeNet-300-100 on digits, the smallest step there is
+    python scripts/bench_recording.py                 # LeNet-300-100 on digits: a very short step
     python scripts/bench_recording.py --width 1000 --batch 128
 """
 
@@ -29,7 +29,7 @@ from dst.models import MLP
 
 
 class Timed(Recorder):
-    """Adds up the time that its hooks take."""
+    """A recorder that sums the time of its hooks."""
 
     seconds = 0.0
     last = 0.0
@@ -72,17 +72,17 @@ class Module(lightning.LightningModule):
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def train_dataloader(self) -> TensorLoader:
-        """Batches that cost next to nothing to make."""
+        """Return batches that are cheap to load."""
         scale, shift = torch.tensor([1 / 128]), torch.tensor([-1.0])
         return TensorLoader(self.images, self.labels, batch_size=self.batch, scale=scale, shift=shift)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Plain SGD."""
+        """Return SGD."""
         return torch.optim.SGD(self.parameters(), 0.01, momentum=0.9)
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the benchmark and print the share."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=200)
     parser.add_argument("--depth", type=int, default=2)

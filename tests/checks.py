@@ -24,9 +24,9 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def differences(a: Any, b: Any, path: str = "") -> Iterator[str]:
-    """Where two nested values differ, to the bit.
+    """Yield the paths at which two nested values differ bitwise.
 
-    Not in dtype: ``Optimizer.load_state_dict`` itself turns whole numbers and flags into the weights' dtype.
+    Dtypes may differ: ``Optimizer.load_state_dict`` converts integers and flags to the dtype of the weights.
     """
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         left, right = (t.detach().double().numpy().tobytes() for t in (a, b))
@@ -64,7 +64,7 @@ def hooks_of(model: nn.Module) -> int:
 
 
 def settles_at(method: dst.Method) -> int | None:
-    """The step of the update that brings a moving budget to its end, beyond the clock's."""
+    """Return the step of the update that settles a moving budget; None if the budget is fixed."""
     if method.schedule is method.surplus is None:
         return None
     last = max(method.clock.stop_step(TOTAL_STEPS), method.schedule.settles_at(TOTAL_STEPS) if method.schedule else 0)
@@ -72,7 +72,7 @@ def settles_at(method: dst.Method) -> int | None:
 
 
 def check_budget(sparsifier: dst.Sparsifier, method: dst.Method) -> None:
-    """Assert that the network has the method's density, as exactly as the pattern can hold it."""
+    """Assert that the network has the method's density, as exactly as its pattern allows."""
     pattern = method.pattern_at(method.density)
     active = {row["name"]: row["nonzero"] for row in sparsifier.layer_table()}
     free = [layer for layer in sparsifier.layers if pattern.unsupported_reason(layer) is None]
@@ -81,7 +81,7 @@ def check_budget(sparsifier: dst.Sparsifier, method: dst.Method) -> None:
     if not pattern.is_free:
         assert all(active[layer.label] == pattern.fit(layer, 1) for layer in free)
         return
-    # A whole number of groups, as near to the layer's share as can be; removed outputs leave a remainder.
+    # Counts are whole numbers of groups, nearest to the layer's share; ablated outputs leave a remainder.
     slack = sum(pattern.fit(layer, 1) for layer in free)
     missing = method.density * sum(x.weights for x in free) - sum(active[x.label] for x in free)
     assert abs(missing) <= slack * (2 if getattr(pattern, "ablate", 0) else 1)

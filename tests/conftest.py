@@ -3,7 +3,7 @@ from __future__ import annotations
 import gc
 import os
 
-# One thread a process: workers share the cores, and what they start must not wake a pool of its own.
+# One thread per process: workers share the cores, and their child processes must not start thread pools.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
@@ -19,12 +19,12 @@ torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Collect whole products where ``-m`` speaks of them, or a single test is named."""
+    """Collect whole products if ``-m`` names them or a single test is selected."""
     sampling.everything = "exhaustive" in config.getoption("-m") or any("[" in argument for argument in config.args)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked ``exhaustive``."""
+    """Deselect tests that are marked ``exhaustive``."""
     if sampling.everything:
         return
     left_out = [item for item in items if item.get_closest_marker("exhaustive")]
@@ -34,12 +34,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Let the garbage collector pass over what was imported and collected: torch's modules are walked in vain otherwise."""
+    """Exclude all imported modules from garbage collection, which would walk torch's modules in vain."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    """Every test starts from the same global random state."""
+    """Start every test from the same global random state."""
     torch.manual_seed(0)

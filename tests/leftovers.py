@@ -1,4 +1,4 @@
-"""What tests leave running: nothing. The hooks that look are ``conftest.py``'s."""
+"""Processes that tests leave running. ``conftest.py`` installs the hooks, which fail the session if there are any."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def children(of: int | None = None) -> dict[int, str]:
 
 
 def left_over() -> dict[int, str]:
-    """The children of this process that nobody has ended, without multiprocessing's own book-keeper."""
+    """The running children of this process, without multiprocessing's resource tracker."""
     multiprocessing.active_children()  # collects those that have ended
     return {p: c for p, c in children().items() if c and "resource_tracker" not in c and "semaphore_tracker" not in c}
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """End what tests share, and fail where something else is still running."""
+    """End the processes that tests share, and fail if others are still running."""
     if processes := sys.modules.get("tests.distributed.processes"):
         processes.close()
     if wandb := sys.modules.get("wandb"):
@@ -62,6 +62,6 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: Any) -> None:
-    """Take over what a worker found running at its end."""
+    """Collect the processes that a worker found running at its end."""
     found = getattr(node, "workeroutput", {}).get("left_running", {})
     node.config.stash.setdefault(_LEFT, {}).update(found)

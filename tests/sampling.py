@@ -1,4 +1,4 @@
-"""Samples of full products: what runs every time, and what only ``pytest -m exhaustive`` runs."""
+"""Samples of full products of parameters. ``pytest -m exhaustive`` runs the rest."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from typing import Any
 import pytest
 
 everything = False
-"""Whether the whole products are wanted; ``conftest.py`` sets it before tests are collected."""
+"""Whether to run whole products; ``conftest.py`` sets it before tests are collected."""
 
 
 def rotated(first: Iterable[Any], *others: Iterable[Any], each: int = 1, share: tuple[int, int] = (0, 1)) -> list[Any]:
-    """Parameters of the whole product, of which a sample runs by default; the rest, marked ``exhaustive``, is there
-    where everything is wanted.
+    """Return the parameters of a full product, of which a sample runs by default and ``-m exhaustive`` runs the rest.
 
-    Every value of ``first`` runs with ``each`` combinations of the other axes. These rotate, so that every combination of
-    the others runs too, as long as ``first`` has values enough. Suites that ask the same of the same values may share
-    them: with ``share=(1, 3)`` a suite runs the second of every three, and leaves the others to other suites.
+    Every value of ``first`` runs with ``each`` combinations of the other axes. The combinations rotate, so that each of them
+    runs too if ``first`` has enough values. Suites that test the same property may share the values: with ``share=(1, 3)`` a
+    suite runs the second of every three values.
 
     Args:
-        first: The axis of which every value runs.
+        first: The axis whose values all run.
         others: The other axes.
-        each: Combinations of the others per value, >= 1.
-        share: Which of how many parts of ``first`` runs by default.
+        each: Combinations of the other axes per value, >= 1.
+        share: The part of ``first`` that runs by default, and the number of parts.
 
     Returns:
         One ``pytest.param`` per point of the product, the sample first.

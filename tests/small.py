@@ -33,10 +33,10 @@ class Small(nn.Module):
 
 
 class Odd(Optimizer):
-    """An optimizer that nobody has heard of.
+    """An unusual optimizer.
 
-    It moves every weight at every step, gradient or none, and its state holds what others' does not: whole numbers per
-    weight, a flag per weight, scalars, rows, a flat copy of the weight's size, a list, a number, nothing.
+    It moves every weight at every step, also those with a gradient of zero. Its state holds kinds of values that other
+    optimizers do not have: integers and flags per weight, scalars, rows, a flat tensor of another size, a list, a number, None.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float = 0.05, drift: float = 0.01) -> None:
@@ -121,14 +121,14 @@ def values(model: nn.Module) -> dict[str, Tensor]:
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
-    """The batch of a step: a function of its number alone."""
+    """Return the batch of a step, which depends on the step alone."""
     generator = torch.Generator().manual_seed(1000 + step)
     images = torch.randn(12, 2, 6, 6, generator=generator)
     return images, torch.randint(3, (12,), generator=generator)
 
 
 def backward(model: nn.Module, optimizer: Optimizer, step: int, sparsifier: dst.Sparsifier | None = None) -> None:
-    """Compute the gradients of a step, and show the loss to the sparsifier."""
+    """Compute the gradients of a step; the sparsifier sees the loss."""
     optimizer.zero_grad()
     images, labels = batch(step)
     parameter = next(model.parameters())
@@ -139,7 +139,7 @@ def backward(model: nn.Module, optimizer: Optimizer, step: int, sparsifier: dst.
 
 
 def random_gradients(model: nn.Module, step: int) -> None:
-    """Set gradients that depend on the step alone, none equal to another: no ties, no rounding."""
+    """Set gradients that depend on the step alone and have no ties."""
     generator = torch.Generator().manual_seed(2000 + step)
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape, generator=generator))
@@ -148,7 +148,7 @@ def random_gradients(model: nn.Module, step: int) -> None:
 def train(
     model: nn.Module, optimizer: Optimizer, sparsifier: dst.Sparsifier, steps: int, *, first: int | None = None
 ) -> None:
-    """Train for some steps from where the sparsifier stands."""
+    """Train for some steps from the sparsifier's step on."""
     start = sparsifier.step if first is None else first
     for step in range(start, start + steps):
         backward(model, optimizer, step, sparsifier)

@@ -69,10 +69,11 @@ sparsifier = dst.Sparsifier(model, torch.optim.SGD(model.parameters(), 0.1), dst
 model(torch.zeros(2, 1, 8, 8)).sum().backward()
 sparsifier.before_step()
 dst.prepare(torch.nn.Sequential(torch.nn.Linear(20, 20)), dst.methods.rigl(0.1, backend="csr"))
-try:
-    dst.data
-except ImportError as error:
-    print(error, file=sys.stderr)
+for module, name in ((dst, "data"), (dst.metrics, "MaskDensity"), (dst.metrics, "LossSpikes")):
+    try:
+        getattr(module, name)
+    except ImportError as error:
+        print(error, file=sys.stderr)
 PathFinder.find_spec = find
 from dst.report.inspection import inspect_checkpoint
 inspect_checkpoint({str(tmp_path / "s.pt")!r})
@@ -88,6 +89,8 @@ print([name for name in dst.__all__ if getattr(dst, name, None) is None], file=s
         "True",
         "[]",
         "dst.data needs rich, which is not installed; reinstalling dst installs its dependencies",
+        "dst.metrics.MaskDensity needs torchmetrics, which is not installed; reinstalling dst installs its dependencies",
+        "dst.metrics.LossSpikes needs torchmetrics, which is not installed; reinstalling dst installs its dependencies",
         "[]",
         "True SparseTraining",
         "True",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import io
 import math
@@ -149,6 +150,27 @@ def test_a_spec_is_plain_and_tells_methods_apart(name):
     assert spec_differences(loaded, METHODS[name]().spec()) == []
     others = [other for other in METHODS if other != name]
     assert all(spec_differences(loaded, METHODS[other]().spec()) for other in others)
+
+
+def test_a_spec_names_public_paths():
+    """Checkpoints store these paths, and YAML files name them: they do not follow a class to another module."""
+    targets = set()
+
+    def collect(value):
+        if isinstance(value, dict):
+            targets.update([value["_target_"]] if "_target_" in value else [])
+            for inner in value.values():
+                collect(inner)
+
+    for method in [make() for make in METHODS.values()] + [getattr(methods, name)(0.5) for name in methods.__all__]:
+        collect(method.spec())
+    collect(methods.cht(temperature=0.5).spec())
+    assert {"dst.method.Method", "dst.method.LotterySchedule", "dst.method.Narrow"} <= targets
+    assert {"dst.relaxations.Movement", "dst.patterns.NM", "dst.scores.Soft", "dst.init.Random"} <= targets
+    for target in targets:
+        module, _, name = target.rpartition(".")
+        assert module in ("dst.method", *(f"dst.{piece}" for piece in dst.__all__)), target
+        assert getattr(importlib.import_module(module), name).__name__ == name
 
 
 def test_a_spec_of_numbers_from_numpy_is_plain_too():

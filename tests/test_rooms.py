@@ -1,4 +1,4 @@
-"""Rooms know only the rooms below them."""
+"""Each room imports only from rooms below it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How weights are stored: one module per backend."""
+"""Backends: how weights are stored. One module per backend."""
 
 from __future__ import annotations
 
@@ -48,38 +48,37 @@ def prepare(
     state: Mapping[str, Any] | None = None,
     process_group: ProcessGroup | None = None,
 ) -> nn.Module:
-    """Swap modules for ones that store only non-zeros, where the method's backend has such.
+    """Swap modules for ones that store only non-zeros, if the method's backend uses them.
 
-    Call it before the optimizer is built, whatever the backend: the masked backend trains ordinary modules, and the model
-    comes back as it is. The Lightning callback calls it by itself.
+    Call it before building the optimizer. With the masked backend it returns the model unchanged. The Lightning callback
+    calls it automatically.
 
-    With ``backend="csr"`` every ``nn.Linear`` that is to be sparse becomes a ``dst.nn.SparseLinear``, and every 1×1
-    convolution a ``dst.nn.SparseConv2d``, with the method's first connections: those that the masked backend would choose for the same seed. Other sparse layers stay masked, and
-    linear layers that keep all their weights stay dense; ``dst.plan`` tells which. A model that was prepared before comes
-    back as it is. Linear layers may be on the meta device where the first connections are random: the dense weight then
-    never exists, and values are drawn with the fan-in of the sparse layer.
+    With ``backend="csr"`` every sparse ``nn.Linear`` becomes a ``dst.nn.SparseLinear``, and every sparse 1×1 convolution a
+    ``dst.nn.SparseConv2d``, with the first mask of the method. The masked backend chooses the same mask for the same seed.
+    Other sparse layers stay masked, and layers that keep all their weights stay dense; ``dst.plan`` lists them. A prepared
+    model is returned unchanged. Linear layers may be on the meta device if the first mask is random. The dense weight is
+    then never allocated, and values are drawn with the fan-in of the sparse layer.
 
-    With ``backend="auto"`` that happens to those layers alone whose forward and backward pass is faster so, by a short
-    measurement (of the first process, where there are several); a line for each says what was chosen and why. A method that
-    needs more than non-zeros stays masked throughout.
+    With ``backend="auto"`` only the layers whose forward and backward pass is faster with csr are swapped. A short
+    measurement decides, on rank 0, and one line per layer logs the decision and its reason. A method that needs inactive
+    weights stays masked.
 
     Args:
         model: The model.
-        method: The method that will train it.
-        seed: As for ``Sparsifier``: the same there and on all ranks.
-        include: As for ``Sparsifier``.
-        exclude: As for ``Sparsifier``.
-        batch_size: Examples of a batch (times positions, for sequences), which ``"auto"`` measures with; 128 by default.
-        state: A ``Sparsifier.state_dict()`` to go on from: ``"auto"`` then keeps what was chosen for it. Times differ
-            from run to run, and with them what is chosen.
+        method: The method that trains it.
+        seed: Seed of the first mask. Must be the seed of the ``Sparsifier``, and the same on all ranks.
+        include: See ``Sparsifier``.
+        exclude: See ``Sparsifier``.
+        batch_size: Batch size of the measurement for ``"auto"`` (times positions, for sequences); 128 by default.
+        state: A ``Sparsifier.state_dict()`` to resume from. ``"auto"`` then takes its decisions from the state, because
+            measurements differ between runs.
         process_group: The processes that train this model together, by default all.
 
     Returns:
-        The model to train: the same object, modified in place where the backend needs it (a new one if the model itself is
-        a linear layer).
+        The model to train: the same object, modified in place. A new module if the model itself is a linear layer.
 
     Raises:
-        ConfigurationError: As for ``Sparsifier``: an infeasible budget, a selector that selects nothing, …
+        ConfigurationError: See ``Sparsifier``: an infeasible budget, a selector that selects nothing, …
     """
     check_method(method)
     if method.backend not in ("csr", "auto") or method.density == 1:
@@ -106,21 +105,21 @@ def open_storages(
     seed: int = 0,
     group: ProcessGroup | None = None,
 ) -> Storages:
-    """The storages of a model's sparse layers.
+    """Create the storages of a model's sparse layers.
 
     Args:
         model: The model.
         layers: Its sparse layers.
         method: The method that trains it.
-        seed: The seed of random choices.
-        group: The processes that train together.
+        seed: Seed of random choices.
+        group: The process group.
 
     Returns:
-        One storage per backend in use, behind one object.
+        The storages, one per backend in use.
 
     Raises:
-        ConfigurationError: Sparse modules under a method of another backend or drawn with another seed, or parameters that
-            cannot be trained.
+        ConfigurationError: The method has another backend than the sparse modules, they were drawn with another seed, or a
+            parameter is not supported.
     """
     modules, named = sparse_modules(model), dict(model.named_parameters())
     stored = [layer for layer in layers if layer.parameter in modules]
@@ -128,13 +127,13 @@ def open_storages(
     if stored and method.backend not in ("csr", "auto"):
         raise ConfigurationError(
             f'{stored[0].parameter} is a SparseLinear, and the method has backend="{method.backend}": use '
-            'backend="csr", or dst.to_dense(model) to go on with masks'
+            'backend="csr", or dst.to_dense(model) to train with masks'
         )
     for layer in stored:
         drawn = modules[layer.parameter].pattern_seed
         if as_sampler(method.init) is not None and drawn not in (None, seed):
             raise ConfigurationError(
-                f"{layer.parameter} was drawn by dst.prepare(seed={drawn}), and this is seed={seed}: give both the same"
+                f"{layer.parameter} was drawn by dst.prepare(seed={drawn}), and this is seed={seed}: use the same seed"
             )
     storages: list[Storage] = []
     if masked and method.relaxation is not None and method.density < 1:

@@ -1,4 +1,4 @@
-"""Choosing by measurement which layers store non-zeros alone."""
+"""Choosing the backend of each layer by measurement."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from dst.backends.csr_support import is_supported
 from dst.backends.prepare import prepare as prepare_csr
-from dst.backends.servable import is_servable
 from dst.backends.swap import dense_module, exchange, sparse_module
 from dst.errors import StateError
 from dst.method import Method
@@ -27,11 +27,11 @@ from dst.topology.sharding import from_first, rank
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 128
-"""Examples of a batch where nobody knows better."""
+"""Default batch size of measurements."""
 
-_POSITIONS = 256  # of an image under a 1×1 convolution: how large images are is not known before there are any
+_POSITIONS = 256  # per image under a 1×1 convolution; the image size is not known yet
 _ROWS = 4096
-_WEIGHTS = 1 << 24  # of a layer that is measured as it is
+_WEIGHTS = 1 << 24  # larger layers are scaled down
 _REPEATS = 7
 _SWEEP = 8 << 20
 _DECIDED = "_dst_storage_is_decided"
@@ -39,15 +39,15 @@ _DECIDED = "_dst_storage_is_decided"
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured: one layer's forward and backward pass.
+    """A layer whose forward and backward pass is measured.
 
     Attributes:
         kind: The type of the dense module, ``nn.Linear`` or ``nn.Conv2d`` (1×1).
         inputs: Input features or channels.
         outputs: Output features or channels.
-        active: Non-zeros.
-        batch_size: Examples of a batch.
-        dtype: Of the weights.
+        active: Number of non-zeros.
+        batch_size: Batch size.
+        dtype: dtype of the weights.
     """
 
     kind: type[nn.Module]
@@ -60,11 +60,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds that a forward and backward pass takes.
+    """Seconds per forward and backward pass.
 
     Attributes:
-        dense: With all weights.
-        sparse: With non-zeros alone.
+        dense: Time of the dense layer.
+        sparse: Time of the layer that stores only non-zeros.
     """
 
     dense: float
@@ -72,7 +72,7 @@ class Timing:
 
     @property
     def ratio(self) -> float:
-        """How much faster the sparse layer is; csr is chosen above 1."""
+        """Speedup of the sparse layer. csr is chosen above 1."""
         return self.dense / max(self.sparse, 1e-12)
 
 
@@ -80,17 +80,18 @@ Measure: TypeAlias = Callable[[Case], Timing]
 
 
 def case_of(module: nn.Linear | nn.Conv2d, active: int, batch_size: int | None) -> Case:
-    """Describe a dense module that is to have ``active`` weights."""
+    """The case of a dense module with ``active`` active weights."""
     outputs, inputs = module.weight.shape[:2]
     kind = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
     return Case(kind, inputs, outputs, active, batch_size or BATCH_SIZE, module.weight.dtype)
 
 
 def measure(case: Case) -> Timing:
-    """Time a dense and a sparse layer in turns, with other memory read in between: medians of seven.
+    """Time a dense and a sparse layer alternately, with cold caches. Returns the medians of seven runs.
 
-    Takes some tenths of a second for a layer of a million weights. A layer of more than 16 million is measured by a smaller
-    one of its proportions and density, a 1×1 convolution on images of 16×16. Touches no global random state.
+    Takes a few tenths of a second for a layer of a million weights. Layers with more than 16 million weights are scaled
+    down at the same proportions and density. A 1×1 convolution is measured on images of 16×16. Does not change global
+    random state.
     """
     weights = case.inputs * case.outputs
     scale = min(1.0, math.sqrt(_WEIGHTS / weights))
@@ -126,7 +127,7 @@ def _step(module: nn.Module, x: Tensor, gradient: Tensor) -> float:
         module.zero_grad()
         x = x.requires_grad_()
         x.grad = None
-        # Other processes disturb the time of one thread less.
+        # With a single thread, its CPU time is not affected by other processes.
         clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
         start = clock()
         module(x).backward(gradient)
@@ -134,12 +135,12 @@ def _step(module: nn.Module, x: Tensor, gradient: Tensor) -> float:
 
 
 class Chooser:
-    """Decides layer by layer, and keeps what it decided and why.
+    """Decides layer by layer by measurement, and keeps the reasons.
 
     Args:
-        batch_size: Examples of a batch, ``BATCH_SIZE`` by default.
-        measure: Takes the times.
-        group: The processes that train together: the first one's times count.
+        batch_size: Batch size, ``BATCH_SIZE`` by default.
+        measure: The measurement.
+        group: The process group. Rank 0 measures.
     """
 
     def __init__(
@@ -150,7 +151,7 @@ class Chooser:
         self.reasons: dict[str, str] = {}
 
     def __call__(self, layer: SparseLayer, module: nn.Linear | nn.Conv2d, active: int) -> bool:
-        """Whether to store only the ``active`` weights of a layer's dense module."""
+        """Whether to store only the ``active`` weights of a dense module."""
         case = case_of(module, active, self._batch_size)
         if case not in self._known:
             mine = (self._measure or measure)(case) if rank(self._group) == 0 else None
@@ -172,11 +173,11 @@ def prepare(
     state: Mapping[str, Any] | None = None,
     group: ProcessGroup | None = None,
 ) -> nn.Module:
-    """Swap the layers that are faster sparse, and say of each what became of it; see ``dst.prepare``."""
+    """Swap the layers that are faster with csr, and log each decision; see ``dst.prepare``."""
     if is_decided(model):
         return model
     if reason := method.needs_inactive_weights():
-        say(f"backend=auto: all layers masked ({method.name} trains more than non-zeros: {reason})", group)
+        report(f"backend=auto: all layers masked ({method.name} needs inactive weights: {reason})", group)
         return model
     chooser = Chooser(batch_size, group=group)
     outcome: dict[str, tuple[str, str]] = {}
@@ -192,38 +193,36 @@ def prepare(
 
     model = prepare_csr(model, method, seed=seed, include=include, exclude=exclude, choose=choose, keep=keep)
     for label, (storage, reason) in outcome.items():
-        say(f"backend=auto: {label} {storage} ({reason})", group)
+        report(f"backend=auto: {label} {storage} ({reason})", group)
     model.__dict__[_DECIDED] = True
     return model
 
 
 def is_decided(model: nn.Module) -> bool:
-    """Whether a model was prepared before; layers that stayed masked then stay so."""
+    """Whether a model is prepared. Its masked layers then stay masked."""
     return _DECIDED in model.__dict__ or any(
         isinstance(m, SparseLinear) and m.pattern_seed is not None for m in model.modules()
     )
 
 
 def _saved(state: Mapping[str, Any], layer: SparseLayer) -> bool:
-    """Whether a sparsifier's state holds a layer as non-zeros: positions instead of a mask."""
+    """Whether a sparsifier's state stores positions instead of a mask for a layer."""
     masks = state.get("masks")
     if not isinstance(masks, Mapping) or not isinstance(masks.get(layer.parameter), Tensor):
-        raise StateError(
-            f"the state to go on from has no mask of {layer.parameter}: it is of another model, or damaged"
-        )
+        raise StateError(f"the state has no mask of {layer.parameter}: it belongs to another model, or is damaged")
     return bool(masks[layer.parameter].dtype != torch.bool)
 
 
-def follow(seed: int, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
-    """Exchange a model's modules for those that a state dict was saved from; a ``load_state_dict`` pre-hook.
+def restore_modules(seed: int, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
+    """Swap a model's modules for those that a state dict was saved from; a ``load_state_dict`` pre-hook.
 
-    Times differ from run to run: one that goes on from a checkpoint keeps what was chosen there.
+    Measurements differ between runs, so a resumed run takes its decisions from the checkpoint.
 
     Args:
-        seed: As for ``dst.prepare``.
+        seed: See ``dst.prepare``.
         module: The model, before its optimizer is built.
-        state_dict: What is about to be loaded.
-        prefix: Of the model's names in it.
+        state_dict: The state dict that is about to be loaded.
+        prefix: Prefix of the model's names in the state dict.
     """
     exchanged: dict[nn.Module, nn.Module] = {}
     for name, child in module.named_modules():
@@ -231,17 +230,17 @@ def follow(seed: int, module: nn.Module, state_dict: Mapping[str, Any], prefix: 
         saved_sparse = f"{start}column_pointers" in state_dict and f"{start}values" in state_dict
         if isinstance(child, SparseLinear) and not saved_sparse and f"{start}weight" in state_dict:
             exchanged[child] = dense_module(child)
-            say(f"backend=auto: {name}.weight masked (as in the checkpoint)")
-        elif saved_sparse and is_servable(child):
-            # Positions come with the state dict; any others serve to build the layer.
+            report(f"backend=auto: {name}.weight masked (as in the checkpoint)")
+        elif saved_sparse and is_supported(child):
+            # The positions are placeholders: loading the state dict sets them.
             count = state_dict[f"{start}values"].numel()
             exchanged[child] = sparse_module(name, child, torch.arange(count), seed)
-            say(f"backend=auto: {name}.weight csr (as in the checkpoint)")
+            report(f"backend=auto: {name}.weight csr (as in the checkpoint)")
     exchange(module, exchanged)
 
 
-def say(message: str, group: ProcessGroup | None = None) -> None:
-    """Tell what was chosen: by the log where anybody reads it, else on standard error; once for all processes."""
+def report(message: str, group: ProcessGroup | None = None) -> None:
+    """Log a decision on rank 0, or print it to standard error if the log level hides it."""
     if rank(group) != 0:
         return
     if logger.isEnabledFor(logging.INFO):

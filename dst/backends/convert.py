@@ -1,4 +1,4 @@
-"""From non-zeros to masked weights and back: models, their state dicts, their optimizers' states."""
+"""Conversion between backends: models, state dicts and optimizer states."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from dst.topology.layers import sparse_modules
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """Exchange modules that store only non-zeros for the ordinary ones that they stand for.
+    """Swap modules that store only non-zeros for ordinary ones, with zeros at inactive weights.
 
-    Call it before an optimizer is built. A sparsifier with ``backend="masked"`` goes on with it once it has loaded the masks
-    (``Sparsifier.load_state_dict``).
+    Call it before building the optimizer. To continue training with ``backend="masked"``, load the masks with
+    ``Sparsifier.load_state_dict``.
 
     Args:
-        model: Changed in place.
+        model: The model. It is changed in place.
 
     Returns:
-        The model; a new module where it is itself a sparse layer.
+        The model. A new module if the model itself is a sparse layer.
     """
     return exchange(model, {m: dense_module(m) for m in model.modules() if isinstance(m, SparseLinear)})
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Any]:
-    """The state dict that the same model would have with masked weights: inactive ones are zeros.
+    """The state dict of a model as with the masked backend: dense weights, zero where inactive.
 
-    The other way needs no function: a prepared model's ``load_state_dict`` takes masked weights.
+    The ``load_state_dict`` of a prepared model accepts such a state dict.
 
     Args:
         model: Any model, prepared or not.
 
     Returns:
-        Names of the dense model to tensors, in its order.
+        Names of the dense model to tensors, in the model's order.
     """
     stored = sparse_modules(model)
     result: dict[str, Any] = {}
@@ -56,14 +56,14 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
 
 
 def dense_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """The state dict that an optimizer would have over masked weights.
+    """The state dict of an optimizer as with the masked backend.
 
     Args:
         model: The prepared model.
-        optimizer: Over its parameters.
+        optimizer: The optimizer of its parameters.
 
     Returns:
-        As ``optimizer.state_dict()``, with per-weight state of dense shape.
+        ``optimizer.state_dict()`` with per-weight state in the dense shape.
     """
     return _converted(
         optimizer, optimizer.state_dict(), model, lambda m, t: m.to_dense(t) if t.shape == m.values.shape else t
@@ -71,18 +71,18 @@ def dense_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, A
 
 
 def sparse_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Any]) -> dict[str, Any]:
-    """An optimizer's state over masked weights, as one over non-zeros can load it.
+    """Convert an optimizer state of masked weights for the optimizer of a prepared model.
 
     Args:
-        model: The prepared model, on the connections that the state belongs to: load the sparsifier's state first.
-        optimizer: Over its parameters.
-        state: ``state_dict()`` of an optimizer over the same model with masked weights.
+        model: The prepared model, with the masks of the state: load the sparsifier's state first.
+        optimizer: The optimizer of its parameters.
+        state: ``state_dict()`` of the optimizer of the same model with the masked backend.
 
     Returns:
-        What ``optimizer.load_state_dict`` takes.
+        A state for ``optimizer.load_state_dict``.
 
     Raises:
-        StateError: The state is of another number of parameters.
+        StateError: The state has another number of parameters.
     """
     return _converted(optimizer, state, model, lambda m, t: m.from_dense(t) if t.shape == m.shape else t)
 
@@ -93,14 +93,14 @@ def _converted(
     model: nn.Module,
     convert: Callable[[SparseLinear, Tensor], Tensor],
 ) -> dict[str, Any]:
-    """A state dict with the per-weight state of sparse layers converted, in memory of its own.
+    """A copy of an optimizer state with the per-weight state of sparse layers converted.
 
-    Parameters go by their order.
+    Parameters are matched by their order.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     keys = [key for group in state["param_groups"] for key in group["params"]]
     if len(keys) != len(parameters):
-        raise StateError(f"the state is of {len(keys)} parameters, the optimizer has {len(parameters)}")
+        raise StateError(f"the state has {len(keys)} parameters, the optimizer {len(parameters)}")
     modules = {id(module.values): module for module in sparse_modules(model).values()}
     result = {**state, "state": copy.deepcopy(dict(state["state"]))}
     for key, parameter in zip(keys, parameters, strict=True):

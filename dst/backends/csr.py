@@ -1,4 +1,4 @@
-"""Storage of non-zeros alone, in ``dst.nn.SparseLinear`` and its kin."""
+"""The csr backend: only non-zeros are stored, in ``dst.nn.SparseLinear`` and ``dst.nn.SparseConv2d``."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Csr(Storage):
 
     Args:
         modules: Name of the dense weight to module.
-        layers: The layers that they are.
-        group: The processes that train together.
+        layers: The layers of the modules.
+        group: The process group.
     """
 
     backend = "csr"
@@ -43,15 +43,15 @@ class Csr(Storage):
         for name, values in self.parameters.items():
             if type(values) is not nn.Parameter or values.device.type != "cpu":
                 raise ConfigurationError(
-                    f"the non-zeros of {name} are {type(values).__name__} on {values.device}; the csr backend computes on "
-                    'the CPU and with whole layers: train there, or use backend="masked"'
+                    f"the non-zeros of {name} are {type(values).__name__} on {values.device}; the csr backend needs whole "
+                    'tensors on the CPU: train there, or use backend="masked"'
                 )
         self.active = {layer.label: modules[layer.parameter].nnz for layer in layers}
         self._explored: dict[str, Explored] = {}
         self._averages: list[dict[str, SparseLinear]] = []
 
     def masks(self) -> dict[str, Tensor]:
-        """See ``Storage``; built anew at every call."""
+        """See ``Storage``. Builds the masks at every call."""
         return {name: module.mask() for name, module in self._modules.items()}
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -78,14 +78,14 @@ class Csr(Storage):
         module.values.detach().mul_(scale[module.pattern.row_indices.to(torch.int64)])
 
     def decide(self, update: LayerUpdate, scoring: Scoring) -> Rewiring | None:
-        """See ``Storage``; scores see the active connections alone, as vectors in the order of their positions."""
+        """See ``Storage``. Scores see only the active weights, as vectors in row-major order."""
         layer, module = update.layer, self._modules[update.layer.parameter]
         drop, grow, ties = scoring.scores["drop"], scoring.scores["grow"], scoring.generator("ties")
         sampler = as_sampler(grow)
         gradient = module.values.grad if drop.needs_gradient else None
         if drop.needs_gradient and gradient is None:
             return None
-        # All processes take the same way here: each tile of the gradient is reduced over them.
+        # All ranks must take the same branch: each tile of the gradient is reduced over them.
         if grow.needs_gradient and all_agree(not module.collected, self._group):
             return None
         active, weight = module.pattern.flat(), module.row_major(module.values)
@@ -126,9 +126,9 @@ class Csr(Storage):
         for _, state in per_weight_state(optimizer, module.values):
             state.copy_(remap(state, source))
         if gradient is not None:
-            anew = module.collected_gradient()
-            self._reduce(anew)
-            module.values.grad = torch.where(source >= 0, gradient[source.clamp(min=0)], anew)
+            collected = module.collected_gradient()
+            self._reduce(collected)
+            module.values.grad = torch.where(source >= 0, gradient[source.clamp(min=0)], collected)
         if self._explored:
             self._explored[name].add(rewiring.grown)
         for average in self._averages:
@@ -192,7 +192,7 @@ class Csr(Storage):
         return [(name, module.pattern.flat()) for name, module in sorted(self._modules.items())]
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """See ``Storage``: masks as sorted positions, in 32 bits where they fit, and their union as one bit a position."""
+        """See ``Storage``. Masks are sorted positions, in 32 bits if they fit; the union is one bit per position."""
         masks = {name: narrow(m.pattern.flat(), m.in_features * m.out_features) for name, m in self._modules.items()}
         return {"masks": masks, "union": {n: x.bits.clone() for n, x in self._explored.items()}, "latent": {}}
 
@@ -201,7 +201,7 @@ class Csr(Storage):
         masks, union = state["masks"], state["union"]
         for name, module in self._modules.items():
             positions = as_positions(masks[name])
-            # A model that was loaded before has these connections, and its values stay as they are.
+            # If the model was loaded first it has these positions already, and keeps its values.
             if not torch.equal(positions, module.pattern.flat()):
                 module.set_pattern(positions)
         self.active = {layer.label: self._modules[layer.parameter].nnz for layer in self._layers}

@@ -1,4 +1,4 @@
-"""Which positions have ever been active, in one bit each."""
+"""The set of positions that have ever been active, in one bit per position."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _BITS = np.array([bin(byte).count("1") for byte in range(256)], dtype=np.uint8)
 class Explored:
     """A set of positions that only grows.
 
-    Up to 67 million positions it is exact. Of more, every n-th is looked at (n coprime to the row length, so that all
-    rows and columns take part): 8 MB suffice for a share that is exact to a fraction of a percent.
+    The set is exact up to 67 million positions. For larger layers it samples every n-th position, with n coprime to the
+    row length so that all rows and columns are covered. 8 MB are enough to estimate the share to a fraction of a percent.
 
     Args:
         size: Number of positions.
         row: Length of a row.
-        bits: The bits of an earlier set of this size.
+        bits: The bits of a saved set of the same size.
     """
 
     def __init__(self, size: int, row: int, bits: Tensor | None = None) -> None:
@@ -39,11 +39,11 @@ class Explored:
         np.bitwise_or.at(self.bits.numpy(), slots >> 3, np.left_shift(1, slots & 7).astype(np.uint8))
 
     def count(self) -> float:
-        """Number of positions in the set; an estimate where not all are looked at."""
+        """Number of positions in the set; an estimate if the set is sampled."""
         found = int(_BITS[self.bits.numpy()].sum(dtype=np.int64))
         return found if self._every == 1 else found * self._size / self._slots
 
     def positions(self) -> Tensor:
-        """Those of the set that were looked at, sorted."""
+        """The sampled positions in the set, sorted."""
         found = np.flatnonzero(np.unpackbits(self.bits.numpy(), bitorder="little")[: self._slots])
         return torch.from_numpy(found) * self._every

@@ -1,24 +1,23 @@
-"""Latent storage: weights that are inactive live on, out of the network's sight.
+"""The latent backend: the optimizer moves dense latent weights, and the forward pass uses sparse effective weights.
 
-Between optimizer steps the ordinary parameter holds *effective* weights, latent ones as a relaxation (``dst.relaxations``)
-lets the network see them: forward and backward passes need nothing special, the gradient is dense, and ``state_dict`` has
-the keys of the dense model and sparse weights. The latent weights take the parameter's place while the optimizer steps.
-Optimizer state belongs to latent weights and is not cleared where a connection comes or goes.
+Between optimizer steps the parameter holds the effective weights that a relaxation (``dst.relaxations``) computes from the
+latent weights. Forward and backward passes need no change, the gradient is dense, and ``state_dict`` has the keys of the
+dense model and sparse weights. During the optimizer step the parameter holds the latent weights. Optimizer state belongs
+to the latent weights, and a topology update does not clear it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from dst.backends.masked import Masked
+from dst.backends.mode_hooks import ModeHook, ModeHooks
 from dst.errors import ConfigurationError
 from dst.pieces.protocols import LayerView
 from dst.pieces.relaxations import LatentLayer, Relaxation, pressure
@@ -26,24 +25,23 @@ from dst.topology.layers import SparseLayer
 from dst.topology.rewiring import Rewiring, fill_at_
 from dst.topology.seeding import folded_generator
 from dst.topology.sharding import is_sharded
-from dst.topology.wrapping import drop_hooks
 
 
 class Latent(Masked):
-    """Storage of latent weights behind ordinary parameters; see ``dst.backends.storage.Storage``.
+    """Storage of latent weights; see ``dst.backends.storage.Storage``.
 
-    Weights that are written from outside between steps (loaded, set by hand) become latent weights where they differ from
-    the effective ones. A relaxation that ends with the first mask leaves masked storage behind.
+    Weights that other code writes into a parameter between steps (such as ``load_state_dict``) become latent weights where
+    they differ from the effective ones. After a relaxation that ends with the first mask this is masked storage.
 
     Args:
         model: The model.
-        layers: The layers whose parameters these are.
-        relaxation: What the network sees of latent weights.
-        density: The method's.
-        seed: The seed of random choices.
+        layers: The sparse layers to store.
+        relaxation: Computes effective weights from latent weights.
+        density: Density of the method.
+        seed: Seed of random choices.
 
     Raises:
-        ConfigurationError: A parameter that is spread over processes.
+        ConfigurationError: A parameter is sharded.
     """
 
     backend = "latent"
@@ -56,119 +54,110 @@ class Latent(Masked):
         for name, parameter in self.parameters.items():
             if is_sharded(parameter):
                 raise ConfigurationError(
-                    f"{name} is spread over processes, and latent weights are kept whole: train with DDP, or use a method "
-                    'with backend="masked"'
+                    f"{name} is sharded, and the latent backend needs whole tensors: train with DDP, or use a method with "
+                    'backend="masked"'
                 )
         self._relaxation, self._density, self._seed = relaxation, density, seed
         self._step = 0
         self._model = model
-        self._ended = False  # whether the relaxation is over, and this is masked storage
-        self._stepping: set[str] = set()  # parameters that hold latent weights, because their optimizer steps
+        self._ended = False  # whether the relaxation has ended, and this is masked storage
+        self._stepping: set[str] = set()  # parameters that hold latent weights during an optimizer step
         self._weights = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._learned: dict[str, dict[str, Tensor]] = {}
         self._noise: dict[str, Tensor] = {}
         self._versions: dict[str, int] = {}
         self._owners = {name: model.get_submodule(name.rpartition(".")[0]) for name in self.parameters}
         self._training = {name: owner.training for name, owner in self._owners.items()}
-        self._hooks: list[RemovableHandle] = []
-        self._start()
-        self._draw(self.parameters)
-        self._write(self.parameters)
+        self._hooks = ModeHooks(model, self.parameters)
+        self._start_relaxation()
+        self._draw_noise(self.parameters)
+        self._write_effective(self.parameters)
 
-    def _start(self) -> None:
+    def _start_relaxation(self) -> None:
         self._ended = False
-        self._learned = {layer.label: self._initial(layer) for layer in self._layers}
-        if self._relaxation.samples and not self._hooks:
-            self._watch_modes()
-
-    def _watch_modes(self) -> None:
-        hook, above = _ModeHook(self), _modules_above(self._model, self.parameters)
-        self._hooks = [module.register_forward_pre_hook(hook) for module in above]
+        self._learned = {layer.label: self._initial_learned(layer) for layer in self._layers}
+        if self._relaxation.samples:
+            self._hooks.install(self.follow_mode)
 
     def __getstate__(self) -> dict[str, Any]:
         untouched = [name for name, p in self.parameters.items() if self._versions.get(name) == p._version]
-        return {**self.__dict__, "_hooks": bool(self._hooks), "_versions": untouched}
+        return {**self.__dict__, "_hooks": self._hooks.installed, "_versions": untouched}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Serve the parameters and modules of the copy, which count their versions anew and have idle hooks."""
-        self.__dict__.update(state, _hooks=[])
+        """Adopt the parameters and modules of the copy. Their version counters start again, and their hooks do nothing."""
+        self.__dict__.update(state)
         self._versions = {name: self.parameters[name]._version for name in state["_versions"]}
-        for module in _modules_above(self._model, self.parameters):
-            drop_hooks(module, lambda hook: isinstance(hook, _ModeHook))
+        self._hooks = ModeHooks(self._model, self.parameters)
+        self._hooks.drop_copies()
         if state["_hooks"]:
-            self._watch_modes()
+            self._hooks.install(self.follow_mode)
 
-    def _end(self) -> None:
+    def _end_relaxation(self) -> None:
         self._ended = True
         self._weights, self._learned, self._noise = {}, {}, {}
-        self._remove_hooks()
+        self._hooks.remove()
 
-    def _remove_hooks(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-
-    def _initial(self, layer: SparseLayer) -> dict[str, Tensor]:
+    def _initial_learned(self, layer: SparseLayer) -> dict[str, Tensor]:
         weight = layer.part(self.parameters[layer.parameter].detach())
         return self._relaxation.learned(weight, folded_generator(self._seed, "learned", layer.label))
 
-    # -- what the network sees ------------------------------------------------------------------------------------
+    # -- latent and effective weights -----------------------------------------------------------------------------
 
     def _layers_of(self, names: Collection[str]) -> list[SparseLayer]:
         return [layer for layer in self._layers if layer.parameter in names]
 
-    def _names(self, parameters: Iterable[nn.Parameter]) -> list[str]:
+    def _names_of(self, parameters: Iterable[nn.Parameter]) -> list[str]:
         chosen = {id(p) for p in parameters}
         return [name for name, p in self.parameters.items() if id(p) in chosen]
 
     def _layer(self, layer: SparseLayer) -> LatentLayer:
         name = layer.parameter
-        weight = layer.part(self._follow(name))
+        weight = layer.part(self._latent(name))
         learned, noise = self._learned[layer.label], self._noise.get(layer.label)
         if noise is not None and noise.device != weight.device:
             noise = self._noise[layer.label] = noise.to(weight.device)
         for key, value in learned.items():
-            if value.dtype != torch.int64 and value.device != weight.device:  # counts are read by the host
+            if value.dtype != torch.int64 and value.device != weight.device:  # counts stay on the CPU
                 learned[key] = value.to(weight.device)
         return LatentLayer(weight, layer.part(self._masks[name].to(weight.device)), learned, noise)
 
-    def _follow(self, name: str) -> Tensor:
-        """The latent weights of a parameter, where and of what type it now is."""
+    def _latent(self, name: str) -> Tensor:
+        """The latent weights of a parameter, with its current device and dtype."""
         parameter, weights = self.parameters[name], self._weights[name]
         if weights.dtype != parameter.dtype or weights.device != parameter.device:
             weights = self._weights[name] = weights.to(parameter.device, parameter.dtype)
         return weights
 
     def _effective(self, name: str, training: bool) -> Tensor:
-        result = self._follow(name).clone()
+        result = self._latent(name).clone()
         for layer in self._layers_of([name]):
             layer.part(result).copy_(self._relaxation.effective(self._layer(layer), training))
         return result
 
     @torch.no_grad()
-    def _write(self, names: Iterable[str]) -> None:
-        """Put effective weights into the parameters."""
+    def _write_effective(self, names: Iterable[str]) -> None:
+        """Write effective weights into the parameters."""
         for name in names:
             parameter = self.parameters[name]
             parameter.detach().copy_(self._effective(name, self._training[name]))
             self._versions[name] = parameter._version
 
     @torch.no_grad()
-    def _absorb(self, names: Iterable[str]) -> None:
-        """Take over what somebody else has written into the parameters."""
+    def _absorb_writes(self, names: Iterable[str]) -> None:
+        """Copy values that other code has written into the parameters to the latent weights."""
         for name in names:
             parameter = self.parameters[name]
             if self._versions.get(name) == parameter._version or name in self._stepping:
                 continue
-            weights, found = self._follow(name), parameter.detach()
+            weights, found = self._latent(name), parameter.detach()
             written = found != self._effective(name, True)
-            if self._relaxation.samples:  # a checkpoint may have been saved in either mode
+            if self._relaxation.samples:  # a loaded checkpoint may be of either mode
                 written &= found != self._effective(name, False)
             weights.copy_(torch.where(written, found, weights))
             self._versions[name] = parameter._version
 
-    def _draw(self, names: Collection[str]) -> None:
-        """The random numbers of the step to come, a function of seed, step and layer."""
+    def _draw_noise(self, names: Collection[str]) -> None:
+        """Draw the noise of the next step, a function of seed, step and layer."""
         for layer in self._layers_of(names) if self._relaxation.samples else []:
             generator = folded_generator(self._seed, "gates", self._step, layer.label)
             u = torch.rand(layer.shape, generator=generator).clamp_(1e-6, 1 - 1e-6)
@@ -176,23 +165,23 @@ class Latent(Masked):
 
     @torch.no_grad()
     def follow_mode(self) -> None:
-        """Compute with random or with deterministic weights, as the modules are training or not."""
+        """Use sampled weights in training mode and deterministic weights in evaluation mode."""
         for name, owner in self._owners.items():
             if name in self._stepping:
                 continue
-            # Weights that were loaded may be those of the other mode.
+            # Loaded weights may be of the other mode.
             if owner.training != self._training[name] or self._versions[name] != self.parameters[name]._version:
-                self._absorb([name])
+                self._absorb_writes([name])
                 self._training[name] = owner.training
-                self._write([name])
+                self._write_effective([name])
 
     # -- one optimizer step ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def begin_step(self, optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> None:
         """See ``Storage``."""
-        names = [] if self._ended else [n for n in self._names(parameters) if n not in self._stepping]
-        self._absorb(names)
+        names = [] if self._ended else [n for n in self._names_of(parameters) if n not in self._stepping]
+        self._absorb_writes(names)
         rates = {
             id(p): float(group["lr"]) for group in optimizer.param_groups for p in group["params"] if "lr" in group
         }
@@ -203,7 +192,7 @@ class Latent(Masked):
                     gradient = layer.part(parameter.grad)
                     rate = rates.get(id(parameter), 0.0)
                     gradient.copy_(self._relaxation.backward(self._layer(layer), gradient, rate))
-            parameter.detach().copy_(self._follow(name))
+            parameter.detach().copy_(self._latent(name))
             self._stepping.add(name)
 
     @torch.no_grad()
@@ -212,7 +201,7 @@ class Latent(Masked):
         if self._ended:
             super().end_step(parameters, step, steps)
             return
-        names = self._names(parameters)
+        names = self._names_of(parameters)
         stepped = [name for name in names if name in self._stepping]
         for name in stepped:
             found = self.parameters[name].detach().clone()
@@ -223,16 +212,16 @@ class Latent(Masked):
                     part.copy_(torch.where(frozen, layer.part(self._weights[name]), part))
             self._weights[name] = found
         self._stepping.difference_update(stepped)
-        self._absorb([name for name in names if name not in stepped])
+        self._absorb_writes([name for name in names if name not in stepped])
         if stepped:
             self._step = step
             if self._relaxation.until_mask:
-                self._regulate(self._layers_of(stepped), step, steps)
-            self._draw(stepped)
-        self._write(names)
+                self._regulate_density(self._layers_of(stepped), step, steps)
+            self._draw_noise(stepped)
+        self._write_effective(names)
 
-    def _regulate(self, layers: Sequence[SparseLayer], step: int, steps: int) -> None:
-        """Bring the learned density where it should be."""
+    def _regulate_density(self, layers: Sequence[SparseLayer], step: int, steps: int) -> None:
+        """Push the learned density towards its target."""
         views = [self._layer(layer) for layer in layers]
         density = sum(map(self._relaxation.expected, views)) / max(1, sum(view.weight.numel() for view in views))
         push = pressure(density, step / max(1, steps), self._density, max(1, steps))
@@ -241,11 +230,11 @@ class Latent(Masked):
 
     def release(self) -> None:
         """See ``Storage``."""
-        self._remove_hooks()
+        self._hooks.remove()
         if not self._ended:
-            self._absorb(self.parameters)
+            self._absorb_writes(self.parameters)
             self._training = dict.fromkeys(self.parameters, not self._relaxation.samples)
-            self._write(self.parameters)
+            self._write_effective(self.parameters)
 
     # -- the mask -------------------------------------------------------------------------------------------------
 
@@ -258,21 +247,21 @@ class Latent(Masked):
         mask: Tensor | None = None,
         buffer: Tensor | None = None,
     ) -> LayerView:
-        """See ``Storage``; scores see latent weights."""
+        """See ``Storage``. Scores see latent weights."""
         view = super().view(layer, generator, gradient=gradient, mask=mask, buffer=buffer)
         if self._ended:
             return view
-        self._absorb([layer.parameter])
+        self._absorb_writes([layer.parameter])
         latent = self._layer(layer)
         return dataclasses.replace(view, weight=latent.weight, importance=self._relaxation.importance(latent))
 
     def set_mask(self, positions: Mapping[str, Tensor]) -> None:
-        """See ``Storage``; a relaxation that lasts until there is a mask is over."""
-        self._absorb(self.parameters)
+        """See ``Storage``. Ends a relaxation that lasts until the first mask."""
+        self._absorb_writes(self.parameters)
         if self._relaxation.until_mask and not self._ended:
             self._training = dict.fromkeys(self.parameters, False)
-            self._write(self.parameters)
-            self._end()
+            self._write_effective(self.parameters)
+            self._end_relaxation()
         super().set_mask(positions)
         if not self._ended:
             for layer in self._layers:
@@ -284,7 +273,7 @@ class Latent(Masked):
 
     @torch.no_grad()
     def apply(self, layer: SparseLayer, rewiring: Rewiring, optimizer: Optimizer) -> None:
-        """See ``Storage``; latent weights and optimizer state stay, what was inactive shows what it has become."""
+        """See ``Storage``. Latent weights and optimizer state do not change; grown weights show their latent value."""
         if self._ended:
             super().apply(layer, rewiring, optimizer)
             return
@@ -297,15 +286,15 @@ class Latent(Masked):
             fill_at_(average[name].detach(), here.dropped.to(average[name].device), 0)
         self.active[layer.label] = int(layer.part(self._masks[name]).sum())
         self._select(layer)
-        self._write([name])
+        self._write_effective([name])
 
     @torch.no_grad()
     def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """See ``Storage``; gradients that reach no latent weight are zero, those of inactive weights may not be."""
+        """See ``Storage``. Zeros only gradients that the relaxation does not use; inactive weights may train."""
         if self._ended:
             super().mask_gradients(parameters)
             return
-        for name in self._names(parameters):
+        for name in self._names_of(parameters):
             gradient = self.parameters[name].grad
             if gradient is None:
                 continue
@@ -319,18 +308,18 @@ class Latent(Masked):
         if self._ended:
             super().mask_weights(parameters)
         else:
-            names = self._names(parameters)
-            self._absorb(names)
-            self._write(names)
+            names = self._names_of(parameters)
+            self._absorb_writes(names)
+            self._write_effective(names)
 
     def mask_optimizer_state(self, optimizer: Optimizer) -> None:
-        """See ``Storage``; the state of latent weights is kept."""
+        """See ``Storage``. The state of latent weights is kept."""
         if self._ended:
             super().mask_optimizer_state(optimizer)
 
     def rescale(self, layer: SparseLayer) -> None:
-        """Not available: effective weights would be scaled, and latent ones not."""
-        raise ConfigurationError("initial weights cannot be rescaled under latent storage; use rescale_init=False")
+        """Not supported: it would scale effective weights and not latent ones."""
+        raise ConfigurationError("the latent backend cannot rescale initial weights; use rescale_init=False")
 
     # -- saving and loading ---------------------------------------------------------------------------------------
 
@@ -338,7 +327,7 @@ class Latent(Masked):
         """See ``Storage``."""
         state = super().state()
         if not self._ended:
-            self._absorb(self.parameters)
+            self._absorb_writes(self.parameters)
             learned = {f"{x.label}/{key}": value for x in self._layers for key, value in self._learned[x.label].items()}
             state["latent"] = {name: value.clone() for name, value in {**self._weights, **learned}.items()}
         return state
@@ -349,24 +338,26 @@ class Latent(Masked):
             return {}
         shapes = {name: tuple(p.shape) for name, p in self.parameters.items()}
         for layer in self._layers:
-            shapes |= {f"{layer.label}/{key}": tuple(value.shape) for key, value in self._initial(layer).items()}
+            shapes |= {
+                f"{layer.label}/{key}": tuple(value.shape) for key, value in self._initial_learned(layer).items()
+            }
         return shapes
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
-        """See ``Storage``; without latent weights in the state, this is masked storage from here on."""
+        """See ``Storage``. If the state has no latent weights, the relaxation ends."""
         self._stepping = set()
         for name, parameter in self.parameters.items():
-            # Weights that were loaded before construction were changed by it: undo that. Others were loaded since.
+            # Nothing has overwritten the effective weights: restore the latent ones.
             if not self._ended and self._versions[name] == parameter._version:
-                parameter.detach().copy_(self._follow(name))
-        self._end()
+                parameter.detach().copy_(self._latent(name))
+        self._end_relaxation()
         super().load(state, step)
         self._step = step
         saved = state["latent"]
         if not saved.keys() >= self.parameters.keys():
             return
-        self._start()
+        self._start_relaxation()
         for name, parameter in self.parameters.items():
             self._weights[name] = saved[name].to(parameter.device, parameter.dtype).clone()
         for layer in self._layers:
@@ -374,32 +365,9 @@ class Latent(Masked):
                 loaded = saved[f"{layer.label}/{key}"].to(value.dtype).clone()
                 self._learned[layer.label][key] = loaded.to(value.device)
         self._training = {name: owner.training for name, owner in self._owners.items()}
-        self._draw(self.parameters)
-        self._write(self.parameters)
+        self._draw_noise(self.parameters)
+        self._write_effective(self.parameters)
 
 
-class _ModeHook:
-    """A forward pre-hook that tells the storage when modules change between training and evaluation.
-
-    Copies of a model must not write into the original's storage, nor carry one along: copies of the hook do nothing.
-    """
-
-    def __init__(self, storage: Latent | None = None) -> None:
-        self._storage = None if storage is None else weakref.ref(storage)
-
-    def __call__(self, module: nn.Module, inputs: Any) -> None:
-        storage = None if self._storage is None else self._storage()
-        if storage is not None:
-            storage.follow_mode()
-
-    def __reduce__(self) -> tuple[type[_ModeHook], tuple[()]]:
-        return _ModeHook, ()
-
-
-def _modules_above(model: nn.Module, names: Iterable[str]) -> list[nn.Module]:
-    """The modules that own the parameters, and those that contain these: whichever is called, one of them is."""
-    prefixes: dict[str, None] = {}
-    for name in names:
-        parts = name.split(".")[:-1]
-        prefixes |= dict.fromkeys(".".join(parts[:i]) for i in range(len(parts) + 1))
-    return [model.get_submodule(prefix) for prefix in prefixes]
+_ModeHook = ModeHook
+"""Pickled models refer to the hook by this name."""

@@ -1,8 +1,8 @@
-"""Masked storage: ordinary parameters with zeros in place.
+"""The masked backend: ordinary parameters with zeros in place.
 
-The parameter keeps its name, shape and dense gradient; sparsity is one pass over weights and gradients a step, a bitwise
-"and" with masks of all ones or all zeros in integers as wide as the weights. It costs what a multiplication by masks in the
-weights' dtype does (a fifteenth of one by bool masks), and unlike one it makes zeros of infinities and NaNs too.
+The parameter keeps its name, shape and dense gradient. Masking is one pass over weights and gradients per step: a bitwise
+"and" with integers as wide as the weights, all ones where active and all zeros where inactive. It costs as much as a
+multiplication by masks in the weights' dtype (a fifteenth of one by bool masks), and also zeros infinities and NaNs.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class BitMasks:
-    """Integer masks in the parameters' width and layout, for the parameters that are not wholly active."""
+    """Integer masks in the width and layout of the parameters. Fully active parameters have none."""
 
     def __init__(self) -> None:
         self._tensors: dict[nn.Parameter, Tensor] = {}
 
     def set(self, parameter: nn.Parameter, mask: Tensor) -> None:
-        """Take over a new mask (bool, of the shape of the parameter's local part) for a parameter."""
+        """Set the mask of a parameter (bool, of the shape of its local shard)."""
         if bool(mask.all()):
             self._tensors.pop(parameter, None)
         else:
             self._tensors[parameter] = _expand(mask, local(parameter.detach()))
 
     def rewire(self, parameter: nn.Parameter, rewiring: Rewiring, mask: Tensor) -> None:
-        """Follow a topology update to ``mask``; positions are those of the local part."""
+        """Apply a topology update that leads to ``mask``. Positions are those of the local shard."""
         if parameter in self._tensors:
             rewiring.apply_(self._tensors[parameter], one=-1)
         elif rewiring.dropped.numel():
-            self.set(parameter, mask)  # it was wholly active
+            self.set(parameter, mask)  # it was fully active
 
     @torch.no_grad()
     def mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -56,7 +56,7 @@ class BitMasks:
 
     @torch.no_grad()
     def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Set the gradients of inactive weights to zero, in place; parameters without one are passed over."""
+        """Set the gradients of inactive weights to zero, in place. Parameters without a gradient are skipped."""
         for parameter in parameters:
             if parameter in self._tensors and parameter.grad is not None:
                 self._apply(local(parameter.grad), parameter)
@@ -69,7 +69,7 @@ class BitMasks:
 
 
 def _expand(mask: Tensor, like: Tensor) -> Tensor:
-    """-1 (all bits) where active and 0 elsewhere, laid out as ``like`` so that both are walked in one order."""
+    """-1 (all ones) where active and 0 elsewhere, with the strides of ``like``."""
     return torch.empty_like(like, dtype=_INTEGERS[like.element_size()]).copy_(mask).neg_()
 
 
@@ -78,7 +78,7 @@ class Masked(Storage):
 
     Args:
         parameters: Name to parameter.
-        layers: The layers they consist of.
+        layers: The layers of the parameters.
     """
 
     backend = "masked"
@@ -115,7 +115,7 @@ class Masked(Storage):
         buffer: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> LayerView:
-        """See ``Storage``; a mask that is known already need not be gathered once more."""
+        """See ``Storage``. ``mask`` avoids gathering a mask that the caller has."""
         parameter = self.parameters[layer.parameter]
         dense = parameter.grad if gradient else None
         return LayerView(
@@ -173,19 +173,19 @@ class Masked(Storage):
         return select(update, needed, views, scoring.generator("ties"))
 
     def apply(self, layer: SparseLayer, rewiring: Rewiring, optimizer: Optimizer) -> None:
-        """See ``Storage``; the gradient is dense and fits any connections."""
+        """See ``Storage``. The gradient is dense and needs no change."""
         name, parameter = layer.parameter, self.parameters[layer.parameter]
         here = Rewiring(
             local_positions(rewiring.grown + layer.offset, parameter),
             local_positions(rewiring.dropped + layer.offset, parameter),
         )
-        self._masks[name] = here.apply_(self._masks[name].clone())  # masks that were handed out stay as they were
+        self._masks[name] = here.apply_(self._masks[name].clone())  # callers may hold the old mask
         if self._union:
             fill_at_(self._union[name], here.grown, 1)
         fill_at_(local(parameter.detach()), here.dropped, 0)
         clear_state(optimizer, parameter, torch.cat([here.grown, here.dropped]))
         for average in self._averages:
-            copy = local(average[name].detach())  # it may live on another device
+            copy = local(average[name].detach())  # may be on another device
             fill_at_(copy, here.dropped.to(copy.device), 0)
         self._bits.rewire(parameter, here, self._masks[name])
         self.active[layer.label] += rewiring.grown.numel() - rewiring.dropped.numel()
@@ -246,7 +246,7 @@ class Masked(Storage):
         here = {n: local(p).device for n, p in self.parameters.items()}
         self._take_over({n: as_mask(masks[n], self.shape(n)).to(here[n]) for n in self.parameters})
         self._union = {}
-        # In the parameters' order: sharded ones are collectives, and the order of a set differs between processes.
+        # The order of collectives for sharded parameters must be the same on all ranks; the order of a set is not.
         for name in (n for n in self.parameters if n in union):
             explored = union_as_mask(union[name], self.shape(name))
             self._union[name] = part_of(explored.to(here[name]), self.parameters[name]).clone()
@@ -254,12 +254,8 @@ class Masked(Storage):
 
 def _check_parameter(name: str, parameter: Tensor) -> None:
     if parameter.device.type == "meta":
-        raise ConfigurationError(
-            f"{name} is on the meta device: give it storage first (model.to_empty, or load weights)"
-        )
+        raise ConfigurationError(f"{name} is on the meta device: allocate it first (model.to_empty, or load weights)")
     if any(step == 0 and size > 1 for step, size in zip(parameter.stride(), parameter.shape, strict=True)):
-        raise ConfigurationError(
-            f"{name} is expanded, so that its entries share memory: give each its own by .contiguous()"
-        )
+        raise ConfigurationError(f"{name} is expanded, and its entries share memory: call .contiguous()")
     if not parameter.is_floating_point():
         raise ConfigurationError(f"{name} has dtype {parameter.dtype}; only floating-point weights can be sparse")

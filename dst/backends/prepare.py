@@ -1,4 +1,4 @@
-"""Swapping layers for sparse ones with their first connections."""
+"""Swapping layers for ones that store only non-zeros, with their first mask."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dst.backends.servable import owners_of, unsupported_reasons
+from dst.backends.csr_support import owners_of, unsupported_reasons
 from dst.backends.swap import Dense, exchange, sparse_module
 from dst.errors import ConfigurationError
 from dst.method import Method
@@ -28,22 +28,23 @@ def prepare(
     choose: Callable[[SparseLayer, Dense, int], bool] = lambda layer, module, active: True,
     keep: Callable[[SparseLayer, str, str], None] = lambda layer, storage, reason: None,
 ) -> nn.Module:
-    """Swap layers for sparse ones with their first connections; see ``dst.prepare``.
+    """Swap layers for ones that store only non-zeros, with their first mask; see ``dst.prepare``.
 
     Args:
-        model: As there.
-        method: As there.
-        seed: As there.
-        include: As there.
-        exclude: As there.
-        choose: Asked for every layer that could be swapped, with its dense module and number of connections.
-        keep: Told of every other sparse layer: ``"masked"`` or ``"dense"``, and why.
+        model: The model.
+        method: The method.
+        seed: Seed of the first mask.
+        include: See ``dst.prepare``.
+        exclude: See ``dst.prepare``.
+        choose: Called with each supported layer, its dense module and its number of active weights. Returns whether to
+            swap it.
+        keep: Called with each other sparse layer, ``"masked"`` or ``"dense"``, and the reason.
     """
     if any(m.pattern_seed is not None for m in model.modules() if isinstance(m, SparseLinear)):
-        return model  # prepared before; layers that stayed dense then stay so
+        return model  # already prepared
     layers, _ = find_layers(model, include, exclude)
     owners, modules = owners_of(model), sparse_modules(model)
-    excluded = unsupported_reasons(model, layers)
+    unsupported = unsupported_reasons(model, layers)
     swapped: dict[nn.Module, nn.Module] = {}
     for layer, positions in _first(model, layers, method, seed, modules):
         if positions is None:
@@ -51,7 +52,7 @@ def prepare(
         if positions.numel() == layer.weights:
             keep(layer, "dense", "keeps all its weights")
             continue
-        if (reason := excluded[layer.label]) is not None:
+        if (reason := unsupported[layer.label]) is not None:
             keep(layer, "masked", reason)
             continue
         dense = owners[layer.parameter][0]
@@ -68,7 +69,7 @@ def _first(
     seed: int,
     modules: Mapping[str, SparseLinear],
 ) -> Iterable[tuple[SparseLayer, Tensor | None]]:
-    """Layers and their first positions, ``None`` for those that are sparse modules already."""
+    """Layers and their first positions; ``None`` for sparse modules."""
     named = dict(model.named_parameters())
     if isinstance(method.init, FromFile):
         whole = {x.parameter: x.shape if x.parameter in modules else tuple(named[x.parameter].shape) for x in layers}
@@ -83,7 +84,7 @@ def _first(
         elif named[layer.parameter].device.type == "meta":
             raise ConfigurationError(
                 f"{layer.parameter} is on the meta device, and {type(method.init).__name__} with this allocation needs its "
-                "values: give it storage first, or draw the first connections at random by ERK"
+                "values: call model.to_empty first, or draw the first mask at random with ERK"
             )
         else:
             weight = layer.part(named[layer.parameter].detach())

@@ -1,4 +1,4 @@
-"""Masks in a checkpoint, the same for all backends: a bool tensor, or sorted row-major positions."""
+"""Masks in a checkpoint: bool tensors or sorted row-major positions. All backends read both."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def count(saved: Tensor) -> int:
 
 
 def as_mask(saved: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A saved mask as bool tensor, in memory of its own."""
+    """A saved mask as a new bool tensor."""
     if saved.dtype == torch.bool:
         return saved.clone()
     return fill_at_(torch.zeros(shape, dtype=torch.bool), saved.to(torch.int64), 1)
@@ -48,19 +48,19 @@ def as_positions(saved: Tensor) -> Tensor:
 
 
 def narrow(positions: Tensor, size: int) -> Tensor:
-    """Positions among ``size``, in 32 bits where they fit."""
+    """Positions in [0, ``size``), as int32 if they fit."""
     return positions.to(torch.int32) if size <= 1 << 31 else positions
 
 
 def union_as_mask(saved: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A saved union of masks, bool or one bit a position, as bool tensor."""
+    """A saved union of masks (bool, or one bit per position) as a bool tensor."""
     if saved.dtype == torch.bool:
         return saved.clone()
     return as_mask(Explored(math.prod(shape), shape[-1], saved).positions(), shape)
 
 
 def union_as_bits(saved: Tensor, shape: tuple[int, ...]) -> Explored:
-    """A saved union of masks, bool or one bit a position, as set."""
+    """A saved union of masks (bool, or one bit per position) as a set."""
     if saved.dtype != torch.bool:
         return Explored(math.prod(shape), shape[-1], saved)
     explored = Explored(math.prod(shape), shape[-1])

@@ -1,4 +1,4 @@
-"""What the engine asks of the storage of weights; one class per backend gives it."""
+"""The interface of a backend."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from dst.topology.rewiring import Rewiring
 
 @dataclass(frozen=True)
 class Scoring:
-    """What a storage scores the weights of one layer with.
+    """The scores of one layer and their inputs.
 
     Attributes:
-        scores: ``drop``, and ``grow`` where weights ever grow.
-        buffers: Role to what the score's ``observe`` returned last; only of scores that observe.
-        generator: Role, or ``"ties"``, to a fresh CPU generator folded from seed, step, layer and it.
+        scores: The ``"drop"`` score, and the ``"grow"`` score of methods that grow weights.
+        buffers: Role to the last result of the score's ``observe``, for scores that observe.
+        generator: Maps a role, or ``"ties"``, to a new CPU generator seeded by seed, step, layer and role.
     """
 
     scores: Mapping[str, Score]
@@ -33,29 +33,29 @@ class Scoring:
 
 
 class Storage(ABC):
-    """The weights of some sparse parameters and which of them are active.
+    """Holds the weights and masks of some sparse parameters.
 
-    Parameters go by the name that they have in the dense model, and positions are row-major in a layer of its shape. What a
-    backend has no use for has a default that does nothing.
+    Names are parameter names of the dense model, and positions are row-major in the dense layer. Methods that a backend
+    does not need have a default that does nothing.
     """
 
     backend: ClassVar[str]
-    """Its name: ``masked``, ``latent`` or ``csr``."""
+    """Name of the backend: ``masked``, ``latent`` or ``csr``."""
     is_prepared: ClassVar[bool] = False
-    """Whether ``dst.prepare`` made the layers with their first connections."""
+    """Whether ``dst.prepare`` created the layers with their first mask."""
     parameters: Mapping[str, nn.Parameter]
     """Name to the parameter that the optimizer holds."""
     active: dict[str, int]
-    """Layer label to its number of active weights."""
+    """Layer label to number of active weights."""
 
-    # -- what is active -------------------------------------------------------------------------------------------
+    # -- masks and weights -----------------------------------------------------------------------------------------
 
     @abstractmethod
     def masks(self) -> dict[str, Tensor]:
-        """Name to bool mask of the dense shape (a DTensor for a parameter that is one)."""
+        """Name to bool mask of the dense shape. The mask of a DTensor parameter is a DTensor."""
 
     def mask_of(self, name: str) -> Tensor | None:
-        """The mask of this process's part of a parameter; ``None`` where the parameter holds no inactive weights."""
+        """The mask of this rank's shard of a parameter; ``None`` if the backend stores no inactive weights."""
         return None
 
     @abstractmethod
@@ -71,10 +71,10 @@ class Storage(ABC):
         gradient: bool = False,
         buffer: Tensor | None = None,
     ) -> LayerView:
-        """The layer at its dense shape, for what looks at every position."""
+        """The view of a layer at its dense shape."""
 
     def set_mask(self, positions: Mapping[str, Tensor]) -> None:  # noqa: B027
-        """Take over connections: layer label to sorted positions. Inactive weights are zero then."""
+        """Set the masks, given as layer label to sorted positions, and zero inactive weights."""
 
     @abstractmethod
     def rescale(self, layer: SparseLayer) -> None:
@@ -84,97 +84,97 @@ class Storage(ABC):
 
     @abstractmethod
     def decide(self, update: LayerUpdate, scoring: Scoring) -> Rewiring | None:
-        """Select what an update of a layer drops and grows, and change nothing; ``None`` where a gradient that it needs is missing."""
+        """Select the weights that an update of a layer drops and grows. ``None`` if a gradient is missing."""
 
     @abstractmethod
     def apply(self, layer: SparseLayer, rewiring: Rewiring, optimizer: Optimizer) -> None:
-        """Make an update: weights and optimizer state are zero where it changed, and go on where it did not.
+        """Apply an update. Dropped and grown weights and their optimizer state are set to zero.
 
-        The gradient fits the new connections afterwards, those that have grown included where it was expected.
+        The gradient afterwards belongs to the new mask. It includes grown weights if a dense gradient was expected.
         """
 
     # -- an optimizer step ----------------------------------------------------------------------------------------
 
     def expect_dense_gradient(self, parameters: Collection[nn.Parameter], expected: bool) -> None:  # noqa: B027
-        """Announce whether the step to come reads gradients of inactive weights; called before its forward pass."""
+        """Set whether the next step needs gradients of inactive weights. Called before its forward pass."""
 
     def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:  # noqa: B027
-        """Set gradients of inactive weights to zero."""
+        """Set the gradients of inactive weights to zero."""
 
     def mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:  # noqa: B027
         """Set inactive weights to zero."""
 
     def mask_optimizer_state(self, optimizer: Optimizer) -> None:  # noqa: B027
-        """Set an optimizer's state of inactive weights to zero."""
+        """Set the optimizer state of inactive weights to zero."""
 
     def begin_step(self, optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> None:  # noqa: B027
-        """Let parameters and gradients be what the optimizer moves, as its step begins; without effect a second time."""
+        """Prepare parameters and gradients for the optimizer step. A second call has no effect."""
 
     def end_step(self, parameters: Collection[nn.Parameter], step: int, steps: int) -> None:
-        """Let parameters be what the network computes with, behind the optimizer's step: inactive weights are zero.
+        """Prepare parameters for the forward pass after the optimizer step. Inactive weights are zero.
 
         Args:
-            parameters: The optimizer's.
-            step: The number of the step to come.
-            steps: When the first mask is made.
+            parameters: The parameters of the optimizer.
+            step: Number of the next step.
+            steps: The step at which the first mask is chosen.
         """
         self.mask_weights(parameters)
 
     def release(self) -> None:  # noqa: B027
-        """Leave the model as it is to be used without this storage."""
+        """Prepare the model for use without this storage."""
 
-    # -- gradients that are kept outside parameters ---------------------------------------------------------------
+    # -- gradients outside the parameters --------------------------------------------------------------------------
 
     def collected_is_finite(self, parameters: Collection[nn.Parameter]) -> bool:
-        """Whether what stands for gradients of inactive weights, where parameters hold none, is finite."""
+        """Whether the gradients stored outside the parameters are finite."""
         return True
 
     def collected_state(self) -> dict[str, list[list[Tensor]]]:
-        """That, for a checkpoint in the middle of an accumulated step."""
+        """The gradients stored outside the parameters, for a checkpoint during gradient accumulation."""
         return {}
 
     def load_collected(self, collected: Mapping[str, list[list[Tensor]]]) -> None:  # noqa: B027
-        """Go on from ``collected_state``; without effect where the coming step does not need it."""
+        """Continue from ``collected_state``. No effect if the next step does not need these gradients."""
 
-    # -- weights that are kept beside parameters ------------------------------------------------------------------
+    # -- latent weights --------------------------------------------------------------------------------------------
 
     def latent_shapes(self, masked: bool) -> dict[str, tuple[int, ...]]:
-        """The names and shapes of ``state()["latent"]``, before or after the first mask is made."""
+        """Names and shapes of ``state()["latent"]``, before or after the first mask is chosen (``masked``)."""
         return {}
 
     # -- copies, exploration and checkpoints ----------------------------------------------------------------------
 
     @abstractmethod
     def track_average(self, model: nn.Module) -> None:
-        """Keep a copy of the model on the same connections from now on; refuse one that lacks a parameter."""
+        """Apply the masks to a copy of the model from now on. The copy must have all parameters."""
 
     @abstractmethod
     def explore(self) -> None:
-        """Count from now on which connections have ever been active."""
+        """Start recording which weights have ever been active."""
 
     @abstractmethod
     def explored(self, layer: SparseLayer) -> float:
-        """How many connections of a layer have ever been active."""
+        """Number of weights of a layer that have ever been active."""
 
     @abstractmethod
     def signatures(self) -> Iterable[tuple[str, Tensor]]:
-        """Name and a tensor, equal on processes whose masks are; only for parameters that all processes hold whole."""
+        """Name and a tensor that identifies the mask, to compare ranks. Sharded parameters are left out."""
 
     @abstractmethod
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds, each a mapping by name.
+        """The state for a checkpoint; each entry is a mapping by name.
 
-        ``masks``: whole bool tensors, or sorted positions. ``union``: the weights that have ever been active, once
-        ``explore`` was called. ``latent``: what is kept beside the parameters.
+        ``masks``: whole bool tensors, or sorted positions. ``union``: the weights that have ever been active, after a call
+        of ``explore``. ``latent``: latent weights and learned tensors of the relaxation.
         """
 
     @abstractmethod
     def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
-        """Continue at ``step`` from the ``state`` of storages of this backend or another."""
+        """Continue at ``step`` from a ``state`` of any backend."""
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether every entry is finite; the sum settles it in one pass unless it overflows."""
+    """Whether all entries are finite. Tests the sum first, which takes a single pass."""
     if tensor.layout == torch.sparse_coo:
         tensor = tensor.coalesce().values()
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())

@@ -1,4 +1,4 @@
-"""All storages of a network behind one object."""
+"""The storages of all sparse layers of a model."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from dst.topology.sharding import check_equal_masks
 
 
 class Storages:
-    """Answers for a layer from the storage that holds it, and passes on to every storage what concerns all.
+    """Delegates calls for one layer to its storage, and calls for the model to all storages.
 
     Args:
         storages: The storages.
-        layers: All sparse layers, whose order ``parameters`` and ``masks`` have.
+        layers: All sparse layers. ``parameters`` and ``masks`` have their order.
 
     Attributes:
-        parameters: Name of each dense parameter to the parameter that the optimizer holds.
+        parameters: Name in the dense model to the parameter that the optimizer holds.
     """
 
     def __init__(self, storages: Iterable[Storage], layers: Sequence[SparseLayer]) -> None:
@@ -47,7 +47,7 @@ class Storages:
         return self._by_name[layer.parameter]
 
     def name_of(self, parameter: nn.Parameter) -> str | None:
-        """The dense name of a parameter; ``None`` for one without a sparse layer."""
+        """Name of a parameter in the dense model; ``None`` if it has no sparse layer."""
         return self._names.get(parameter)
 
     def parameter(self, layer: SparseLayer) -> nn.Parameter:
@@ -59,11 +59,11 @@ class Storages:
         return self.of(layer).backend
 
     def is_prepared(self, name: str) -> bool:
-        """Whether ``dst.prepare`` chose the first connections of a parameter."""
+        """Whether ``dst.prepare`` chose the first mask of a parameter."""
         return self._by_name[name].is_prepared
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a dense parameter."""
+        """Shape of a parameter in the dense model."""
         return self._by_name[name].shape(name)
 
     def active(self, layer: SparseLayer) -> int:
@@ -71,14 +71,14 @@ class Storages:
         return self.of(layer).active[layer.label]
 
     def mask_of(self, parameter: nn.Parameter) -> Tensor | None:
-        """The mask of this process's part of a parameter; ``None`` where the parameter holds no inactive weights."""
+        """The mask of this rank's shard of a parameter; ``None`` if the backend stores no inactive weights."""
         name = self._names.get(parameter)
         return None if name is None else self._by_name[name].mask_of(name)
 
     def view(
         self, layer: SparseLayer, generator: torch.Generator, *, gradient: bool = False, buffer: Tensor | None = None
     ) -> LayerView:
-        """A layer at its dense shape."""
+        """The view of a layer at its dense shape."""
         return self.of(layer).view(layer, generator, gradient=gradient, buffer=buffer)
 
     def weight(self, layer: SparseLayer) -> Tensor:
@@ -90,22 +90,22 @@ class Storages:
         self.of(layer).rescale(layer)
 
     def explored(self, layer: SparseLayer) -> float:
-        """How many weights of a layer have ever been active."""
+        """Number of weights of a layer that have ever been active."""
         return self.of(layer).explored(layer)
 
     def decide(self, update: LayerUpdate, scoring: Scoring) -> Rewiring | None:
-        """Select what an update of a layer drops and grows; ``None`` where a gradient is missing."""
+        """Select the weights that an update of a layer drops and grows. ``None`` if a gradient is missing."""
         return self.of(update.layer).decide(update, scoring)
 
     def apply(self, layer: SparseLayer, rewiring: Rewiring, optimizer: Optimizer) -> None:
-        """Make an update of a layer."""
+        """Apply an update to a layer."""
         self.of(layer).apply(layer, rewiring, optimizer)
 
-    # -- all of them ----------------------------------------------------------------------------------------------
+    # -- all layers -----------------------------------------------------------------------------------------------
 
     @property
     def any_prepared(self) -> bool:
-        """Whether ``dst.prepare`` chose the first connections of some layer."""
+        """Whether ``dst.prepare`` chose the first mask of any layer."""
         return any(storage.is_prepared for storage in self)
 
     def masks(self) -> dict[str, Tensor]:
@@ -114,57 +114,57 @@ class Storages:
         return {name: found[name] for name in self.parameters}
 
     def set_mask(self, positions: Mapping[str, Tensor]) -> None:
-        """Take over a first mask: layer label to sorted positions."""
+        """Set the masks, given as layer label to sorted positions."""
         for storage in self:
             storage.set_mask(positions)
 
     def check_agreement(self, step: int, group: ProcessGroup | None) -> None:
-        """Compare the replicated masks of all processes."""
+        """Check that replicated masks are equal on all ranks."""
         check_equal_masks([signature for storage in self for signature in storage.signatures()], step, group)
 
     def explore(self) -> None:
-        """Count from now on which weights have ever been active."""
+        """Start recording which weights have ever been active."""
         for storage in self:
             storage.explore()
 
     def track_average(self, model: nn.Module) -> None:
-        """Keep a copy of the model on the same connections from now on."""
+        """Apply the masks to a copy of the model from now on."""
         for storage in self:
             storage.track_average(model)
 
     # -- an optimizer step ----------------------------------------------------------------------------------------
 
     def expect_dense_gradient(self, parameters: Collection[nn.Parameter], expected: bool) -> None:
-        """Announce whether the coming step reads gradients of inactive weights."""
+        """Set whether the next step needs gradients of inactive weights."""
         for storage in self:
             storage.expect_dense_gradient(parameters, expected)
 
     def collected_is_finite(self, parameters: Collection[nn.Parameter]) -> bool:
-        """Whether the gradients that are kept outside the parameters are finite."""
+        """Whether the gradients stored outside the parameters are finite."""
         return all(storage.collected_is_finite(parameters) for storage in self)
 
     def mask_gradients(self, parameters: Collection[nn.Parameter]) -> None:
-        """Set gradients of inactive weights to zero."""
+        """Set the gradients of inactive weights to zero."""
         for storage in self:
             storage.mask_gradients(parameters)
 
     def mask_optimizer_state(self, optimizer: Optimizer) -> None:
-        """Set an optimizer's state of inactive weights to zero."""
+        """Set the optimizer state of inactive weights to zero."""
         for storage in self:
             storage.mask_optimizer_state(optimizer)
 
     def begin_step(self, optimizer: Optimizer, parameters: Collection[nn.Parameter]) -> None:
-        """Let parameters and gradients be what the optimizer moves."""
+        """Prepare parameters and gradients for the optimizer step."""
         for storage in self:
             storage.begin_step(optimizer, parameters)
 
     def end_step(self, parameters: Collection[nn.Parameter], step: int, mask_step: int) -> None:
-        """Let parameters be what the network computes with; inactive weights are zero."""
+        """Prepare parameters for the forward pass. Inactive weights are zero."""
         for storage in self:
             storage.end_step(parameters, step, mask_step)
 
     def release(self) -> None:
-        """Leave the model as it is to be used without storages; inactive weights are zero."""
+        """Prepare the model for use without storages. Inactive weights are zero."""
         parameters = list(self.parameters.values())
         for storage in self:
             storage.mask_weights(parameters)
@@ -174,12 +174,12 @@ class Storages:
     # -- saving and loading ---------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint holds of the storages: ``masks``, ``union`` and ``latent``, each by name."""
+        """The state for a checkpoint: ``masks``, ``union`` and ``latent``, each by name."""
         states = [storage.state() for storage in self]
         return {key: {n: t for state in states for n, t in state[key].items()} for key in ("masks", "union", "latent")}
 
     def latent_shapes(self, masked: bool) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of ``latent``, before or after the first mask."""
+        """Names and shapes of ``latent``, before or after the first mask is chosen (``masked``)."""
         return {name: shape for storage in self for name, shape in storage.latent_shapes(masked).items()}
 
     def load(self, state: Mapping[str, Any], step: int) -> None:
@@ -188,10 +188,10 @@ class Storages:
             storage.load(state, step)
 
     def collected_state(self) -> dict[str, list[list[Tensor]]]:
-        """The gradients that are kept outside the parameters, for a checkpoint within an accumulated step."""
+        """The gradients stored outside the parameters, for a checkpoint during gradient accumulation."""
         return {name: held for storage in self for name, held in storage.collected_state().items()}
 
     def load_collected(self, collected: Mapping[str, list[list[Tensor]]]) -> None:
-        """Continue from ``collected_state``; follows ``expect_dense_gradient``."""
+        """Continue from ``collected_state``. Call it after ``expect_dense_gradient``."""
         for storage in self:
             storage.load_collected(collected)

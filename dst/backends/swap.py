@@ -1,4 +1,4 @@
-"""Swapping dense modules for sparse ones and back: which can be, and what becomes of them."""
+"""Swapping dense modules for sparse ones and back."""
 
 from __future__ import annotations
 
@@ -7,28 +7,27 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from dst.backends.servable import sizes_of_padding
+from dst.backends.csr_support import sizes_of_padding
 from dst.errors import ConfigurationError
 from dst.nn import FeatureMajorLinear, SparseConv2d, SparseLinear
 from dst.nn.layout import choose_layouts
 from dst.topology.seeding import folded_generator
 
 Dense: TypeAlias = nn.Linear | nn.Conv2d
-"""Modules that may become sparse ones."""
-
+"""Dense modules that have a sparse counterpart."""
 
 _HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks") and "state_dict" not in name)
 
 
 def exchange(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put modules in the places of others, and make the dense linear layers beside sparse ones feature-major.
+    """Replace modules, and make the dense linear layers of a model with sparse ones feature-major.
 
     Args:
-        model: Changed in place.
-        swapped: Old module to new one.
+        model: The model. It is changed in place.
+        swapped: Old module to new module.
 
     Returns:
-        The model: a new one where it is itself among the old.
+        The model. A new module if the model itself is replaced.
     """
     if not swapped:
         return model
@@ -36,7 +35,7 @@ def exchange(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) -> nn.Mod
     modules = list(model.modules())
     beside: dict[nn.Module, nn.Module] = {}
     if any(isinstance(module, SparseLinear) for module in modules):
-        # Dense layers take activations as sparse ones leave them.
+        # Dense layers then read the feature-major activations of sparse ones without a copy.
         beside = {m: FeatureMajorLinear.from_linear(m) for m in modules if type(m) is nn.Linear}
     else:
         beside = {m: m.to_linear() for m in modules if type(m) is FeatureMajorLinear}
@@ -47,7 +46,7 @@ def exchange(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) -> nn.Mod
 
 
 def _guard_save_pretrained(model: nn.Module, stores_non_zeros: bool) -> None:
-    """Let a Hugging Face model refuse to write a file that ``from_pretrained`` would fill up with random weights."""
+    """Disable ``save_pretrained`` of a Hugging Face model: ``from_pretrained`` would replace sparse weights by random ones."""
     if not hasattr(type(model), "save_pretrained"):
         return
     if stores_non_zeros:
@@ -58,13 +57,13 @@ def _guard_save_pretrained(model: nn.Module, stores_non_zeros: bool) -> None:
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
     raise ConfigurationError(
-        "this model stores only its non-zeros, under names that from_pretrained does not know: turn it back by "
-        "dst.to_dense(model) first, or save a copy that was"
+        "this model stores only its non-zeros, under names that from_pretrained does not know: convert it, or a copy, with "
+        "dst.to_dense(model) first"
     )
 
 
 def replace(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put modules in the places of others, wherever they stand; see ``exchange``."""
+    """Replace modules wherever they occur; see ``exchange``."""
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child is not None and child in swapped:
@@ -73,13 +72,13 @@ def replace(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) -> nn.Modu
 
 
 def sparse_module(label: str, dense: nn.Module, positions: Tensor, seed: int) -> SparseLinear:
-    """Make a sparse layer of some weights of a dense one, which is left as it is.
+    """Create a sparse module from the weights of a dense one at some positions. The dense module is not changed.
 
     Args:
-        label: The layer's name, of which values are drawn where the dense weight is on the meta device.
-        dense: One that ``is_servable``.
+        label: The layer's label. Together with ``seed`` it seeds the values if the dense weight is on the meta device.
+        dense: A module that ``is_supported``.
         positions: Sorted row-major positions of the weights.
-        seed: Kept as ``pattern_seed``.
+        seed: Stored as ``pattern_seed``.
     """
     assert isinstance(dense, (nn.Linear, nn.Conv2d))
     weight, bias, on_meta = dense.weight, dense.bias, dense.weight.device.type == "meta"
@@ -123,7 +122,7 @@ def two(sizes: tuple[int, ...]) -> tuple[int, int]:
 
 
 def dense_module(sparse: SparseLinear) -> Dense:
-    """Make a dense layer with the weights and hooks of a sparse one, zeros elsewhere."""
+    """Create a dense module with the weights and hooks of a sparse one, and zeros elsewhere."""
     dense = sparse.to_conv() if isinstance(sparse, SparseConv2d) else sparse.to_linear()
     dense.weight.requires_grad_(sparse.values.requires_grad)
     if dense.bias is not None and sparse.bias is not None:

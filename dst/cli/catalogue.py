@@ -1,4 +1,4 @@
-"""All methods in one table, derived from what their functions compose and say."""
+"""A table of all methods, derived from their compositions and docstrings."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from dst.method import BACKENDS, Method
 from dst.pieces.protocols import waits_for_batch
 
 COLUMNS = ("sparsity=", "storage", "growth", "pattern", "dense gradient", "paper")
-_DENSITIES = (0.1, 0.5, 1.0)  # of the table's examples; not every pattern has every density
+_DENSITIES = (0.1, 0.5, 1.0)  # of the examples: not every pattern supports every density
 
 
 def catalogue() -> list[tuple[str, ...]]:
-    """One row per method of ``dst.methods``, in the order of ``COLUMNS``.
+    """Return one row for each method of ``dst.methods``, in the order of ``COLUMNS``.
 
-    - storage: the backends that take the method with its defaults;
-    - growth: the growth score, ``none`` where nothing grows;
-    - dense gradient: at which steps the gradient of inactive weights has to be computed, which is what a step costs beyond
-      its sparse part: ``never``, ``first step``, ``every ΔT``, ``until the mask``, ``while dense``, ``always``;
-    - paper: the first link of the function's docstring.
+    - storage: the backends that support the method with its defaults.
+    - growth: the growth score; ``none`` if nothing grows.
+    - dense gradient: the steps that need the gradient of inactive weights, and so cost more than their sparse part:
+      ``never``, ``first step``, ``every ΔT``, ``until the mask``, ``while dense``, ``always``.
+    - paper: the first link in the function's docstring.
     """
     return [_row(name, getattr(methods, name)) for name in methods.__all__]
 
@@ -49,7 +49,7 @@ def _storages(make: Callable[..., Method], method: Method) -> list[str]:
     found: dict[str, None] = {}
     for backend in BACKENDS:
         if backend == "auto":
-            continue  # one of the others, layer by layer
+            continue  # it chooses one of the others for each layer
         try:
             found[make(method.density, backend=backend).backend] = None
         except ConfigurationError:
@@ -58,7 +58,7 @@ def _storages(make: Callable[..., Method], method: Method) -> list[str]:
 
 
 def growth(method: Method) -> str:
-    """The growth score in words."""
+    """Return the growth score in words."""
     return "none" if method.grow is None else _words(method.grow)
 
 
@@ -68,7 +68,7 @@ def _words(piece: object) -> str:
 
 
 def _split(name: str) -> str:
-    """``SignedMagnitude`` as ``signed magnitude``; names with digits as they are."""
+    """Return ``SignedMagnitude`` as ``signed magnitude``; names with digits stay."""
     return name if any(c.isdigit() for c in name) or name.isupper() else re.sub(r"(?<!^)(?=[A-Z])", " ", name).lower()
 
 
@@ -77,7 +77,7 @@ def _pattern(method: Method) -> str:
 
 
 def cost(method: Method) -> str:
-    """At which steps the gradient of inactive weights has to be computed."""
+    """Return the steps that need the gradient of inactive weights."""
     if method.density == 1 and method.lottery is None:
         return "always"  # all weights are active
     if method.lottery is not None:

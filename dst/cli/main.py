@@ -1,4 +1,4 @@
-"""The command line: ``dst train``, the same as ``train.py``, and what looks at runs afterwards."""
+"""The ``dst`` command: ``dst train``, which is the same as ``train.py``, and commands that show finished runs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from dst.errors import ConfigurationError, StateError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-# Hydra, Lightning and rich are imported where they are used: `dst --help` and a mistyped setting answer at once.
+# Hydra, Lightning and rich are imported in functions, so that `dst --help` and a mistyped setting respond at once.
 
 
 @dataclass
 class TrainConfig:
-    """Types of ``conf/train.yaml``'s settings, so that a wrong one is rejected when it is read."""
+    """Types of the settings in ``conf/train.yaml``. Hydra rejects a value of another type when it reads it."""
 
     density: float = 0.1
     seed: int = 0
@@ -36,7 +36,7 @@ class TrainConfig:
     select: str = "last"
     convention: str = "flops"
     effective_density: bool = False
-    sparsity: Any = "???"  # OmegaConf's mark for what has to be given
+    sparsity: Any = "???"  # OmegaConf's mark of a required value
     model: Any = "???"
     data: Any = "???"
     optimizer: Any = "???"
@@ -46,10 +46,10 @@ class TrainConfig:
 
 
 def config_dir() -> Path:
-    """Return the folder of the configuration files: the installed package's, or the checkout's.
+    """Return the folder of the configuration files, of the installed package or of the checkout.
 
     Raises:
-        ConfigurationError: There is neither.
+        ConfigurationError: Neither exists.
     """
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "conf", package.parent / "conf"):
@@ -59,7 +59,7 @@ def config_dir() -> Path:
 
 
 def register_schema() -> None:
-    """Make `TrainConfig` known to Hydra, as ``schema``; needed before ``train.yaml`` is composed."""
+    """Register `TrainConfig` with Hydra as ``schema``, which composing ``train.yaml`` needs."""
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name="schema", node=TrainConfig)
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS and "LOCAL_RANK" in os.environ:
-        # Lightning starts the other processes of a distributed run with the overrides alone.
+        # Lightning starts the other processes of a distributed run with the overrides only.
         command, rest = "train", arguments
     if command not in COMMANDS:
         guess = difflib.get_close_matches(command, COMMANDS, 1)
@@ -89,20 +89,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train(argv: Sequence[str]) -> int:
-    """Train as ``conf/train.yaml`` and the overrides say, and return the exit status.
+    """Train with ``conf/train.yaml`` and the overrides, and return the exit status.
 
-    A mistake in the settings ends in one line on standard error and status 2, and leaves no folder behind;
-    ``DST_TRACEBACK=1`` or ``HYDRA_FULL_ERROR=1`` shows where it was found.
+    A wrong setting prints one line on standard error, returns status 2 and leaves no folder behind. ``DST_TRACEBACK=1`` or
+    ``HYDRA_FULL_ERROR=1`` also prints the traceback.
 
     Args:
-        argv: Overrides and flags as Hydra takes them.
+        argv: Overrides and flags of Hydra.
     """
     import hydra
 
     wanted = os.environ.get("DST_TRACEBACK", os.environ.get("HYDRA_FULL_ERROR", "0"))
-    # Hydra would print exceptions itself and exit; set for all processes that this one starts.
+    # Otherwise Hydra prints exceptions itself and exits. Set for all processes that this one starts, too.
     os.environ.update(HYDRA_FULL_ERROR="1", DST_TRACEBACK=wanted)
-    # Hydra's parser takes no overrides on both sides of a flag.
+    # Hydra's parser accepts overrides on one side of a flag only.
     sys.argv = [sys.argv[0], *sorted(argv, key=lambda argument: argument not in ("-m", "--multirun"))]
     register_schema()
     begun = False
@@ -115,7 +115,7 @@ def train(argv: Sequence[str]) -> int:
     try:
         hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="train")(begin)()
     except Exception as error:
-        if not begun and isinstance(error, OSError) and error.filename:  # Hydra makes the run's folder before the job
+        if not begun and isinstance(error, OSError) and error.filename:  # Hydra creates the run's folder before the job
             error = ConfigurationError(
                 f"the run's folder cannot be written ({error.strerror}: {error.filename}); choose another hydra.run.dir"
             )
@@ -126,7 +126,7 @@ def train(argv: Sequence[str]) -> int:
 
 
 def _refuse(error: Exception) -> int:
-    """Report a mistake in the settings, undo what was written, and return the exit status."""
+    """Print a wrong setting, undo what was written, and return the exit status."""
     from dst.cli.sweep import discard
 
     discard()
@@ -144,7 +144,7 @@ def _is_about_settings(error: Exception) -> bool:
 
 
 def job(cfg: DictConfig) -> float:
-    """Train one run, within Hydra; return its test accuracy, for sweepers that optimise it."""
+    """Train one run within Hydra. Return its test accuracy, for sweepers that optimise it."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
@@ -152,7 +152,7 @@ def job(cfg: DictConfig) -> float:
     folder = Path(hydra_cfg.runtime.output_dir)
     if hydra_cfg.mode == RunMode.MULTIRUN:
         if hydra_cfg.runtime.choices["hydra/launcher"] != "basic":
-            cfg.trainer.enable_progress_bar = False  # runs side by side would draw over each other
+            cfg.trainer.enable_progress_bar = False  # bars of parallel runs would overwrite each other
         return _sweep_job(cfg, folder)
 
     from dst.cli.train import run
@@ -163,10 +163,10 @@ def job(cfg: DictConfig) -> float:
     except Exception as error:
         if not _is_about_settings(error):
             raise
-        sys.exit(_refuse(error))  # raised any further, Hydra would add lines of its own
+        sys.exit(_refuse(error))  # Hydra would add lines of its own to an exception
     except (KeyboardInterrupt, SystemExit) as interrupt:
         if (folder / "checkpoints" / "last.ckpt").exists():
-            print(f"interrupted; go on with: resume=last hydra.run.dir={folder}", file=sys.stderr)
+            print(f"interrupted; resume with: resume=last hydra.run.dir={folder}", file=sys.stderr)
         sys.exit(_status(interrupt))
     if os.environ.get("LOCAL_RANK", "0") == "0":
         show(summary.renderable(folder))
@@ -182,7 +182,7 @@ _DIVERGED = (
 
 
 def _status(interrupt: BaseException) -> int:
-    """The exit status of a process that was interrupted: 128 and the signal's number, never that of success."""
+    """Return the exit status of an interrupted process: 128 plus the signal's number."""
     from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     if isinstance(interrupt, SIGTERMException):
@@ -192,9 +192,9 @@ def _status(interrupt: BaseException) -> int:
 
 
 def _sweep_job(cfg: DictConfig, folder: Path) -> float:
-    """Train one run of a sweep; a failure is recorded in the run's folder, and the sweep goes on.
+    """Train one run of a sweep. A failure is recorded in the run's folder, and the sweep continues.
 
-    In the folder of an interrupted sweep, finished runs are not repeated and an interrupted one is resumed.
+    In the folder of an interrupted sweep, finished runs are not repeated, and unfinished ones are resumed.
     """
     from dst.cli.sweep import ERROR_FILE, finished, mark_finished
     from dst.cli.train import run
@@ -211,8 +211,8 @@ def _sweep_job(cfg: DictConfig, folder: Path) -> float:
         mark_finished(folder, cfg)
     except (KeyboardInterrupt, SystemExit) as interrupt:
         print(
-            f"interrupted; go on with the same command and hydra.sweep.dir={_sweep_folder(folder)}: runs that are finished are "
-            "kept, and this one is resumed",
+            f"interrupted; resume with the same command and hydra.sweep.dir={_sweep_folder(folder)}: finished runs are kept, "
+            "and this one is resumed",
             file=sys.stderr,
         )
         sys.exit(_status(interrupt))
@@ -239,13 +239,13 @@ def _sweep_folder(folder: Path) -> Path:
 
 
 def explain(error: BaseException) -> str:
-    """Say in one message what a user has to change.
+    """Return one message that says what to change.
 
     Args:
-        error: What configuration or validation raised.
+        error: An error of the configuration or of a check.
 
     Returns:
-        The message of the innermost cause that is about the settings.
+        The message of its cause that is about the settings.
     """
     from hydra.errors import ConfigCompositionException, InstantiationException, MissingConfigException
 
@@ -281,7 +281,7 @@ def _accuracy(value: float | None) -> float:
 
 
 def methods(argv: Sequence[str]) -> int:
-    """Print the methods with what they are made of."""
+    """Print all methods with their storage, growth score, pattern, cost and paper."""
     import argparse
 
     parser = argparse.ArgumentParser(
@@ -301,7 +301,7 @@ def methods(argv: Sequence[str]) -> int:
 
 
 def inspect(argv: Sequence[str]) -> int:
-    """Print a checkpoint's layers, densities and health, without executing anything that it brings."""
+    """Print a checkpoint's layers, densities and health, without executing code from the file."""
     import argparse
 
     parser = argparse.ArgumentParser("dst inspect", description="Show a checkpoint's layers, densities and health.")
@@ -324,7 +324,7 @@ def inspect(argv: Sequence[str]) -> int:
 
 
 def compare(argv: Sequence[str]) -> int:
-    """Print means over seeds, paired differences and Pareto fronts of runs; write them as files where asked to."""
+    """Print means over seeds, paired differences and Pareto fronts of runs, and write them as files on request."""
     import argparse
 
     from dst.report.compare import compare as compared
@@ -333,8 +333,8 @@ def compare(argv: Sequence[str]) -> int:
     from dst.report.terminal import show
 
     parser = argparse.ArgumentParser("dst compare", description="Compare finished runs over seeds.")
-    parser.add_argument("runs", nargs="+", help="folders of runs, or folders that hold such (a sweep's)")
-    parser.add_argument("--baseline", help="label of the group that all others are compared with")
+    parser.add_argument("runs", nargs="+", help="folders of runs, or folders of such folders (a sweep)")
+    parser.add_argument("--baseline", help="label of the group to compare all others with")
     parser.add_argument(
         "--output", type=Path, help="folder for compare.csv, differences.csv, compare.md and compare.html"
     )
@@ -344,7 +344,7 @@ def compare(argv: Sequence[str]) -> int:
         return int(done.code or 0)
     try:
         comparison = compared(read_runs(arguments.runs), arguments.baseline)
-    except ConfigurationError as error:  # data errors are such too
+    except ConfigurationError as error:  # DataError is one, too
         print(f"error: {error}", file=sys.stderr)
         return 2
     show(renderable(comparison))
@@ -362,7 +362,7 @@ def report(argv: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser("dst report", description="Write a run's report: one HTML file, no network.")
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--output", type=Path, help=f"where it goes; {REPORT_FILE} in the run's folder by default")
+    parser.add_argument("--output", type=Path, help=f"the file to write; {REPORT_FILE} in the run's folder by default")
     try:
         arguments = parser.parse_args(argv)
     except SystemExit as done:
@@ -370,7 +370,7 @@ def report(argv: Sequence[str]) -> int:
     output = arguments.output or arguments.run / REPORT_FILE
     try:
         write_report(arguments.run, output)
-    except ConfigurationError as error:  # data errors are such too
+    except ConfigurationError as error:  # DataError is one, too
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(output)

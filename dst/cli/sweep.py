@@ -1,4 +1,4 @@
-"""The folders around runs: removed where a run never began, and summed up in one table where a sweep ended."""
+"""Folders of runs and sweeps: removed if no run began, and summarised in one table when a sweep ends."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ OVERRIDES_FILE = ".hydra/overrides.yaml"
 
 
 class Folders(Callback):
-    """Hydra callback that remembers what was in a folder before, and ends a sweep with its table."""
+    """Hydra callback that remembers the previous content of a folder, and writes the table of a sweep."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember the run's folder."""
+        """Remember the content of the run's folder."""
         Before.remember(config.hydra.run.dir)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Remember the sweep's folder."""
+        """Remember the content of the sweep's folder."""
         Before.remember(config.hydra.sweep.dir)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -45,20 +45,20 @@ class Folders(Callback):
         write_table(rows, config.hydra.sweep.dir)
         show(table(rows, title=str(config.hydra.sweep.dir)))
         if any(row.status != "ok" for row in rows):
-            # Not an Exception: Hydra would turn that into a warning, and the command would succeed.
+            # Hydra turns an Exception into a warning, and the command would succeed.
             sys.exit(1)
 
 
 @dataclass(frozen=True)
 class Before:
-    """What a folder held before a command: its paths, with the content of those that Hydra overwrites."""
+    """The content of a folder before a command: its paths, and the bytes of files that Hydra overwrites."""
 
     folder: Path
     content: dict[Path, bytes | None]
 
     @classmethod
     def remember(cls, folder: str) -> None:
-        """Take stock of a folder that may not exist yet."""
+        """Read a folder, which need not exist."""
         global _before
         root = Path(folder).absolute()
         _before = cls(
@@ -67,7 +67,7 @@ class Before:
         )
 
     def restore(self) -> None:
-        """Remove everything new, and parents that are empty then; put back what was overwritten."""
+        """Remove all new files and then empty parent folders. Restore overwritten files."""
         for path in sorted(self.folder.rglob("*"), reverse=True):
             if path not in self.content:
                 path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -84,7 +84,7 @@ _before: Before | None = None
 
 
 def discard() -> None:
-    """Undo what this command wrote, unless training has come so far that a checkpoint could be resumed."""
+    """Undo what this command wrote, unless there is a checkpoint to resume from."""
     global _before
     if _before is not None:
         folder = _before.folder
@@ -98,7 +98,7 @@ def _is_hydras(path: Path) -> bool:
 
 
 def finished(folder: Path, cfg: DictConfig) -> Summary | None:
-    """Return the summary of a run that an earlier sweep in the same folder has finished, or None.
+    """Return the summary of a run that an earlier sweep in the same folder has finished, or ``None``.
 
     Raises:
         ConfigurationError: The folder holds the results of a run with other settings.
@@ -115,7 +115,7 @@ def finished(folder: Path, cfg: DictConfig) -> Summary | None:
 
 
 def mark_finished(folder: Path, cfg: DictConfig) -> None:
-    """Record the settings of a finished run, by which a repeated sweep knows it."""
+    """Record the settings of a finished run, so that a repeated sweep recognises it."""
     write_atomically(folder / CONFIG_FILE, _settings(cfg))
 
 

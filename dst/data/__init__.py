@@ -1,4 +1,4 @@
-"""Small, real tasks, images and text, as Lightning data modules held in memory."""
+"""Small real data sets of images and text, as Lightning data modules in memory."""
 
 from __future__ import annotations
 

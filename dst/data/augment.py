@@ -8,15 +8,15 @@ from torch.nn.functional import pad
 
 
 def crop_and_flip(images: Tensor, uniform: Tensor, padding: int = 4) -> Tensor:
-    """Shift every image by up to ``padding`` pixels over a black border and mirror half of them.
+    """Shift each image by up to ``padding`` pixels over a black border, and mirror half of them.
 
-    The usual CIFAR augmentation (He et al. 2016, section 4.2): a random crop of the padded image, then a
-    random horizontal flip.
+    This is the usual augmentation of CIFAR (He et al. 2016, section 4.2): a random crop of the padded image, then a random
+    horizontal flip.
 
     Args:
         images: ``(B, C, H, W)``, any dtype.
         uniform: ``(B, 3)`` in [0, 1): the vertical offset, the horizontal offset and the flip of each image.
-        padding: border on every side.
+        padding: Border on each side, in pixels.
 
     Returns:
         A new tensor of the shape and dtype of ``images``.

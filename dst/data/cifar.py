@@ -1,4 +1,4 @@
-"""Reader of CIFAR-10 and CIFAR-100 in their published formats, from a folder or straight from the archive."""
+"""Reader of CIFAR-10 and CIFAR-100 in their published formats, from a folder or from the archive."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _PIXELS = 3 * 32 * 32
 def read_cifar(path: str | Path, split: Split, classes: Literal[10, 100]) -> tuple[Tensor, Tensor]:
     """Read one split of CIFAR, in its binary or its Python version.
 
-    Both are described at https://www.cs.toronto.edu/~kriz/cifar.html.
+    https://www.cs.toronto.edu/~kriz/cifar.html describes both versions. The names of the files tell them apart.
 
     Args:
-        path: the extracted folder, or the ``.tar.gz`` archive; the version is told by the files within.
+        path: The extracted folder, or the ``.tar.gz`` archive.
         split: ``"train"`` or ``"test"``.
         classes: 10, or 100 (fine labels).
 
@@ -34,7 +34,7 @@ def read_cifar(path: str | Path, split: Split, classes: Literal[10, 100]) -> tup
         uint8 images ``(N, 3, 32, 32)`` and int64 labels ``(N,)`` in ``range(classes)``.
 
     Raises:
-        DataError: if files are missing or damaged, or a pickle holds anything but arrays and plain values.
+        DataError: Files are missing or damaged, or a pickle holds anything but arrays and plain values.
     """
     path = Path(path)
     stems = _stems(split, classes)
@@ -59,7 +59,7 @@ def parse_binary(content: bytes, classes: int, name: str) -> tuple[Tensor, Tenso
         uint8 ``(N, 3, 32, 32)`` and int64 ``(N,)``.
 
     Raises:
-        DataError: if the content is not a whole number of records or a label is out of range; names ``name``.
+        DataError: The content is not a whole number of records, or a label is out of range; names ``name``.
     """
     header = 1 if classes == 10 else 2
     if not content or len(content) % (header + _PIXELS):
@@ -73,13 +73,13 @@ def parse_binary(content: bytes, classes: int, name: str) -> tuple[Tensor, Tenso
 def parse_pickle(content: bytes, classes: int, name: str) -> tuple[Tensor, Tensor]:
     """Parse a pickled dict of ``data`` (uint8, ``(N, 3072)``) and ``labels`` or ``fine_labels``.
 
-    Nothing a pickle can name is ever called but the four functions below that stand in for NumPy's.
+    The pickle can call nothing but the four stand-ins for NumPy's functions below.
 
     Returns:
         uint8 ``(N, 3, 32, 32)`` and int64 ``(N,)``.
 
     Raises:
-        DataError: if the pickle is damaged, asks for another object, or lacks these entries; names ``name``.
+        DataError: The pickle is damaged, asks for another object, or lacks these entries; names ``name``.
     """
     try:
         # The published files come from Python 2, whose strings are bytes: latin-1 maps them one to one.
@@ -127,7 +127,7 @@ def _files_in_archive(path: Path, wanted: set[str]) -> dict[str, bytes]:
 
 
 class _Dtype:
-    """Takes the place of ``numpy.dtype`` and remembers its code."""
+    """Stand-in for ``numpy.dtype`` that keeps its code."""
 
     def __init__(self, code: str, *_: Any) -> None:
         self.code = code
@@ -137,7 +137,7 @@ class _Dtype:
 
 
 class _Array:
-    """Takes the place of ``numpy.ndarray`` and remembers what it would have been filled with."""
+    """Stand-in for ``numpy.ndarray`` that keeps its state."""
 
     def __init__(self, *_: Any) -> None:
         self.state: Sequence[Any] = ()
@@ -164,7 +164,7 @@ def _encode(text: str, _: str = "latin1") -> bytes:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Resolves the names that a pickled array uses, to stand-ins, and refuses every other."""
+    """Resolves the names in a pickled array to stand-ins, and refuses all other names."""
 
     _STAND_INS: dict[tuple[str, str], Callable[..., Any]] = {  # noqa: RUF012
         ("numpy.core.multiarray", "_reconstruct"): _reconstruct,

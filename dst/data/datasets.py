@@ -18,9 +18,9 @@ from dst.errors import DataError
 
 
 class Digits(ImageDataModule):
-    """The 1797 handwritten 8x8 digits bundled with scikit-learn: no files, seconds per run.
+    """The 1797 handwritten 8x8 digits of scikit-learn, which need no files.
 
-    A fifth, the same for every seed, is the test split. ``root`` and ``download`` have no effect.
+    The test split is a fifth of the data, the same for all seeds. ``root`` and ``download`` have no effect.
     """
 
     folder = "digits"
@@ -52,12 +52,12 @@ class _Idx(ImageDataModule):
 
     @property
     def places(self) -> list[Path]:
-        """Where the files are looked for, best first; downloads go to the first."""
+        """Folders that are searched, in order. Downloads go to the first."""
         here, torchvision = self.root / self.folder, self.root / type(self).__name__
         return [here, here / "raw", self.root, torchvision / "raw", *self.elsewhere]
 
     def locate(self, *, download: bool) -> Path:
-        """Return the folder that holds all four files, fetched to ``root/<folder>`` if need be."""
+        """Return the folder of all four files. Missing files are downloaded to ``root/<folder>``."""
         for folder in self.places:
             if all(_present(folder, name) for name in self.checksums):
                 return folder
@@ -99,7 +99,7 @@ class MNIST(_Idx):
 class FashionMNIST(_Idx):
     """Fashion-MNIST: 28x28 clothing, 60,000 for training and 10,000 for test (Xiao et al. 2017).
 
-    Debian's ``dataset-fashion-mnist`` package is found too.
+    Also finds the files of Debian's ``dataset-fashion-mnist`` package.
     """
 
     folder = "fashion-mnist"
@@ -118,7 +118,7 @@ class FashionMNIST(_Idx):
 
 
 class _Cifar(ImageDataModule):
-    """CIFAR in either published format, extracted or as the archive, which is read without extracting it."""
+    """CIFAR in either published format, as a folder or as the archive, which is read without extracting it."""
 
     input_shape = (3, 32, 32)
     num_classes: ClassVar[Literal[10, 100]]
@@ -128,7 +128,7 @@ class _Cifar(ImageDataModule):
     archives: ClassVar[Mapping[str, str]]
 
     def locate(self, *, download: bool) -> Path:
-        """Return the folder or archive, in ``root/<folder>`` or ``root``; it is fetched to the former."""
+        """Return the folder or archive, in ``root/<folder>`` or ``root``. Downloads go to the former."""
         target = self.root / self.folder
         for folder in (target, self.root):
             for candidate in (*self.extracted, *self.archives):
@@ -159,7 +159,7 @@ class CIFAR10(_Cifar):
 
 
 class CIFAR100(_Cifar):
-    """CIFAR-100: as CIFAR-10, with 100 classes (Krizhevsky 2009)."""
+    """CIFAR-100: 32x32 photographs of 100 classes, 50,000 for training, 10,000 for test (Krizhevsky 2009)."""
 
     folder = "cifar-100"
     num_classes = 100
@@ -177,8 +177,8 @@ def _present(folder: Path, name: str) -> list[Path]:
 
 def _missing(name: str, folder: Path, urls: list[str]) -> DataError:
     root = folder.parent.absolute()
-    state = "where it was looked for" if root.is_dir() else "which does not exist"
+    state = "" if root.is_dir() else ", which does not exist"
     return DataError(
-        f"{name} was not found. The folder of the data sets (`root`) is {root}, {state}. "
+        f"{name} was not found. The folder of the data sets (`root`) is {root}{state}. "
         f"Set download to true, or put into {root / folder.name}: {', '.join(urls)}"
     )

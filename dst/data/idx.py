@@ -1,4 +1,4 @@
-"""Reader of the IDX format, in which MNIST and its relatives are published."""
+"""Reader of the IDX format of MNIST and similar data sets."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ _UINT8 = 0x08
 
 
 def read_idx(path: str | Path) -> Tensor:
-    """Read an IDX file of unsigned bytes, plain or gzipped (told by content, not by name).
+    """Read an IDX file of unsigned bytes, plain or gzipped. The content tells which, not the name.
 
-    Two zero bytes, the type code, the number of dimensions, each dimension as a big-endian uint32, then the
+    The format is two zero bytes, the type code, the number of dimensions, each dimension as a big-endian uint32, then the
     data (http://yann.lecun.com/exdb/mnist/).
+
+    Args:
+        path: The file.
 
     Returns:
         uint8 tensor of the file's shape.
 
     Raises:
-        DataError: if the file cannot be read, is not IDX, holds another type, or is truncated or too long.
+        DataError: The file cannot be read, is not IDX, holds another type, or is truncated or too long.
     """
     path = Path(path)
     try:

@@ -1,4 +1,4 @@
-"""Loaders over tensors held in memory, whose order is a pure function of the seed and the epoch."""
+"""Loaders of tensors in memory, whose order is a pure function of the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ _ORDER, _AUGMENT, _SPLIT, _OFFSET = range(4)  # independent random streams of on
 
 
 def generator(seed: int, *key: int) -> torch.Generator:
-    """Return a CPU generator that depends on ``seed`` and ``key`` alone."""
+    """Return a CPU generator that depends on ``seed`` and ``key`` only."""
     generator = torch.Generator()
     return generator.manual_seed(int(np.random.SeedSequence([seed, *key]).generate_state(1, np.uint64)[0]))
 
 
 def epoch_order(samples: int, seed: int, epoch: int) -> Tensor:
-    """Return the permutation of ``range(samples)`` (int64) in which epoch ``epoch`` visits the samples."""
+    """Return the order of the samples in an epoch: a permutation of ``range(samples)``, int64."""
     return torch.randperm(samples, generator=generator(seed, _ORDER, epoch))
 
 
 def stratified_split(labels: Tensor, fraction: float, seed: int) -> Batch:
-    """Split sample indices in two, taking the same share of every class.
+    """Split sample indices in two parts, with the same share of each class.
 
     Args:
         labels: int64 ``(N,)``.
-        fraction: share of the samples in the second part, in [0, 1).
-        seed: chooses which samples are taken.
+        fraction: Share of the samples in the second part, in [0, 1).
+        seed: Seed of the choice of samples.
 
     Returns:
-        Sorted int64 indices ``(N - K,)`` and ``(K,)`` with ``K = round(fraction * N)``; the second part's
-        share of every class is exact to less than one sample.
+        Sorted int64 indices ``(N - K,)`` and ``(K,)`` with ``K = round(fraction * N)``. The second part's share of each class
+        is exact to less than one sample.
     """
     samples = len(labels)
     taken = round(fraction * samples)
     shuffled = torch.randperm(samples, generator=generator(seed, _SPLIT))
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
-    # K marks spread evenly over samples that lie class by class: integer arithmetic keeps the total exact.
+    # K marks, spread evenly over the samples sorted by class. Integer arithmetic keeps the total exact.
     marks = torch.arange(samples + 1) * taken // samples
     chosen = marks[1:] > marks[:-1]
     return by_class[~chosen].sort().values, by_class[chosen].sort().values
@@ -59,34 +59,32 @@ def processes() -> tuple[int, int]:
 
 
 class Loader(ABC):
-    """Batches of samples that lie in memory; what a batch holds is up to the subclass.
+    """Batches of samples in memory. The subclass defines the content of a batch.
 
-    The order of an epoch depends on ``(seed, epoch)`` alone and any other randomness on ``(seed, epoch, batch)``, so
-    that a position is two integers and resuming is exact. With ``shard`` and ``W`` processes, step ``i`` of
-    rank ``r`` holds every ``W``-th sample, from the ``r``-th on, of the ``i``-th global batch of
-    ``batch_size * W`` samples: together the processes see what one process with that global batch sees,
-    augmentation included.
+    The order of an epoch depends on ``(seed, epoch)`` only, and all other randomness on ``(seed, epoch, batch)``. A position is
+    therefore two integers, and a resume is exact. With ``shard`` and ``W`` processes, rank ``r`` reads every ``W``-th
+    sample, from the ``r``-th on, of each global batch of ``batch_size * W`` samples. Together, the processes see what one
+    process with that global batch sees, augmentation included.
 
-    Iterating starts at the beginning of ``epoch``, or of the next one after an epoch was read to its end; the
-    first iteration after :meth:`load_state_dict` starts behind the last batch read. A plain loop over epochs
-    needs nothing else; Lightning sets the epoch through ``sampler``, saves the position in its checkpoints
-    and restores it.
+    Iteration starts at the beginning of ``epoch``, or of the next epoch if this one was read to its end. The first iteration
+    after :meth:`load_state_dict` starts after the last batch read. A plain loop over epochs needs nothing else. Lightning
+    sets the epoch through ``sampler``, and saves and restores the position with its checkpoints.
 
     Args:
-        samples: number of samples there are.
-        indices: int64 ``(M,)``, the samples to visit; all when None.
-        batch_size: samples per batch and process.
-        shuffle: visit the samples in random order.
-        drop_last: drop samples that do not fill a (global) batch. Otherwise only those are dropped which
-            would give the processes unequal batches.
-        shard: read this process's share, rather than everything in every process.
-        seed: of everything random, at least 0.
+        samples: Number of samples.
+        indices: The samples to visit, int64 ``(M,)``; all by default.
+        batch_size: Samples per batch and process.
+        shuffle: Visit the samples in random order.
+        drop_last: Drop samples that do not fill a (global) batch. Otherwise, drop only those that would give the processes
+            unequal batches.
+        shard: Read the share of this process instead of all samples.
+        seed: Seed of all randomness, at least 0.
 
     Raises:
-        ConfigurationError: if the samples do not make one batch.
+        ConfigurationError: The samples do not make one batch.
     """
 
-    #: Lightning reads this beside ``sampler``.
+    #: Lightning reads this as well as ``sampler``.
     batch_sampler = None
 
     def __init__(
@@ -102,10 +100,10 @@ class Loader(ABC):
     ) -> None:
         self.batch_size = batch_size
         self.epoch = 0
-        self.samples = samples if indices is None else len(indices)  #: to visit, before any are dropped
+        self.samples = samples if indices is None else len(indices)  #: samples to visit, before any are dropped
         self._indices = indices
         self._shuffle, self._drop_last, self._shard, self._seed = shuffle, drop_last, shard, seed
-        self._read = 0  # batches of this epoch that were handed out
+        self._read = 0  # batches read in this epoch
         self._resuming = False
         if not len(self):
             world = self._processes()[1]
@@ -120,9 +118,9 @@ class Loader(ABC):
         """Return this process's share of a batch.
 
         Args:
-            chunk: int64, the samples of the global batch.
-            epoch: the epoch.
-            number: the batch's place in it.
+            chunk: The samples of the global batch, int64.
+            epoch: The epoch.
+            number: The index of the batch in the epoch.
         """
 
     @property
@@ -131,7 +129,7 @@ class Loader(ABC):
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Move to the beginning of ``epoch``; the position within the present epoch is kept."""
+        """Move to the beginning of ``epoch``. If it is the present epoch, keep the position."""
         if epoch != self.epoch:
             self.epoch, self._read, self._resuming = epoch, 0, False
 
@@ -140,8 +138,8 @@ class Loader(ABC):
         return -(-self._usable() // chunk)
 
     def __iter__(self) -> Iterator[Batch]:
-        # A generator does nothing before its first batch is asked for. Lightning makes iterators before it
-        # has set the epoch, and some that it never reads.
+        # Being a generator, this runs when the first batch is read. Lightning makes iterators before it sets the epoch,
+        # and some that it never reads.
         if self._read >= len(self):
             self.epoch, self._read = self.epoch + 1, 0
         elif not self._resuming:
@@ -157,14 +155,14 @@ class Loader(ABC):
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position, epoch and batches read of it, with the settings that give it its meaning."""
+        """Return the position (the epoch and its batches read) and the settings that it depends on."""
         return {"epoch": self.epoch, "batch": self._read, **self._meaning()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue behind the last batch read.
+        """Continue after the last batch read.
 
         Raises:
-            StateError: if the state stands within an epoch that other settings divide otherwise.
+            StateError: The position is within an epoch that the present settings divide into other batches.
         """
         changed = [f"{k} {state[k]} -> {v}" for k, v in self._meaning().items() if state[k] != v]
         if changed and state["batch"]:
@@ -191,19 +189,19 @@ class Loader(ABC):
 
 
 class TensorLoader(Loader):
-    """Batches of images and labels, each made by one indexed read; see `Loader`.
+    """Batches of images and labels, each from one indexed read; see `Loader`.
 
     Args:
-        images: uint8 ``(N, C, H, W)``; they are not copied.
+        images: uint8 ``(N, C, H, W)``; not copied.
         labels: int64 ``(N,)``.
         scale: float ``(C,)``; a batch is ``image * scale + shift``.
         shift: float ``(C,)``.
-        augment: maps a uint8 batch ``(B, C, H, W)`` and random numbers ``(B, 3)``, uniform in [0, 1), to a
-            uint8 batch of the same shape.
-        **options: what `Loader` takes beside ``samples``.
+        augment: Maps a uint8 batch ``(B, C, H, W)`` and random numbers ``(B, 3)``, uniform in [0, 1), to a uint8 batch of the
+            same shape.
+        **options: Arguments of `Loader` except ``samples``.
 
     Raises:
-        ConfigurationError: if the samples do not make one batch.
+        ConfigurationError: The samples do not make one batch.
     """
 
     def __init__(
@@ -226,7 +224,7 @@ class TensorLoader(Loader):
         mine = chunk[rank::world]
         images = self._images.index_select(0, mine)
         if self._augment is not None:
-            # Drawn for the global batch, so that a sample's numbers do not depend on the number of processes.
+            # Drawn for the global batch: a sample's numbers do not depend on the number of processes.
             uniform = torch.rand(len(chunk), 3, generator=generator(self._seed, _AUGMENT, epoch, number))
             images = self._augment(images, uniform[rank::world])
         return images.float().mul_(self._scale).add_(self._shift), self._labels.index_select(0, mine)

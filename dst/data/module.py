@@ -1,4 +1,4 @@
-"""What the data modules share: splitting, normalising, batching."""
+"""The base class of image data modules: splitting, normalisation, batches; and the training loaders for Lightning."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Split = Literal["train", "test"]
 
 @dataclass(frozen=True)
 class Task:
-    """What data ask of a model.
+    """The task that data define for a model.
 
     Attributes:
-        arguments: Keyword arguments that the model is built from.
-        example: One input without its values: the shape of a sample, or a batch; see `dst.metrics.flops.layer_macs`.
-        module: The Lightning module that trains such a model, built from the model, optimizer and scheduler.
+        arguments: Keyword arguments of the model.
+        example: The shape of a sample, or a batch; see `dst.metrics.layer_macs`.
+        module: The class of the Lightning module, which is built from the model, optimizer and scheduler.
     """
 
     arguments: Mapping[str, Any]
@@ -38,23 +38,23 @@ class Task:
 class ImageDataModule(LightningDataModule, ABC):
     """An image-classification data set in memory.
 
-    Batches are float32 images ``(B, C, H, W)``, normalised by the training set's mean and deviation, and
-    int64 labels ``(B,)``. Training batches are shared among the processes (see
-    :class:`~dst.data.loader.TensorLoader`). In evaluation every process reads the whole split: metrics are
-    exact with and without synchronisation, and no sample is padded or left out.
+    Batches are float32 images ``(B, C, H, W)``, normalised by the mean and standard deviation of the training set, and int64
+    labels ``(B,)``. Training batches are divided among the processes (see :class:`~dst.data.loader.TensorLoader`). In
+    evaluation, each process reads the whole split: metrics are exact with and without synchronisation, and no sample is
+    padded or left out.
 
     Args:
-        root: folder of the data sets.
-        batch_size: training samples per step and process.
-        eval_batch_size: samples per batch in validation and test.
-        validation: share of the training split held out, class by class, chosen by ``seed``; 0 for none.
-        download: fetch missing files.
-        augment: augment training images; None for yes if the data set has an augmentation.
-        seed: of the held-out samples, of the order and of augmentation.
-        drop_last: leave out training samples that do not fill a batch, in every epoch others.
+        root: Folder of the data sets.
+        batch_size: Training samples per step and process.
+        eval_batch_size: Samples per batch in validation and test.
+        validation: Share of the training split that is held out, in [0, 1), the same for each class.
+        download: Download missing files.
+        augment: Augment training images; by default if the data set has an augmentation.
+        seed: Seed of the held-out samples, the order and the augmentation.
+        drop_last: Leave out training samples that do not fill a batch; they differ from epoch to epoch.
 
     Raises:
-        ConfigurationError: if a value is out of range.
+        ConfigurationError: A value is out of range.
     """
 
     folder: ClassVar[str]
@@ -101,10 +101,10 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def locate(self, *, download: bool) -> Path | None:
-        """Return where the data set lies, fetched if missing and ``download``; None if it needs no files.
+        """Return the place of the data set, downloaded if missing and ``download``; ``None`` if it needs no files.
 
         Raises:
-            DataError: if it is not there; names the addresses of the files and the folder to put them in.
+            DataError: The data set is missing; names the addresses of the files and the folder to put them in.
         """
 
     @abstractmethod
@@ -112,11 +112,11 @@ class ImageDataModule(LightningDataModule, ABC):
         """Return uint8 images ``(N, C, H, W)`` in ``0..white`` and int64 labels ``(N,)``.
 
         Raises:
-            DataError: if the files are missing or damaged.
+            DataError: The files are missing or damaged.
         """
 
     def prepare_data(self) -> None:
-        """Fetch missing files, if allowed; Lightning calls this in one process per machine."""
+        """Download missing files, if allowed. Lightning calls this in one process per machine."""
         self.locate(download=self.download)
 
     def setup(self, stage: str | None = None) -> None:
@@ -124,13 +124,13 @@ class ImageDataModule(LightningDataModule, ABC):
         if stage != "test":
             self._split("train")
             if stage == "fit" and self.trainer is not None and not len(self._parts()[1]):
-                # Lightning runs, and warns of, a validation without batches unless told that there is none.
+                # Otherwise Lightning runs a validation without batches, and warns.
                 self.trainer.limit_val_batches = 0
         if stage not in ("fit", "validate"):
             self._split("test")
 
     def train_dataloader(self) -> TensorLoader:
-        """Return the shuffled training loader; in order if Lightning is told to overfit some batches."""
+        """Return the training loader; it shuffles unless Lightning's ``overfit_batches`` is set."""
         return FitLoader(
             **self._tensors("train"),
             trainer=self.trainer,
@@ -144,7 +144,7 @@ class ImageDataModule(LightningDataModule, ABC):
         )
 
     def val_dataloader(self) -> TensorLoader | list[TensorLoader]:
-        """Return the loader of the samples held out; an empty list if there are none."""
+        """Return the loader of the held-out samples; an empty list if there are none."""
         held_out = self._parts()[1]
         if not len(held_out):
             return []
@@ -182,23 +182,23 @@ def image_task(input_shape: Sequence[int], num_classes: int) -> Task:
 
 
 class LightningLoader(Loader):
-    """What a training loader does to make up for what Lightning's loops get wrong when they resume; goes before a `Loader`.
+    """Mixin of training loaders that corrects the counts of Lightning's loops after a resume; precedes a `Loader`.
 
-    The loops count epochs and batches as ready, started, processed and completed. On entering an epoch as many are
-    completed as processed, and while it runs one more is ready and started: so it is, except after certain resumes
-    (Lightning 2.6). Restoring this changes nothing where it holds.
+    The loops count epochs and batches as ready, started, processed and completed. At the start of an epoch, as many epochs
+    are completed as processed. While it runs, one more is ready and started. After certain resumes (Lightning 2.6) the counts
+    differ. The loader restores them, which changes nothing if they are right.
     """
 
     def __init__(self, *, trainer: Trainer | None, **options: Any) -> None:
         self._loops: Any = trainer.fit_loop if trainer is not None else None
-        self._entered = False  # read by the loops, not by somebody who wants to look at a batch
+        self._entered = False  # whether the loops read it, and not other code
         super().__init__(**options)
 
     def set_epoch(self, epoch: int) -> None:
-        """Move to the beginning of ``epoch``, which Lightning says on entering an epoch."""
+        """Move to the beginning of an epoch. Lightning calls this on entering it."""
         if self._loops is not None:
-            # With max_steps, a checkpoint from the end of an epoch makes Lightning end that epoch once more, and
-            # leave out the next one. Without max_steps it goes on to the next one, as it does from here.
+            # With max_steps, after a resume from the end of an epoch, Lightning ends that epoch again and leaves out the
+            # next one. Without max_steps it continues with the next one. The corrected counts make it do so always.
             for count in self._epochs():
                 if count.completed < count.processed:
                     count.completed = count.processed
@@ -210,10 +210,10 @@ class LightningLoader(Loader):
         self._take_pending_position(epoch)
 
     def _take_pending_position(self, epoch: int) -> None:
-        """Load the position of a checkpoint that Lightning has kept to itself.
+        """Load a checkpoint's position that Lightning has read but not passed on.
 
-        It hands the position over when it sets up the loaders; where ``configure_optimizers`` has asked for the number of
-        steps, they are set up before the checkpoint's loops are read.
+        Lightning passes the position on when it sets up the loaders. If ``configure_optimizers`` asks for the number of steps,
+        it sets them up before it reads the checkpoint's loops.
         """
         if self._loops is None:
             return
@@ -223,15 +223,15 @@ class LightningLoader(Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         if self._entered:
-            # After a checkpoint from the last batch of an epoch, Lightning does not count the next one as started.
-            # Resumed from within that one, it would then begin it anew.
+            # After a resume from the last batch of an epoch, Lightning does not count the next one as started. A second
+            # resume, from within the next one, would then start it again.
             for count in self._epochs():
                 if count.ready == count.processed:
                     count.ready, count.started = count.ready + 1, count.started + 1
         yield from super().__iter__()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position; a batch whose step has failed counts as unread."""
+        """Return the position. A batch whose step has failed counts as unread."""
         state = super().state_dict()
         if self._loops is not None:
             batches = self._loops.epoch_loop.batch_progress.current

@@ -1,4 +1,4 @@
-"""Text as sequences of characters, from any local file."""
+"""Text as sequences of characters, from a local file or Python's standard library."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from dst.models.classifier import LanguageModel
 Part = Literal["train", "val", "test"]
 
 UNKNOWN = 0
-"""Id of every character that the training part does not have."""
+"""Id of all characters that are not in the training part."""
 
 
 def standard_library(max_chars: int, folder: str | Path | None = None) -> str:
-    """Return sources of Python's standard library: its top-level modules in the order of their names.
+    """Return sources of Python's standard library: its top-level modules in alphabetical order.
 
-    The text is a function of Python's version: files that are not part of every installation are left out.
+    The text depends on the version of Python only: files that some installations lack are left out.
 
     Args:
-        max_chars: where the text is cut.
-        folder: the library's folder; that of the running interpreter by default.
+        max_chars: Number of characters after which the text is cut.
+        folder: The library's folder; that of the running interpreter by default.
 
     Raises:
-        DataError: the folder holds no sources.
+        DataError: The folder holds no sources.
     """
     folder = Path(sysconfig.get_paths()["stdlib"] if folder is None else folder)
     parts: list[str] = []
@@ -51,7 +51,7 @@ def read_text(path: str | Path) -> str:
     """Read a UTF-8 text file; line ends become newlines.
 
     Raises:
-        DataError: the file is missing or is not UTF-8.
+        DataError: The file is missing or is not UTF-8.
     """
     try:
         return Path(path).read_text(encoding="utf-8")
@@ -65,10 +65,10 @@ def code_points(text: str) -> Tensor:
 
 
 class Vocabulary:
-    """The characters of a text, numbered from 1 in the order of their code points; 0 is any other.
+    """The characters of a text, numbered from 1 in the order of their code points. 0 is any other character.
 
     Args:
-        text: int64 code points ``(M,)`` that hold every known character.
+        text: Code points with all known characters, int64 ``(M,)``.
     """
 
     def __init__(self, text: Tensor) -> None:
@@ -83,30 +83,30 @@ class Vocabulary:
         return torch.where(self.characters[place] == text, place + 1, UNKNOWN).to(torch.int32)
 
     def decode(self, ids: Tensor) -> str:
-        """Return the text of ids ``(M,)``; U+FFFD where a character is unknown."""
+        """Return the text of ids ``(M,)``, with U+FFFD for unknown characters."""
         known = "".join(map(chr, self.characters.tolist()))
         return "".join("\N{REPLACEMENT CHARACTER}" if i == UNKNOWN else known[i - 1] for i in ids.tolist())
 
 
 class TextLoader(Loader):
-    """Batches of inputs and targets, both int64 ``(B, context)``; the targets are the characters that come next.
+    """Batches of inputs and targets, both int64 ``(B, context)``. The targets are the next characters.
 
-    Samples are windows that lie side by side and do not overlap. With ``shift`` they begin, in every epoch, at another
-    offset below ``context``, a function of ``(seed, epoch)``: a character is then met at different places of a window.
+    Samples are adjacent windows without overlap. With ``shift``, the first window of an epoch starts at an offset below
+    ``context`` that depends on ``(seed, epoch)``, so a character has different positions in its windows.
 
     Args:
-        ids: integers ``(M,)``; they are not copied.
-        context: characters of a window.
-        shift: begin at another offset in every epoch.
-        **options: what `Loader` takes beside ``samples``.
+        ids: Integers ``(M,)``; not copied.
+        context: Characters of a window.
+        shift: Start at another offset in each epoch.
+        **options: Arguments of `Loader` except ``samples``.
 
     Raises:
-        ConfigurationError: the windows do not make one batch.
+        ConfigurationError: The windows do not make one batch.
     """
 
     def __init__(self, ids: Tensor, *, context: int, shift: bool = False, **options: Any) -> None:
         self._ids, self._context, self._shift = ids, context, shift
-        # The last window has a target behind it, wherever the first one begins.
+        # The last window needs a target after it, at every offset of the first one.
         room = len(ids) - 1 - (context - 1 if shift else 0)
         super().__init__(samples=max(room // context, 0), **options)
 
@@ -128,27 +128,28 @@ class TextFitLoader(LightningLoader, TextLoader):
 
 
 class Text(LightningDataModule):
-    """Characters of a text, to be predicted one by one.
+    """Characters of a text, for prediction of the next character.
 
     The text is split by position: first the training part, then validation, then test. The vocabulary is that of the training
-    part, and one id for all other characters. Training windows are shuffled, begin at another offset in every epoch,
-    and are shared among the processes (see :class:`~dst.data.loader.Loader`); in evaluation every process reads the
-    whole part, in order.
+    part, with one id for all other characters. Training windows are shuffled, start at another offset in each epoch, and
+    are divided among the processes (see :class:`~dst.data.loader.Loader`). In evaluation, each process reads the whole part
+    in order.
 
     Args:
-        path: a UTF-8 text file; None for sources of Python's standard library (`standard_library`), which depend on
-            Python's version alone.
-        context: characters of a sequence, at least 1.
-        max_chars: where the text is cut; None for all of a file, and a million of the standard library.
-        batch_size: training sequences per step and process.
-        eval_batch_size: sequences per batch in validation and test.
-        validation: share of the text, in [0, 1); 0 for none.
-        test: share of the text, in (0, 1).
-        seed: of the order and the offsets.
-        drop_last: leave out training sequences that do not fill a batch, in every epoch others.
+        path: A UTF-8 text file; ``None`` for sources of Python's standard library (`standard_library`), which depend on the
+            version of Python.
+        context: Characters of a sequence, at least 1.
+        max_chars: Number of characters after which the text is cut. By default all of a file, and a million of the standard
+            library.
+        batch_size: Training sequences per step and process.
+        eval_batch_size: Sequences per batch in validation and test.
+        validation: Share of the text, in [0, 1).
+        test: Share of the text, in (0, 1).
+        seed: Seed of the order and the offsets.
+        drop_last: Leave out training sequences that do not fill a batch; they differ from epoch to epoch.
 
     Raises:
-        ConfigurationError: a value is out of range.
+        ConfigurationError: A value is out of range.
     """
 
     def __init__(
@@ -200,15 +201,15 @@ class Text(LightningDataModule):
         """Read and split the text.
 
         Raises:
-            DataError: it cannot be read, or a part is too short for one sequence.
+            DataError: The text cannot be read, or a part is too short for one sequence.
         """
         self._read()
         if stage == "fit" and self.trainer is not None and not self.validation:
-            # Lightning runs, and warns of, a validation without batches unless told that there is none.
+            # Otherwise Lightning runs a validation without batches, and warns.
             self.trainer.limit_val_batches = 0
 
     def train_dataloader(self) -> TextLoader:
-        """Return the shuffled training loader; in order if Lightning is told to overfit some batches."""
+        """Return the training loader; it shuffles unless Lightning's ``overfit_batches`` is set."""
         self._read()
         overfit = bool(getattr(self.trainer, "overfit_batches", 0))
         return TextFitLoader(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from dst.backends.auto import Chooser, is_decided
-from dst.backends.servable import unsupported_reasons
+from dst.backends.csr_support import unsupported_reasons
 from dst.engine.coverage import left_dense
 from dst.method import Method, check_method
 from dst.nn import SparseLinear

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from dst.backends.servable import unsupported_reasons
+from dst.backends.csr_support import unsupported_reasons
 from dst.engine import coverage
 from dst.engine.assembly import assemble, check_trainable
 from dst.engine.first_mask import FirstMask

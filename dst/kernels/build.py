@@ -84,7 +84,7 @@ def build(target: Path, compiler: str | None = None) -> Path:
                 command = [compiler, *FLAGS, *openmp, str(SOURCE), "-o", str(partial)]
                 done = subprocess.run(command, capture_output=True, text=True, check=False)
                 if done.returncode == 0:
-                    os.replace(partial, target)
+                    os.replace(partial, target)  # not dst.checkpoints.replacing, which imports torch
                     return target
                 output = done.stderr
     except OSError as error:

@@ -1,7 +1,7 @@
 """Sparse training under Lightning.
 
-``SparseTraining`` is the callback that trains sparsely, ``Recorder`` one beside it that writes the topology's course, and
-``run_lottery`` drives the several fits of lottery tickets.
+``SparseTraining`` is the callback that trains sparsely. ``Recorder`` is a callback that records the topology over time.
+``run_lottery`` runs the fits of a lottery ticket.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ __all__ = ["AtomicCheckpointIO", "Recorder", "SparseTraining", "run_lottery"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for: the callback needs nothing of what writes reports."""
+    """Import a public name on first use, so that the callback does not import the modules of reports."""
     if name not in _NAMES:
         raise AttributeError(f"module 'dst.lightning' has no attribute {name!r}")
     value = getattr(importlib.import_module(_NAMES[name]), name)
@@ -35,5 +35,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names."""
+    """Return the public names."""
     return list(__all__)

@@ -1,4 +1,4 @@
-"""Which weights of a run are tested: the last, or those of the best validation accuracy. Never does a test choose."""
+"""The checkpoint of the best validation accuracy. The test split never selects weights."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _TOLERANCE = 0.01
 class BestCheckpoint(ModelCheckpoint):
     """Keeps the checkpoint of the best validation accuracy, the earliest among equals.
 
-    Only weights at the target density take part (1% above it at most): those of a method that prunes gradually, or that
-    trains densely at times, would otherwise win while they are denser than what was asked for.
+    Only weights at the target density count, with a tolerance of 1%. Otherwise a method that prunes gradually, or that has
+    dense phases, would keep weights that are denser than requested.
 
     Args:
-        folder: Where ``best.ckpt`` is kept.
+        folder: The folder of ``best.ckpt``.
         sparse: The callback that trains sparsely.
 
     Attributes:
-        layers: ``Sparsifier.layer_table()`` of the weights kept; empty where there are none yet.
-        step: Optimizer steps that they were trained for.
+        layers: ``Sparsifier.layer_table()`` of the checkpoint; empty if there is none yet.
+        step: Optimizer steps taken at the checkpoint.
     """
 
     def __init__(self, folder: Path, sparse: SparseTraining) -> None:
@@ -46,7 +46,7 @@ class BestCheckpoint(ModelCheckpoint):
         self.step = 0
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Save what is best so far, if it is as sparse as it shall be."""
+        """Save a checkpoint if the accuracy is the best so far and the density is reached."""
         sparsifier = self._sparse.sparsifier
         if sparsifier is not None and sparsifier.density <= self._sparse.method.density * (1 + _TOLERANCE):
             super().on_validation_end(trainer, pl_module)
@@ -57,16 +57,16 @@ class BestCheckpoint(ModelCheckpoint):
         super()._save_checkpoint(trainer, filepath)
 
     def state_dict(self) -> dict[str, Any]:
-        """As ``ModelCheckpoint``, with what is known of the weights kept."""
+        """Return the state of ``ModelCheckpoint`` with the layers and the step of the checkpoint."""
         return {**super().state_dict(), "layers": self.layers, "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from `state_dict`'s result."""
+        """Continue from `state_dict`'s result."""
         super().load_state_dict(state_dict)
         self.layers, self.step = state_dict["layers"], state_dict["step"]
 
     def load_weights(self, module: lightning.LightningModule) -> bool:
-        """Put the weights kept into the module; False where there are none."""
+        """Load the checkpoint's weights into the module. Returns False if there is no checkpoint."""
         if not self.layers:
             return False
         module.load_state_dict(load_checkpoint(self._path)["state_dict"])

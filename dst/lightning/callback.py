@@ -1,4 +1,4 @@
-"""The Lightning callback: a thin adapter over a ``Sparsifier``."""
+"""The Lightning callback, an adapter over a ``Sparsifier``."""
 
 from __future__ import annotations
 
@@ -24,42 +24,49 @@ from dst.method import Method, check_method
 from dst.topology.layers import Selector
 
 _GRADIENTS = "dst_accumulated_gradients"
-_SHARES_AFTER = 0.1  # the part of training over which the steps of several optimizers are counted
+_SHARES_AFTER = 0.1  # share of training over which the steps of several optimizers are counted
 
 _REFUSED_STRATEGIES = {
-    "DeepSpeedStrategy": "steps flat copies of the weights, on which no mask can be kept; use ddp or ModelParallelStrategy",
-    "FSDPStrategy": "flattens weights, whose layers cannot be told apart; use ModelParallelStrategy (FSDP2) or ddp",
+    "DeepSpeedStrategy": "updates flat copies of the weights, which no mask can cover; use ddp or ModelParallelStrategy",
+    "FSDPStrategy": "flattens weights, so layers cannot be separated; use ModelParallelStrategy (FSDP2) or ddp",
 }
 
 
 class SparseTraining(Callback):
-    """Trains a ``LightningModule`` sparsely; nothing else in the trainer or the module has to change.
+    """Trains a ``LightningModule`` sparsely, without changes to the module or the trainer.
 
     ```python
     trainer = lightning.Trainer(callbacks=[dst.lightning.SparseTraining(dst.methods.rigl(density=0.1))])
     ```
 
-    The callback owns a ``Sparsifier`` from the start of training on (``callback.sparsifier``). Topology updates see the
-    gradient accumulated over micro-batches, reduced over ranks, unscaled and unclipped; clipping sees the masked gradient.
-    Averaged weights (``WeightAveraging``, ``StochasticWeightAveraging``) are kept on the same connections. A second ``fit`` of
-    the same module goes on with its connections. Masks and clock are part of Lightning's checkpoints. ``density``, ``topology/churn``, ``topology/exploration_rate`` and
-    ``topology/drop_fraction`` go to the trainer's loggers at every update, density and updates to its progress bar.
+    The callback creates a ``Sparsifier`` at the start of training (``callback.sparsifier``).
+
+    - Topology updates use the gradient accumulated over micro-batches, reduced over ranks, unscaled and unclipped. Clipping
+      sees the masked gradient.
+    - Averaged weights (``WeightAveraging``, ``StochasticWeightAveraging``) have the same masks.
+    - A second ``fit`` of the same module continues with its topology.
+    - Lightning's checkpoints contain the masks and the clock.
+    - The trainer's loggers get ``density``, ``topology/churn``, ``topology/exploration_rate``, ``topology/drop_fraction`` and
+      ``topology/updates`` at each update. The progress bar shows density and updates.
 
     Args:
-        method: What to do; see ``dst.methods``.
-        total_steps: Optimizer steps of the whole training, where the trainer cannot tell: iterable data with only
-            ``max_epochs``, or no end at all; a number for each optimizer, where several step unequally often. By default
-            the trainer's estimate. Where there are several optimizers their shares are measured over the first tenth of
-            training, and the estimate is split accordingly: ``max_steps`` counts the steps of all optimizers together.
-        include: Restrict what is sparse, by name, pattern or module type.
-        exclude: Keep dense what these select.
-        seed: Seeds every random choice.
-        compress_gradients: Under DDP, send active gradients alone between processes; see
+        method: The method; see ``dst.methods``.
+        total_steps: Optimizer steps of the whole training, or one number for each optimizer. Needed if the trainer has no
+            estimate: iterable data with only ``max_epochs``, or no end at all. The default is the trainer's estimate. With
+            several optimizers, the callback measures their shares of the steps over the first tenth of training and splits
+            the estimate accordingly (Lightning's ``max_steps`` counts the steps of all optimizers).
+        include: The layers that may be sparse, by name, pattern or module type; all by default.
+        exclude: Layers that stay dense.
+        seed: Seed of all random choices.
+        compress_gradients: Under DDP, send only the gradients of active weights between processes; see
             ``dst.engine.gradient_compression.SparseAllReduce``.
 
     Attributes:
-        sparsifier: The ``Sparsifier``, from the start of training on; ``None`` before.
-        communication: The communication hook, where gradients are compressed; it counts the bytes.
+        sparsifier: The ``Sparsifier``; ``None`` before the start of training.
+        communication: The communication hook of compressed gradients, which counts the bytes; ``None`` without.
+
+    Raises:
+        ConfigurationError: A method that needs another driver, such as ``run_lottery``.
     """
 
     def __init__(
@@ -88,12 +95,12 @@ class SparseTraining(Callback):
         self._accumulated = False
         self._pending_gradients: dict[str, Tensor] = {}
         self._following: RemovableHandle | None = None
-        self._counted: tuple[float, list[int]] = (0.0, [0])  # how far training was, and the steps of each optimizer
+        self._counted: tuple[float, list[int]] = (0.0, [0])  # progress in [0, 1], and the steps of each optimizer then
         self._dense_steps = 0  # the trainer's steps before sparse training began
-        self._shares_known = True  # False while the optimizers' shares of the trainer's steps are still to be measured
+        self._shares_known = True  # False until the optimizers' shares of the trainer's steps are measured
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Refuse what cannot work, and swap modules where the backend stores only non-zeros; no optimizers exist yet."""
+        """Refuse strategies that are not supported, and swap modules for the csr backend before optimizers exist."""
         strategy = type(trainer.strategy).__name__
         if strategy in _REFUSED_STRATEGIES:
             raise ConfigurationError(f"{strategy} {_REFUSED_STRATEGIES[strategy]}")
@@ -102,15 +109,15 @@ class SparseTraining(Callback):
         if self.method.backend in ("csr", "auto"):
             device = trainer.strategy.root_device
             if device.type != "cpu" or strategy == "ModelParallelStrategy":
-                found = f"computes on the CPU and with whole layers, and the trainer uses {device} and {strategy}"
+                found = f"needs the CPU and whole layers, and the trainer uses {device} and {strategy}"
                 if self.method.backend == "auto":
-                    auto.say(f"backend=auto: all layers masked (csr {found})")
+                    auto.report(f"backend=auto: all layers masked (csr {found})")
                     return
                 raise ConfigurationError(
                     f'backend="{self.method.backend}" {found}: pass accelerator="cpu" and no model parallelism, or use '
                     'backend="masked"'
                 )
-            # Lightning would call it, in these contexts, after this hook; layers must exist before they are swapped.
+            # Layers must exist before they are swapped. Lightning calls this method after the hook, in these contexts.
             plugin = trainer.precision_plugin
             with trainer.strategy.tensor_init_context(), plugin.module_init_context():
                 pl_module.configure_model()
@@ -124,19 +131,19 @@ class SparseTraining(Callback):
             batch_size=batch_size if isinstance(batch_size, int) else None,
         )
         if self.method.backend == "auto":
-            # A checkpoint's weights come after this hook, and before optimizers.
-            self._following = pl_module.register_load_state_dict_pre_hook(partial(auto.follow, self.seed))
+            # Lightning loads a checkpoint's weights after this hook and before it creates optimizers.
+            self._following = pl_module.register_load_state_dict_pre_hook(partial(auto.restore_modules, self.seed))
 
     def teardown(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        """Stop following checkpoints: the module is its user's again."""
+        """Remove the hook on loading weights from the module."""
         if self._following is not None:
             self._following.remove()
             self._following = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Build the ``Sparsifier``: a checkpoint's weights and optimizer states are loaded by now.
+        """Build the ``Sparsifier``, after a checkpoint's weights and optimizer states are loaded.
 
-        Not earlier, because callbacks such as the learning-rate finder train and restore the model in ``on_fit_start``.
+        It cannot be built in ``on_fit_start``, where callbacks such as the learning-rate finder train and restore the model.
         """
         resumed = self._pending_state is not None
         sparsifier = self._build(trainer, pl_module)
@@ -156,9 +163,9 @@ class SparseTraining(Callback):
         self._log_if_new(trainer)
 
     def _build(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> Sparsifier:
-        """A sparsifier for this fit: from a checkpoint, from the fit before of the same module, or new."""
+        """Build the sparsifier of this fit: from a checkpoint, from the last fit of the same module, or new."""
         state, previous = self._pending_state, self.sparsifier
-        # Steps of a checkpoint that sparse training had no part in; a resume of what began so does not count them either.
+        # The steps of a dense checkpoint do not count, neither now nor after a resume.
         self._dense_steps = trainer.global_step if state is None else int(state.get("dense_steps", 0))
         if trainer.global_step == 0:
             self._dense_steps = 0
@@ -167,7 +174,7 @@ class SparseTraining(Callback):
             if state is None and self._fitted is pl_module:
                 state = previous.state_dict()
         if state is not None and trainer.global_step == 0:
-            # Another trainer, or a checkpoint that was only validated: schedules begin again, on the connections there are.
+            # Another trainer, or a checkpoint that was only validated: schedules start again with the present topology.
             count = len(state.get("steps", []))
             state = {**state, "steps": [0] * count, "updated_at": [-1] * count, "logged_updates": -1}
         self.sparsifier = Sparsifier(
@@ -195,7 +202,7 @@ class SparseTraining(Callback):
         wrapped = trainer.strategy.model
         if not isinstance(wrapped, DistributedDataParallel):
             raise ConfigurationError(
-                f"compress_gradients needs DistributedDataParallel, and the strategy is {type(trainer.strategy).__name__}; "
+                f"compress_gradients needs DistributedDataParallel, but the strategy is {type(trainer.strategy).__name__}; "
                 "use strategy=ddp, or leave it off"
             )
         hook = SparseAllReduce(sparsifier)
@@ -205,18 +212,18 @@ class SparseTraining(Callback):
     def on_before_backward(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, loss: Tensor
     ) -> None:
-        """Show the loss to an init that needs its graph."""
+        """Pass the loss to an init that needs its graph."""
         if self.sparsifier is not None:
             self.sparsifier.before_backward(loss)
 
     def on_after_backward(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Note that there are gradients that no step has used."""
+        """Record that there are gradients that no step has used."""
         self._accumulated = True
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Rewire where an update is due, and mask the gradients."""
+        """Update the topology if an update is due, and mask the gradients."""
         assert self.sparsifier is not None
         self._accumulated = False
         self.sparsifier.before_step(optimizer)
@@ -235,14 +242,14 @@ class SparseTraining(Callback):
         self._log_if_new(trainer)
 
     def on_fit_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Detach from the optimizers; masks stay readable. Warns where training ended before its density was reached."""
+        """Detach from the optimizers. Masks stay readable. Warns if training ended before its density was reached."""
         if self._pending_state is not None and trainer.optimizers:
-            self._build(trainer, pl_module)  # a finished run was resumed: nothing was trained, and nothing is lost
+            self._build(trainer, pl_module)  # a finished run was resumed, and nothing was trained
         if self.sparsifier is not None:
             self.sparsifier.finalize()
 
     def state_dict(self) -> dict[str, Any]:
-        """The sparsifier's state, for Lightning's checkpoint."""
+        """Return the sparsifier's state, for Lightning's checkpoint."""
         if self._pending_state is not None:
             return self._pending_state
         if self.sparsifier is None:
@@ -257,13 +264,13 @@ class SparseTraining(Callback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save gradients that are being accumulated, without which the next step would miss micro-batches."""
+        """Save accumulated gradients; without them the next step would miss micro-batches."""
         if not self._accumulated:
             return
         if trainer.world_size > 1:
             rank_zero_warn(
-                "a checkpoint within gradient accumulation lacks the other processes' gradients, so that a resume from "
-                "it is not exact; save after optimizer steps (ModelCheckpoint(every_n_train_steps=...))"
+                "a checkpoint within gradient accumulation lacks the gradients of other processes, so a resume from it is "
+                "not exact; save after optimizer steps (ModelCheckpoint(every_n_train_steps=...))"
             )
             return
         named = pl_module.named_parameters()
@@ -276,17 +283,17 @@ class SparseTraining(Callback):
         self._pending_gradients = checkpoint.get(_GRADIENTS, {})
 
     def _measure_shares(self, trainer: lightning.Trainer) -> None:
-        """Once a tenth of training is over, let every optimizer's length follow from the steps that it has taken."""
+        """After a tenth of training, derive each optimizer's total steps from the steps that it has taken."""
         sparsifier = self.sparsifier
         assert sparsifier is not None
-        # Training ends at the first of two limits, one on the steps of all optimizers and one on batches.
+        # Training ends at the first of two limits: max_steps, over all optimizers, and max_epochs.
         progress = 0.0
         if trainer.max_steps != -1:
             progress = (trainer.global_step - self._dense_steps) / max(1, trainer.max_steps - self._dense_steps)
         if trainer.max_epochs not in (None, -1):
             batches = float(trainer.num_training_batches) * (trainer.max_epochs or 0)
             progress = max(progress, (trainer.fit_loop.total_batch_idx + 1) / batches)
-        # Counted where the rarest has just stepped, a whole number of rounds is over.
+        # When the optimizer with the fewest steps has just stepped, a whole number of rounds is over.
         if min(sparsifier.steps) > min(self._counted[1], default=0):
             self._counted = (progress, sparsifier.steps)
         if progress >= _SHARES_AFTER and all(self._counted[1]):
@@ -300,18 +307,18 @@ class SparseTraining(Callback):
         estimate = trainer.estimated_stepping_batches
         if estimate == float("inf") or estimate < 1:
             raise ConfigurationError(
-                f"the trainer cannot tell how many optimizer steps training takes (its estimate is {estimate}): "
+                f"the trainer cannot estimate how many optimizer steps training takes (it returns {estimate}): "
                 "pass SparseTraining(total_steps=...), or set max_steps"
             )
         left = int(estimate) - self._dense_steps
         if left < 1:
-            return int(estimate)  # nothing is trained any more
+            return int(estimate)  # training is over
         # Under manual optimization max_steps counts the steps of every optimizer.
         shared = len(trainer.optimizers) if trainer.max_steps == estimate else 1
         return max(1, left // shared)
 
     def _log_if_new(self, trainer: lightning.Trainer) -> None:
-        """Send the topology's scalars to the loggers, once for every mask, and to the progress bar."""
+        """Send the scalars of the topology to the loggers, once for each new mask, and to the progress bar."""
         sparsifier = self.sparsifier
         assert sparsifier is not None
         shown = {"density": sparsifier.density, "updates": float(sparsifier.updates)}

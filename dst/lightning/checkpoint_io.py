@@ -1,4 +1,4 @@
-"""Lightning's plugin for checkpoint files, by ``dst.checkpoints``."""
+"""Lightning's plugin for checkpoint files, with the functions of ``dst.checkpoints``."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from dst.checkpoints import load_checkpoint, save_atomically
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Reads and writes local checkpoints by ``dst.checkpoints``; others as Lightning does.
+    """Reads and writes local checkpoints with ``dst.checkpoints``, and remote ones as Lightning does.
 
-    Lightning's own writes a temporary file elsewhere and copies it, where that is another file system, onto the old one.
-    ``SparseTraining`` puts this in its place; no other plugin is replaced.
+    Lightning's own plugin writes a temporary file elsewhere. On another file system, it then copies that file over the old
+    one, which is not atomic. ``SparseTraining`` replaces Lightning's own plugin with this one, and no other.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint in one move.
+        """Write a checkpoint atomically.
 
         Args:
             checkpoint: What to save.
             path: The file, local or remote.
-            storage_options: Not used, and refused by Lightning.
+            storage_options: Not supported.
         """
         if storage_options is None and "://" not in str(path):
             save_atomically(checkpoint, path)
@@ -38,11 +38,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Args:
             path: The file, local or remote.
-            map_location: As ``torch.load`` has it; the CPU by default.
-            weights_only: ``False`` lets Lightning execute what the file brings: only for files of your own.
+            map_location: As in ``torch.load``; the CPU by default. Ignored for local files, unless ``weights_only=False``.
+            weights_only: ``False`` lets the file execute code: use it for files that you trust only.
 
         Raises:
-            StateError: A local file that is missing, damaged, or holds more than plain values and tensors.
+            StateError: A local file that is missing or damaged, or that holds more than plain values and tensors.
         """
         if weights_only is not False and "://" not in str(path):
             return load_checkpoint(path)

@@ -1,4 +1,4 @@
-"""Drives lottery-ticket levels with Lightning: every level is a fresh fit from a checkpoint made before it."""
+"""Lottery tickets with Lightning: each level is a new fit that starts from a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dst.topology.layers import Selector, find_layers
 from dst.topology.mask_file import load_masks, save_masks
 
 MakeTrainer = Callable[[int, list[Callback], Path], lightning.Trainer]
-"""Builds the trainer of a level from the level's number, callbacks that it must have, and the level's folder."""
+"""Builds the trainer of a level from the level's number, the callbacks that it must have, and the level's folder."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class LevelResult:
     Attributes:
         level: Its number; 0 is dense.
         density: Its target density.
-        steps: Optimizer steps taken, those before the rewind point not counted again.
+        steps: Optimizer steps taken; steps before the rewind point count in level 0 only.
         step_counts: Steps by cost, as ``Sparsifier.step_counts``.
         work: As ``Sparsifier.work``.
         layers: As ``Sparsifier.layer_table()``.
@@ -53,7 +53,7 @@ class LevelResult:
 
 @dataclass(frozen=True)
 class LotteryResult:
-    """All levels, and the trainer of the last, whose weights the module now has."""
+    """All levels, and the trainer of the last one, whose weights are in the module."""
 
     levels: tuple[LevelResult, ...]
     trainer: lightning.Trainer
@@ -70,25 +70,25 @@ def run_lottery(
     include: Iterable[Selector] | None = None,
     exclude: Iterable[Selector] | None = None,
 ) -> LotteryResult:
-    """Run magnitude pruning with rewinding to its end, or go on where it was interrupted.
+    """Run all levels of magnitude pruning with rewinding, or resume where they were interrupted.
 
-    Level 0 trains dense and saves a snapshot at the rewind point: weights, optimizers, schedulers, step and loader state. Every
-    later level starts from the snapshot (from ``start.ckpt`` in its folder, where weights are not rewound) with the weights
-    pruned after the level before. Finished levels are not repeated, and a level that was interrupted goes on from its last
+    Level 0 trains dense and saves a snapshot at the rewind point: weights, optimizers, schedulers, step and loader state.
+    Each later level prunes the weights of the level before, and starts from the snapshot, or from ``start.ckpt`` in its
+    folder if weights are not rewound. Finished levels are not repeated. An interrupted level resumes from its last
     checkpoint.
 
     Args:
         method: ``dst.methods.lottery_ticket_rewind(...)``.
-        make_trainer: Builds each level's trainer; it must pass the callbacks on.
-        module: The module, freshly initialised; it has the last level's weights in the end.
-        datamodule: Anything that ``Trainer.fit`` takes as ``datamodule``.
-        folder: Where levels live: ``level_00``, ``level_01``, …
-        seed: Seeds ties in pruning.
-        include: Restrict what is sparse.
-        exclude: Keep dense what these select.
+        make_trainer: Builds the trainer of each level. The trainer must have the given callbacks.
+        module: The module, newly initialised. It holds the weights of the last level at the end.
+        datamodule: A ``datamodule`` of ``Trainer.fit``.
+        folder: The folder of the levels: ``level_00``, ``level_01``, …
+        seed: Seed of ties in pruning.
+        include: The layers that may be sparse, by name, pattern or module type; all by default.
+        exclude: Layers that stay dense.
 
     Returns:
-        All levels' results.
+        The results of all levels.
 
     Raises:
         ConfigurationError: A method without lottery levels, or a rewind point at or after the end of training.
@@ -140,7 +140,7 @@ def run_lottery(
                 trained = load_checkpoint(folder / f"level_{level - 1:02d}" / "final.ckpt")
                 save_atomically(_start(method.lottery.rewind, trained, load_checkpoint(snapshot)), start)
         if level == 0 and start is None:
-            snapshot.unlink(missing_ok=True)  # an attempt that left no checkpoint may have left its snapshot
+            snapshot.unlink(missing_ok=True)  # of an attempt that was interrupted before its first checkpoint
         trainer.fit(module, datamodule=datamodule, ckpt_path=start, weights_only=True)
         assert sparse.sparsifier is not None
         trainer.save_checkpoint(final)
@@ -158,7 +158,7 @@ def run_lottery(
             (place / "start.ckpt").unlink(missing_ok=True)
         results.append(result)
     if trainer is None:
-        # All levels were finished before: bring back what the last one left.
+        # An earlier process finished all levels: restore the weights of the last one.
         place = folder / f"level_{len(densities) - 1:02d}"
         trainer = make_trainer(len(densities) - 1, [], place)
         module.load_state_dict(load_checkpoint(place / "final.ckpt")["state_dict"])
@@ -166,17 +166,17 @@ def run_lottery(
 
 
 def _start(rewind: str, trained: Mapping[str, Any], snapshot: Mapping[str, Any]) -> dict[str, Any]:
-    """The checkpoint of a level that keeps the trained weights: step, schedule and loader are the snapshot's."""
+    """Return the start of a level that keeps the trained weights, with step, schedule and loader of the snapshot."""
     pairs = zip(trained["optimizer_states"], snapshot["optimizer_states"], strict=True)
     optimizers = [rewind_rates(t, s) if rewind == "learning_rate" else t for t, s in pairs]
     return {**snapshot, "state_dict": trained["state_dict"], "optimizer_states": optimizers}
 
 
 class _Rates(Callback):
-    """Notes in checkpoints which learning rates the last step was taken with; holds them where they are given.
+    """Saves the learning rates of the last step in checkpoints, and can fix the learning rates of a fit.
 
     Args:
-        held: Learning rates by optimizer and group, for a level whose schedule has no say; ``None`` for others.
+        held: Fixed learning rates by optimizer and group, which override the schedule; ``None`` to follow the schedule.
     """
 
     KEY = "dst_rates"
@@ -187,7 +187,7 @@ class _Rates(Callback):
 
     @classmethod
     def saved(cls, checkpoint: Path) -> list[list[float]]:
-        """Those noted in a checkpoint.
+        """Return the learning rates in a checkpoint.
 
         Raises:
             StateError: There are none.
@@ -195,7 +195,7 @@ class _Rates(Callback):
         rates = load_checkpoint(checkpoint).get(cls.KEY)
         if not rates:
             raise StateError(
-                f"{checkpoint} does not tell its last learning rates, which fine-tuning needs: train it anew"
+                f"{checkpoint} lacks its last learning rates, which fine-tuning needs: train level 0 again"
             )
         return rates
 
@@ -225,7 +225,7 @@ class _Rates(Callback):
 
 
 class _Metrics(Callback):
-    """Keeps the metrics in checkpoints: a level resumed at its end has no others."""
+    """Saves the metrics in checkpoints, for a level that is resumed at its end and computes none."""
 
     def __init__(self) -> None:
         self.saved: dict[str, float] = {}
@@ -245,7 +245,7 @@ class _Metrics(Callback):
 
 
 class _Snapshot(Callback):
-    """Saves a checkpoint at one step, without the state of callbacks: levels start theirs anew."""
+    """Saves a checkpoint at one step, without the state of callbacks, which is new in each level."""
 
     def __init__(self, path: Path, at: Duration) -> None:
         self.path = path
@@ -256,7 +256,7 @@ class _Snapshot(Callback):
         total = int(trainer.estimated_stepping_batches)
         self._step = resolve_steps(self.at, total, "rewind_to")
         if self._step >= total:
-            raise ConfigurationError(f"rewind_to={self.at} leaves nothing of a training of {total} steps to repeat")
+            raise ConfigurationError(f"rewind_to={self.at} leaves no steps to repeat in a training of {total} steps")
         self._save_if_due(trainer)
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any, **kwargs: Any) -> None:

@@ -1,4 +1,7 @@
-"""The progress bar of a run: one bar over all optimizer steps, on standard error."""
+"""The progress bar of a run: one bar over all optimizer steps, on standard error.
+
+Lightning's ``RichProgressBar`` shows one bar for each epoch, in batches, and nothing readable without a terminal.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ _REFRESH, _LINES, _BAR = 0.25, 5.0, 20
 
 
 class Progress(ProgressBar):
-    """One bar over all optimizer steps of a fit, with density, updates, accuracy and the time left beside it.
+    """One bar over all optimizer steps of a fit, with density, updates, accuracy and the time left.
 
-    Where standard error is no terminal, a line every five seconds and one at the end take its place.
+    If standard error is not a terminal, prints a line every five seconds and one at the end.
 
     Args:
-        title: What stands before it.
+        title: Text before the bar.
     """
 
     def __init__(self, title: str) -> None:
@@ -42,7 +45,7 @@ class Progress(ProgressBar):
         self.title = ""
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Open the bar, where a resumed training stands."""
+        """Open the bar at the present step."""
         estimate = trainer.estimated_stepping_batches
         self._total = int(estimate) if math.isfinite(estimate) else None
         self._began = (time.monotonic(), trainer.global_step)
@@ -83,7 +86,7 @@ class Progress(ProgressBar):
         self._close()
 
     def on_exception(self, *args: Any) -> None:
-        """Leave the bar as it stands, above the message."""
+        """Leave the bar above the error message."""
         self._close()
 
     def _advance(self, bar: Bar, trainer: lightning.Trainer) -> None:
@@ -107,7 +110,7 @@ class Progress(ProgressBar):
 
 
 def _figures(trainer: lightning.Trainer, room: float = math.inf) -> str:
-    """The trainer's numbers, the first ones where there is no room for all."""
+    """Return as many of the trainer's metrics as fit."""
     text = ""
     for name, value in trainer.progress_bar_metrics.items():
         longer = f"{text}, {name} {number(float(value))}".removeprefix(", ")

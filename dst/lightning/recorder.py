@@ -1,12 +1,10 @@
-"""Recording how a topology moves during training, a row at every update and epoch, for reports and loggers."""
+"""Recording of the topology during training: one row for each update and epoch, for reports and loggers."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,12 +13,12 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
-from torch import Tensor
 
 from dst.checkpoints import write_atomically
 from dst.engine.sparsifier import Sparsifier
 from dst.errors import ConfigurationError
 from dst.lightning.callback import SparseTraining
+from dst.lightning.loss_window import LossWindow, loss_of
 from dst.metrics.health import effective_masks
 from dst.metrics.recorded import (
     LEAST_ACTIVE,
@@ -31,7 +29,6 @@ from dst.metrics.recorded import (
     is_disconnecting,
     whole_masks,
 )
-from dst.metrics.training import loss_spikes
 from dst.report.topology_file import TOPOLOGY_FILE, read_rows
 from dst.topology.sharding import whole
 
@@ -39,45 +36,45 @@ logger = logging.getLogger(__name__)
 
 
 LOOK_EVERY = 100
-"""Masks are looked at once in so many optimizer steps at most, which bounds the cost where every step rewires."""
+"""Optimizer steps between two examinations of the masks, at least: bounds the cost if every step updates the topology."""
 
 RECORD_EVERY = 10
-"""Updates are recorded once in so many steps at most, on average: where every step rewires, every tenth is."""
+"""Optimizer steps for each recorded update, on average and at least."""
 
-WINDOW = 10
-"""Steps before and after an update whose losses are compared."""
-
-_PICTURES = 10
+_PICTURES = 10  # of the first layer's inputs, in the whole training
 
 
 class Recorder(Callback):
-    """Writes ``topology.jsonl``, sends layers' figures to the loggers, and warns of layers about to disconnect.
+    """Writes ``topology.jsonl``, logs figures of each layer, and warns of layers that are about to disconnect.
 
     ```python
     trainer = lightning.Trainer(callbacks=[dst.lightning.SparseTraining(method), dst.lightning.recorder.Recorder("runs/1")])
     ```
 
-    Every line of the file is a JSON object with an ``event``:
+    Each line of the file is a JSON object with an ``event``:
 
-    - ``layers``: ``names``, ``shapes`` and ``weights``, to which the lists of other rows refer.
+    - ``layers``: ``names``, ``shapes`` and ``weights`` of the layers, in the order of the lists in other rows.
     - ``mask`` (the first mask, or an update) and ``epoch``: ``step`` (optimizer steps taken), ``epoch``, ``density``,
       ``updates``, ``churn``, ``exploration_rate``, ``drop_fraction``, ``loss`` of the last step, ``active`` weights by layer
-      and, where the masks were looked at, ``dead_inputs`` and ``dead_outputs`` by layer.
-    - ``loss``: ``before``, ``after`` and ``spike`` of an ``update`` (the steps taken by then), as
-      `dst.metrics.loss_spikes` defines them, over 10 steps.
+      and, if the masks were examined, ``dead_inputs`` and ``dead_outputs`` by layer.
+    - ``loss``: the losses ``before`` and ``after`` an ``update`` (given as the steps taken) and their ``spike``, over 10
+      steps, as `dst.metrics.loss_spikes` defines it.
     - ``end``: ``in_degrees`` by layer (see `degree_histogram`) and ``input`` (see `input_picture`).
 
-    Updates that are less than ten steps apart are not all recorded. Masks are looked at when they have changed, at most
-    once in 100 steps, and at the end. The recording of a resumed run is that of an uninterrupted one; where a checkpoint
-    was saved at an epoch's last batch but before its end, Lightning does not end that epoch again, and its row is missing.
-    Where several processes train, losses are the first's.
+    Not every update is recorded if they are less than ten steps apart. Masks are examined when they have changed, at most
+    once in 100 steps, and at the end. A resumed run records what an uninterrupted one would, with one exception: if the
+    checkpoint was saved at an epoch's last batch but before the epoch's end, Lightning does not end that epoch again, and
+    its row is missing. In a run of several processes, losses are those of rank 0.
 
     Args:
-        folder: Where the file goes.
-        input_shape: Of one sample, for the picture of what the first layer looks at; None for none.
-        level: Number of the fit where a run has several; rows of other fits stay.
-        effective_density: Measure at every epoch whose masks are new which connections lie on a path from input to output.
-            Costs two passes of the model in double precision, so it is off by default; needs ``input_shape``.
+        folder: The folder of the file.
+        input_shape: Shape of one sample, for the picture of the first layer's inputs; ``None`` for no picture.
+        level: Number of the fit, for a run of several; rows of other fits stay.
+        effective_density: Measure, at the end of each epoch with new masks, which connections lie on a path from input to
+            output. Costs two passes of the model in double precision; needs ``input_shape``.
+
+    Raises:
+        ConfigurationError: ``effective_density`` without ``input_shape``.
     """
 
     def __init__(
@@ -100,26 +97,22 @@ class Recorder(Callback):
 
     def _clear(self) -> None:
         self._rows = 0
-        self._seen = -1  # the masks last recorded: updates by then, and one for the first
-        self._masks = 0  # rows for masks
+        self._seen = -1  # version of the masks last recorded
+        self._masks = 0  # rows of masks
         self._epoch_step = -1
         self._explored = (-2, 0.0)
         self._dead: DeadCounts | None = None
-        self._looked_at = (-1, -1)  # masks seen by then, and the step
+        self._looked_at = (-1, -1)  # version of the masks last examined, and the step
         self._effective_at = -1
         self._step = -1
-        self._batches: list[Tensor] = []
-        self._before: deque[Tensor] = deque(maxlen=WINDOW)
-        self._update: int | None = None
-        self._update_before: list[Tensor] = []
-        self._after: list[Tensor] = []
+        self._losses = LossWindow()
         self._pictures = -1
         self._warned: set[str] = set()
 
     # -- Lightning's hooks ----------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Drop what an interrupted run recorded behind its checkpoint, and record the first mask."""
+        """Drop rows that an interrupted run recorded after its checkpoint, and record the first mask."""
         sparsifier = self._sparsifier = _sparsifier(trainer)
         if self.effective_density and sparsifier.method.backend != "masked":
             raise ConfigurationError(
@@ -146,15 +139,16 @@ class Recorder(Callback):
         batch_idx: int,
     ) -> None:
         """Keep the loss, and record an update that happened at this batch."""
-        loss = _loss(outputs)
+        loss = loss_of(outputs)
         if loss is not None:
-            self._batches.append(loss)
+            self._losses.add_batch(loss)
         sparsifier, step = self._sparsifier, self._sparsifier.step
         if step == self._step:
             return
         self._step = step
-        if self._batches:
-            self._add_loss(trainer)
+        self._losses.end_step(trainer.accumulate_grad_batches)
+        if self._losses.is_full:
+            self._close_window(trainer)
         if sparsifier.mask_version != self._seen and RECORD_EVERY * (self._masks - 2) <= step:
             self._record_mask(trainer, sparsifier)
 
@@ -162,7 +156,7 @@ class Recorder(Callback):
         """Record the epoch."""
         sparsifier = self._sparsifier
         if self._epoch_step == sparsifier.step:
-            return  # a resume from the end of an epoch makes Lightning end it once more
+            return  # after a resume from the end of an epoch, Lightning ends it again
         self._epoch_step = sparsifier.step
         self._look(trainer, sparsifier)
         row = self._row(trainer, sparsifier)
@@ -172,7 +166,7 @@ class Recorder(Callback):
         self._write(trainer, "epoch", row)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Record what the final masks look like."""
+        """Record the final masks."""
         sparsifier = self._sparsifier
         self._look(trainer, sparsifier, due=True)
         histograms, picture = [], None
@@ -184,7 +178,7 @@ class Recorder(Callback):
         self._write(trainer, "end", row)
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the recording is, for Lightning's checkpoint."""
+        """Return the state of the recording, for Lightning's checkpoint."""
         dead = self._dead
         return {
             "rows": self._rows,
@@ -194,34 +188,27 @@ class Recorder(Callback):
             "dead": None if dead is None else [dead.inputs, dead.outputs],
             "looked_at": list(self._looked_at),
             "effective_at": self._effective_at,
-            "batches": _floats(self._batches),
-            "before": _floats(self._before),
-            "update": self._update,
-            "update_before": _floats(self._update_before),
-            "after": _floats(self._after),
+            **self._losses.state_dict(),
             "pictures": self._pictures,
             "warned": sorted(self._warned),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Continue from a checkpoint."""
         self._clear()
         if not state_dict:
             return
-        for name in ("rows", "seen", "masks", "epoch_step", "effective_at", "update", "pictures"):
+        for name in ("rows", "seen", "masks", "epoch_step", "effective_at", "pictures"):
             setattr(self, f"_{name}", state_dict[name])
         self._dead = None if state_dict["dead"] is None else DeadCounts(*state_dict["dead"])
         self._looked_at = (state_dict["looked_at"][0], state_dict["looked_at"][1])
-        self._batches, self._update_before, self._after = (
-            _tensors(state_dict[name]) for name in ("batches", "update_before", "after")
-        )
-        self._before.extend(_tensors(state_dict["before"]))
+        self._losses.load_state_dict(state_dict)
         self._warned = set(state_dict["warned"])
 
     # -- rows -----------------------------------------------------------------------------------------------------
 
     def _record_mask(self, trainer: lightning.Trainer, sparsifier: Sparsifier) -> None:
-        """A row for new masks."""
+        """Write a row for new masks, and compare the losses around the update."""
         self._masks += 1
         self._seen = sparsifier.mask_version
         self._look(trainer, sparsifier)
@@ -229,11 +216,11 @@ class Recorder(Callback):
         last = sparsifier.last_update
         if last is not None and last.step == sparsifier.step - 1:
             self._close_window(trainer)
-            self._update, self._update_before, self._after = sparsifier.step, list(self._before), []
+            self._losses.open(sparsifier.step)
 
     def _row(self, trainer: lightning.Trainer, sparsifier: Sparsifier) -> dict[str, Any]:
         masks = sparsifier.mask_version
-        if self._explored[0] != masks:  # counting takes longer than all the rest
+        if self._explored[0] != masks:  # counting takes longer than the rest of the row
             self._explored = (masks, sparsifier.exploration_rate)
         row: dict[str, Any] = {
             "step": sparsifier.step,
@@ -243,42 +230,21 @@ class Recorder(Callback):
             "churn": sparsifier.churn,
             "exploration_rate": self._explored[1],
             "drop_fraction": sparsifier.drop_fraction,
-            "loss": _finite(float(self._before[-1])) if self._before else None,
+            "loss": self._losses.last,
             "active": [layer["nonzero"] for layer in sparsifier.layer_table()],
         }
         if self._dead is not None and self._looked_at[0] == masks:
             row |= {"dead_inputs": self._dead.inputs, "dead_outputs": self._dead.outputs}
         return row
 
-    def _add_loss(self, trainer: lightning.Trainer) -> None:
-        """Take the losses of the batches of one step."""
-        loss = self._batches[0] if len(self._batches) == 1 else torch.stack(self._batches).mean()
-        self._batches.clear()
-        if trainer.accumulate_grad_batches > 1:
-            loss = loss * trainer.accumulate_grad_batches  # by which Lightning divides a batch's loss
-        self._before.append(loss)
-        if self._update is not None:
-            self._after.append(loss)
-            if len(self._after) == WINDOW:
-                self._close_window(trainer)
-
     def _close_window(self, trainer: lightning.Trainer) -> None:
-        """Write how the loss fared around the last update, if enough of it is known."""
-        update, before, after = self._update, _floats(self._update_before), _floats(self._after)
-        self._update = None
-        spike = loss_spikes([*before, *after], [len(before) - 1], WINDOW) if before else torch.zeros(0)
-        if update is None or not len(spike):
+        """Write the losses around the last update, if enough of them are known."""
+        found = self._losses.close()
+        if found is None:
             return
-        row = {
-            "step": self._step,
-            "update": update,
-            "before": _finite(sum(before) / len(before)),
-            "after": _finite(max(after)),
-            "spike": _finite(float(spike[0])),
-        }
-        self._write(trainer, "loss", row)
-        if row["spike"] is not None:
-            self._log(trainer, {"topology/loss_spike": row["spike"]}, self._step)
+        self._write(trainer, "loss", {"step": self._step, **found})
+        if found["spike"] is not None:
+            self._log(trainer, {"topology/loss_spike": found["spike"]}, self._step)
 
     def _write(self, trainer: lightning.Trainer, event: str, row: Mapping[str, Any]) -> None:
         self._rows += 1
@@ -298,10 +264,10 @@ class Recorder(Callback):
         lines = [json.dumps(row, separators=(",", ":")) + "\n" for row in (*others, *ours)]
         write_atomically(self.path, "".join(lines))
 
-    # -- looking at masks -----------------------------------------------------------------------------------------
+    # -- examining masks ------------------------------------------------------------------------------------------
 
     def _look(self, trainer: lightning.Trainer, sparsifier: Sparsifier, due: bool = False) -> None:
-        """Count dead units, send layers' figures to the loggers and warn, where masks are new and it is time."""
+        """Count dead units, log figures of each layer and warn, if the masks are new and an examination is due."""
         (masks, step), now = self._looked_at, sparsifier.mask_version
         due = due or step < 0 or sparsifier.step - step >= LOOK_EVERY
         if not sparsifier.is_sparse or masks == now or not due:
@@ -316,7 +282,7 @@ class Recorder(Callback):
             figures[f"layers/dead_outputs/{row['name']}"] = float(outputs)
         self._log(trainer, figures, sparsifier.step)
         self._warn(sparsifier)
-        # A tenth of the training lies between two pictures at least; the look at the end begins the last one.
+        # One picture for each tenth of training, at most; the examination at the end makes the last one.
         tenth = _PICTURES * sparsifier.step // sparsifier.total_steps
         if tenth > self._pictures:
             self._pictures = tenth
@@ -341,7 +307,7 @@ class Recorder(Callback):
     def _effective(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, sparsifier: Sparsifier
     ) -> list[float]:
-        """Each layer's share of weights on a path from input to output."""
+        """Return each layer's share of weights that lie on a path from input to output."""
         assert self.input_shape is not None
         masks = {name: whole(mask) for name, mask in sparsifier.masks.items()}
         found = effective_masks(module, masks, self.input_shape)
@@ -364,7 +330,7 @@ class Recorder(Callback):
             target.log_metrics(dict(figures), step=step)
 
     def _log_picture(self, trainer: lightning.Trainer, sparsifier: Sparsifier) -> None:
-        """Send what the first layer looks at to loggers that take images."""
+        """Send the picture of the first layer's inputs to loggers that take images."""
         targets = [x for x in trainer.loggers if isinstance(x, (TensorBoardLogger, WandbLogger))]
         if not targets or self.input_shape is None:
             return
@@ -385,24 +351,6 @@ def _sparsifier(trainer: lightning.Trainer) -> Sparsifier:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, SparseTraining) and callback.sparsifier is not None:
             return callback.sparsifier
-    raise ConfigurationError("Recorder records what SparseTraining does: give the trainer both, SparseTraining first")
-
-
-def _loss(outputs: Any) -> Tensor | None:
-    """The loss in what a training step returned, if there is one."""
-    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        return None
-    return loss.detach() if loss.requires_grad else loss
-
-
-def _floats(losses: Sequence[Tensor] | deque[Tensor]) -> list[float]:
-    return torch.stack([x.reshape(()).float() for x in losses]).tolist() if losses else []
-
-
-def _tensors(losses: Sequence[float]) -> list[Tensor]:
-    return [torch.tensor(loss) for loss in losses]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    raise ConfigurationError(
+        "Recorder records the masks of SparseTraining: give the trainer both, SparseTraining first"
+    )

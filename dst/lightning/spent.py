@@ -29,12 +29,12 @@ class Spent(Callback):
         self._peak: PeakMemory | None = None
         self._meter: EnergyMeter | None = None
         self._seconds: float | None = None  # of all fits so far; None before the first
-        self._joules: float | None = 0.0  # None where a part was not measured
+        self._joules: float | None = 0.0  # None if a part was not measured
         self._sources: tuple[str, ...] = ()
 
     @property
     def energy(self) -> Energy | None:
-        """Energy of all fits so far; None before the first, and where a part of them was not measured."""
+        """Energy of all fits so far; ``None`` before the first, or if a part was not measured."""
         self._read()
         if self._seconds is None or self._joules is None:
             return None

@@ -36,5 +36,5 @@ def needs_inactive_weights(method: Method) -> str | None:
     if method.drop is not None and not (isinstance(method.drop, ActiveScore) and method.drop.active_only):
         return f"{type(method.drop).__name__} is no drop score of the active weights alone"
     if method.grow is not None and as_sampler(method.grow) is None and type(method.grow) is not scores.Gradient:
-        return f"growth is by gradient or at random there, not by {type(method.grow).__name__}"
+        return f"csr grows by gradient or at random, not by {type(method.grow).__name__}"
     return None

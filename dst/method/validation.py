@@ -126,7 +126,7 @@ def _check_relaxation(method: Method, relaxation: Relaxation) -> None:
         )
     if method.lottery is not None or method.rescale_init:
         other = "lottery levels" if method.lottery is not None else "rescale_init"
-        raise ConfigurationError(f"{name}: {other} and {kind} do not go together: {kind} trains inactive weights too")
+        raise ConfigurationError(f"{name}: {other} and {kind} do not combine: {kind} trains inactive weights too")
     if relaxation.until_mask and (method.is_dynamic or method.sparsify_at == 0):
         raise ConfigurationError(
             f"{name}: {kind} learns what is active until sparsify_at, which must be above 0, and leaves a fixed "

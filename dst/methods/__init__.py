@@ -1,4 +1,4 @@
-"""The published methods, each as one composition in a file of its own.
+"""The published methods, one composition per file.
 
 Every function returns a frozen ``dst.Method``. Durations (``update_every``, ``start``, ``stop``, …) are optimizer steps
 when they are ints and fractions of the total steps when they are floats.

@@ -23,7 +23,7 @@ def grasp(
 
     Wang, Zhang, Grosse 2020 (https://arxiv.org/abs/2002.07376): keep the weights with the largest w · (H g), whose
     removal would reduce the gradient's norm most. A custom training loop calls ``sparsifier.before_backward(loss)``
-    before ``loss.backward()``. The first step changes the mask and not the weights.
+    before ``loss.backward()``. The first step makes the mask and does not change the weights.
 
     Args:
         temperature: Divides the model's outputs in the first step; use 1 for outputs other than logits.

@@ -29,7 +29,7 @@ def lottery_ticket_rewind(
     (https://arxiv.org/abs/2003.02389). Level 0 is dense. After every level 20% of the remaining weights are pruned by
     global magnitude, and training restarts from the snapshot of step k. The last level has exactly the target density.
     Each level is a separate fit: use ``python train.py sparsity=lottery_ticket_rewind``,
-    ``dst.lightning.lottery_levels.run_lottery`` with a Lightning module, or the functions of ``dst.lottery`` in a
+    ``dst.lightning.lottery_levels.run_lottery`` with a Lightning module, or the functions of ``dst.engine.lottery`` in a
     custom loop.
 
     Args:

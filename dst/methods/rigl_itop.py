@@ -34,7 +34,7 @@ def rigl_itop(
 ) -> Method:
     """RigL-ITOP: RigL with in-time over-parameterization (Liu et al. 2021, https://arxiv.org/abs/2102.02887).
 
-    Updates are rarer and larger than RigL's and go on to the end: new connections have time to grow before they are
+    Updates are rarer and larger than RigL's and continue to the end: new connections have time to grow before they are
     scored, and the network tries most of its weights over training. ΔT is 4000 of 97,750 steps in the authors' settings
     for CIFAR; here it is the same share of training, so that short trainings explore too.
 

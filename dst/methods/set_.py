@@ -35,7 +35,7 @@ def set_(
     """Sparse evolutionary training (Mocanu et al. 2018, https://arxiv.org/abs/1707.04780).
 
     Drops the weights nearest zero of each sign, grows as many at random. As published, the fraction ζ = 0.3 is constant
-    and updates go on to the end.
+    and updates continue to the end.
 
     Deviations: the authors update once per epoch (pass ``update_every=`` the steps of one), after its last step, and
     give grown connections small random weights; here they start at zero, as in RigL's code for SET. The authors

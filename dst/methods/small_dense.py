@@ -14,8 +14,8 @@ def small_dense(density: float = 0.1, *, match: str = "parameters", backend: str
     this.
 
     A method does not build models. ``python train.py sparsity=small_dense`` does, by `dst.models.narrow`, and reports
-    density and FLOPs relative to the full-size network. A ``Sparsifier`` with this method trains the model that it is
-    given, and logs that.
+    density and FLOPs relative to the full-size network. A ``Sparsifier`` with this method trains the model that it gets,
+    and logs a warning.
 
     Args:
         density: Share of the full-size model that the narrow one has, in (0, 1].

@@ -40,8 +40,7 @@ def snfs(
     momentum of active weights, and within a layer to the inactive weights with the largest momentum. Momentum is a mean
     of the dense gradients, which are computed at every step.
 
-    Deviations: the mean of gradients is the engine's own (``scores.Momentum``), since the optimizer sees masked
-    gradients. The authors update once per epoch (pass ``update_every=`` the steps of one), lower the share that nearly
+    Deviations: the average of gradients is not the optimizer's, which sees masked gradients (``scores.Momentum``). The authors update once per epoch (pass ``update_every=`` the steps of one), lower the share that nearly
     dense layers drop, fill no layer beyond 99%, and round shares up; here rounding is exact. A layer never loses its
     last connection.
 

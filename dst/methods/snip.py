@@ -21,7 +21,7 @@ def snip(
     """SNIP: a fixed mask, made at the first batch by connection sensitivity.
 
     Lee, Ajanthan, Torr 2019 (https://arxiv.org/abs/1810.02340): keep the weights with the largest abs(g · w). The first
-    step changes the mask and not the weights.
+    step makes the mask and does not change the weights.
     """
     return Method(
         name="snip",

@@ -22,8 +22,8 @@ def synflow(
     """SynFlow: a fixed mask, made without data in many small pruning steps.
 
     Tanaka, Kunin, Yamins, Ganguli 2020 (https://arxiv.org/abs/2006.05467): keep the weights with the largest flow from
-    an input of ones to the outputs, with all parameters at their absolute values. The first training step shows how the
-    model is called, and changes the mask and not the weights.
+    an input of ones to the outputs, with all parameters at their absolute values. The first training step records how
+    the model is called; it makes the mask and does not change the weights.
 
     Args:
         iterations: Number of pruning steps.

@@ -1,4 +1,4 @@
-"""Top-KAST: always sparse, by the largest of weights that live on."""
+"""Top-KAST: always sparse, by the largest of latent weights."""
 
 from __future__ import annotations
 

@@ -1,24 +1,21 @@
-"""What a sparse network costs and how its topology fares: pure functions, and torchmetrics classes over them.
+"""Measures the costs and the topology of sparse networks: pure functions, and torchmetrics classes built on them.
 
-The classes are imported when they are first asked for, so that the functions need torch alone.
+The classes are imported on first use, so that the functions need torch alone.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
+from dst.errors import missing_package
 from dst.metrics.conventions import CONVENTIONS, Convention
-from dst.metrics.counting import Operations, WeightOperations, count_operations, layer_macs, uncounted
+from dst.metrics.counting import Operations, WeightOperations, count_operations, layer_macs
 from dst.metrics.energy import Energy, EnergyMeter
 from dst.metrics.flops import (
     FlopsRow,
     FlopsTable,
     flops_table,
-    inference_flops,
-    inference_ratio,
-    rigl_training_flops,
-    static_training_flops,
-    training_ratio,
 )
 from dst.metrics.health import (
     chain_effective_masks,
@@ -47,28 +44,28 @@ if TYPE_CHECKING:
         DeadUnits,
         EffectiveDensity,
         ExplorationRate,
-        GradientNorms,
         InDegreeHistogram,
-        LossSpikes,
         MaskChurn,
         MaskDensity,
         MaskOverlap,
         NMConformance,
     )
+    from dst.metrics.training_diagnostics import GradientNorms, LossSpikes
 
-_CLASSES = (
-    "CollapsedLayers",
-    "DeadUnits",
-    "EffectiveDensity",
-    "ExplorationRate",
-    "GradientNorms",
-    "InDegreeHistogram",
-    "LossSpikes",
-    "MaskChurn",
-    "MaskDensity",
-    "MaskOverlap",
-    "NMConformance",
-)
+_CLASSES = {
+    "CollapsedLayers": "dst.metrics.diagnostics",
+    "DeadUnits": "dst.metrics.diagnostics",
+    "EffectiveDensity": "dst.metrics.diagnostics",
+    "ExplorationRate": "dst.metrics.diagnostics",
+    "GradientNorms": "dst.metrics.training_diagnostics",
+    "InDegreeHistogram": "dst.metrics.diagnostics",
+    "LossSpikes": "dst.metrics.training_diagnostics",
+    "MaskChurn": "dst.metrics.diagnostics",
+    "MaskDensity": "dst.metrics.diagnostics",
+    "MaskOverlap": "dst.metrics.diagnostics",
+    "NMConformance": "dst.metrics.diagnostics",
+}
+"""Class name -> the module that defines it."""
 
 __all__ = [
     "CONVENTIONS",
@@ -106,8 +103,6 @@ __all__ = [
     "gradient_norms",
     "in_degree_histogram",
     "in_degrees",
-    "inference_flops",
-    "inference_ratio",
     "layer_macs",
     "loss_spikes",
     "mask_churn",
@@ -115,16 +110,14 @@ __all__ = [
     "mask_overlap",
     "nm_conformance",
     "predict_memory",
-    "rigl_training_flops",
-    "static_training_flops",
-    "training_ratio",
-    "uncounted",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _CLASSES:
-        from dst.metrics import diagnostics
-
-        return getattr(diagnostics, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    """Import a class on first use."""
+    if name not in _CLASSES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(_CLASSES[name]), name)
+    except ModuleNotFoundError as error:
+        raise missing_package(f"dst.metrics.{name}", error) from error

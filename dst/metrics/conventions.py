@@ -1,4 +1,4 @@
-"""What counts as an operation: papers differ, so every figure names its convention."""
+"""Conventions of counting operations. Papers differ, so every figure names its convention."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dst.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Convention:
-    """How multiply-accumulates (MACs) and outputs turn into a number.
+    """A rule that turns multiply-accumulates (MACs) and outputs into a number of operations.
 
     Attributes:
         name: Name in tables.
-        per_mac: Operations of one MAC, at least 1.
-        per_output: Operations that every output of a weighted layer costs besides, whatever its density.
-        unit: What is counted.
+        per_mac: Operations per MAC, at least 1.
+        per_output: Additional operations per output of a layer with weights, whatever its density.
+        unit: Unit of the result.
         description: The convention in words.
     """
 
@@ -43,14 +43,14 @@ CONVENTIONS: dict[str, Convention] = {
         ),
     )
 }
-"""Name to convention. None counts norms, pooling, softmax, losses or the optimizer."""
+"""Name -> convention. None counts norms, pooling, softmax, losses or the optimizer."""
 
 
 def convention_of(convention: str | Convention) -> Convention:
-    """Look a convention up by its name; a `Convention` is returned as it is.
+    """Look up a convention by name. A `Convention` is returned unchanged.
 
     Raises:
-        ConfigurationError: There is none of that name.
+        ConfigurationError: If there is no convention of that name.
     """
     if isinstance(convention, Convention):
         return convention

@@ -1,8 +1,8 @@
-"""Which operations a model runs: multiply-accumulates by weight, products of activations, and what is unknown.
+"""Counts the operations of a model: multiply-accumulates (MACs) per weight, products of activations, unknown operators.
 
-Modules that are known tell by their shapes. Everything else is seen at the level of operators, so that a functional call
-is attributed to the parameter that it reads, a product of two activations is counted by itself, and an operator whose
-cost is unknown is listed.
+PyTorch's own layers are counted from the shapes of their calls. Everything else is counted operator by operator: a
+functional call belongs to the parameter that it reads, a product of two activations gets an entry of its own, and an
+operator of unknown cost is listed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NORMS = (
     nn.RMSNorm,
 )
 
-# Operators that conventions leave out, beside views and what PyTorch itself tags as pointwise or as a reduction.
+# Operators that no convention counts, in addition to views and to those that PyTorch tags as pointwise or reduction.
 _FREE_NAMES = """
 _adaptive_avg_pool2d _adaptive_avg_pool3d _assert_async _batch_norm_impl_index _embedding_bag
 _embedding_bag_forward_only _fused_rms_norm _local_scalar_dense _log_softmax _native_batch_norm_legit
@@ -58,14 +58,14 @@ _FREE = frozenset(_FREE_NAMES.split())
 
 @dataclass(frozen=True)
 class WeightOperations:
-    """What one weight does for one sample.
+    """Operations of one weight tensor for one sample.
 
     Attributes:
-        label: The parameter's name, with the part in brackets where it is one (``attn.in_proj_weight[q]``).
+        label: Name of the parameter; for a part of one, with the part in brackets (``attn.in_proj_weight[q]``).
         parameter: Name in ``model.named_parameters()``.
         weights: Number of weights.
-        macs: Multiply-accumulates if dense.
-        outputs: Numbers that it yields, each a sum over its inputs.
+        macs: Multiply-accumulates of the dense weight.
+        outputs: Number of values computed, each a sum over inputs.
     """
 
     label: str
@@ -77,15 +77,15 @@ class WeightOperations:
 
 @dataclass(frozen=True)
 class Operations:
-    """What a model runs for one sample.
+    """Operations of a model for one sample.
 
     Attributes:
-        weights: The weights of all modules that are known, and parameters in functional products, in the model's order.
-        products: MACs of products that no parameter takes part in, and which no mask makes cheaper: of attention
-            ``module: q·k`` and ``module: attn·v``, of others the module's name and the operator.
-        unknown: Operators of unknown cost, by module, and how often they ran. They are in no total.
-        unread: Parameters that no operator read: of modules that did not run, or that compute outside PyTorch. They are
-            in no total.
+        weights: Weights of PyTorch's own layers, and parameters of functional products, in the order of the model.
+        products: MACs of products without parameters, which no mask makes cheaper. Keys of attention are ``module: q·k``
+            and ``module: attn·v``; others hold the name of the module and the operator.
+        unknown: Operators of unknown cost, by module, and how often they ran. No total includes them.
+        unread: Parameters that no operator read, because their module did not run or computes outside PyTorch. No total
+            includes them.
     """
 
     weights: tuple[WeightOperations, ...]
@@ -95,41 +95,41 @@ class Operations:
 
     @property
     def macs(self) -> dict[str, int]:
-        """Parameter name to MACs per sample of the dense parameter."""
+        """Parameter name -> MACs per sample of the dense parameter."""
         totals: dict[str, int] = {}
         for weight in self.weights:
             totals[weight.parameter] = totals.get(weight.parameter, 0) + weight.macs
         return totals
 
     def warnings(self) -> list[str]:
-        """Say in words what is in no total; empty where everything is known."""
+        """Describe what no total includes; empty if everything was counted."""
         lines = [f"{name} ran {n}× and is not counted: its cost is unknown" for name, n in self.unknown.items()]
         return lines + [f"{name} was read by no operator and is not counted" for name in self.unread]
 
 
 def count_operations(model: nn.Module, example: Example, *, batch_size: int | None = None) -> Operations:
-    """Count what ``model`` runs for one sample, by running an example.
+    """Count the operations of ``model`` for one sample, by running an example.
 
-    The model runs in eval mode without gradients; its training flags, buffers and the random generators end up as they
-    were. It may live on any device, ``meta`` included. A weight is used once per *position*: linear layers per row of the
-    output, convolutions per output pixel, transposed convolutions per input pixel, attention projections and recurrent
-    weights per token. Modules called several times, and weights that several modules share, add up. Norms and embeddings
-    cost 0. Scores of attention are counted whole, also where a causal mask hides half of them.
+    The model runs in evaluation mode without gradients. Its training flags, its buffers and the random generators are
+    restored. It may be on any device, ``meta`` included. A weight is used once per *position*: per row of the output in
+    linear layers, per output pixel in convolutions, per input pixel in transposed convolutions, per token in attention
+    projections and recurrent layers. Repeated calls of a module and uses of a shared weight add up. Norms and embeddings
+    cost 0. Attention scores are counted in full, even if a causal mask hides half of them.
 
     Args:
         model: Any module. Linear, Bilinear, Conv1-3d, ConvTranspose1-3d, MultiheadAttention, RNN, LSTM, GRU and their
-            cells tell by their shapes; products elsewhere are seen as operators.
-        example: Shape of one sample, without the batch dimension (then one floating-point sample of zeros is run); or a
+            cells are counted from shapes, other products from operators.
+        example: Shape of one sample without the batch dimension, for which a floating-point sample of zeros is run; or a
             batched tensor; or the positional arguments of ``forward`` as a sequence; or its keyword arguments as a
-            mapping. Tensors are moved to the model's device.
-        batch_size: Number of samples in ``example``; None takes the first tensor's leading dimension.
+            mapping. Tensors are moved to the device of the model.
+        batch_size: Number of samples in ``example``. Default: the leading dimension of the first tensor.
 
     Returns:
         The operations per sample.
 
     Raises:
-        ConfigurationError: The model has lazy parameters, or the number of samples is unknown or does not divide what
-            was counted.
+        ConfigurationError: If the model has lazy parameters, or if the number of samples is unknown or does not divide
+            the counts.
     """
     lazy = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
     if lazy:
@@ -139,7 +139,7 @@ def count_operations(model: nn.Module, example: Example, *, batch_size: int | No
     samples = _count_samples([*args, *kwargs.values()], batch_size)
     tally = _Tally(model)
     with undisturbed(model, first.device), ExitStack() as stack:
-        # Fused attention is one operator that hides its two products.
+        # Fused attention is a single operator that hides its two products.
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         for name, module in model.named_modules():
             for handle in tally.watch(name, module):
@@ -150,7 +150,7 @@ def count_operations(model: nn.Module, example: Example, *, batch_size: int | No
 
 
 def layer_macs(model: nn.Module, example: Example, *, batch_size: int | None = None) -> dict[str, int]:
-    """Measure every weight's MACs per sample; `count_operations` tells the rest.
+    """Count the MACs per sample of every weight. `count_operations` returns all other operations too.
 
     Args:
         model: As in `count_operations`.
@@ -166,23 +166,9 @@ def layer_macs(model: nn.Module, example: Example, *, batch_size: int | None = N
     return count_operations(model, example, batch_size=batch_size).macs
 
 
-def uncounted(model: nn.Module, macs: Mapping[str, int]) -> list[str]:
-    """List the weights that ``macs`` says nothing about, so that no layer is taken for free unnoticed.
-
-    Args:
-        model: The module that was measured.
-        macs: The result of `layer_macs`.
-
-    Returns:
-        Names of the parameters with two or more dimensions that are missing in ``macs``: they take part in no product
-        themselves, were not called, or the weight is computed from them.
-    """
-    return [name for name, p in model.named_parameters() if p.ndim >= 2 and name not in macs]
-
-
 @dataclass
 class _Frame:
-    """A module that is running: which parameters its shapes tell about, and of how many products (None: of all)."""
+    """A running module, the parameters counted from its shapes, and the number of products that cover them (None: all)."""
 
     name: str
     module: nn.Module | None
@@ -191,11 +177,11 @@ class _Frame:
 
     @property
     def hides_operators(self) -> bool:
-        """Whether the module's shapes tell about all that it runs."""
+        """Whether shapes account for all operators of the module."""
         return isinstance(self.module, _NORMS) or (bool(self.covered) and self.products is None)
 
     def takes(self) -> bool:
-        """Whether the module's shapes tell about one more product."""
+        """Whether shapes account for one more product of the module; uses it up."""
         if not self.covered or self.products == 0:
             return False
         if self.products is not None:
@@ -204,7 +190,7 @@ class _Frame:
 
 
 class _Tally:
-    """What was counted so far, over the whole batch."""
+    """Counts so far, over the whole batch."""
 
     def __init__(self, model: nn.Module) -> None:
         self.names = {id(p): name for name, p in model.named_parameters()}
@@ -219,12 +205,12 @@ class _Tally:
         self.running: list[_Frame] = []
 
     def watch(self, name: str, module: nn.Module) -> list[Any]:
-        """Hook a module, so that operators know where they run and known modules are counted by their shapes."""
+        """Hook a module: operators learn where they run, and known modules are counted from their shapes."""
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             weights = [weight for _, weight in rule_weights(module)]
             covered = frozenset(self.names[id(w)] for w in weights if id(w) in self.names)
-            # A reparametrised weight is computed, not a parameter: its product is then seen as an operator.
+            # A reparametrized weight is computed, not a parameter: its product is counted as an operator.
             known = bool(weights) and all(id(w) in self.names for w in weights)
             one = isinstance(module, (nn.Linear, _ConvNd))
             self.running.append(_Frame(name, module, covered if known else frozenset(), 1 if one else None))
@@ -253,19 +239,19 @@ class _Tally:
         entry[3] += outputs
 
     def operator(self, packet: Any, free: bool, args: Any, kwargs: Any, output: Any) -> None:
-        """Take an operator into account that is no view."""
+        """Count an operator that is not a view."""
         for leaf in tree_leaves((args, kwargs)):
             if isinstance(leaf, Tensor) and (name := self.storages.get(_storage(leaf))) is not None:
                 self.read.add(name)
         frame = self.running[-1] if self.running else _Frame("", None, frozenset(), None)
         where = f" in {frame.name}" if frame.name else ""
         if packet in flop_registry:
-            # Biases that are added on the way take no part in the product.
+            # The first argument of these is a bias, which is not a factor of the product.
             added = packet.__name__ in ("addmm", "baddbmm")
             factors = [self.storages.get(_storage(t)) for t in args[added : added + 2] if isinstance(t, Tensor)]
             foreign = [name for name in factors if name is not None and name not in frame.covered]
             if not foreign and frame.takes():
-                return  # counted by the module's shapes
+                return  # counted from the module's shapes
             macs = flop_registry[packet](*args, **kwargs, out_val=output) // 2
             if foreign:
                 outputs = sum(t.numel() for t in tree_leaves(output) if isinstance(t, Tensor))
@@ -308,12 +294,12 @@ class _Watcher(TorchDispatchMode):
 
 @cache
 def _is_free(operator: Any) -> bool:
-    """Whether conventions leave the operator out."""
+    """Whether no convention counts the operator."""
     if operator.namespace not in ("aten", "prim", "prims"):
         return False
     packet = operator._overloadpacket
     name = packet.__name__.removesuffix("_")
-    # In-place variants do not carry all of their originals' tags.
+    # In-place variants lack some tags of their originals.
     original = getattr(torch.ops.aten, name, packet) if name else packet
     overloads = [operator, *(getattr(original, overload) for overload in original.overloads())]
     tagged = any(tag.name in ("pointwise", "reduction") for overload in overloads for tag in overload.tags)
@@ -321,7 +307,7 @@ def _is_free(operator: Any) -> bool:
 
 
 def _storage(tensor: Tensor) -> int | None:
-    """Identity of the memory that a tensor looks at, on meta devices too; None where it has none (sparse layouts)."""
+    """Identity of the memory of a tensor, on meta devices too; None for sparse layouts, which have none."""
     try:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
@@ -331,7 +317,7 @@ def _storage(tensor: Tensor) -> int | None:
 def _check_divisible(name: str, macs: int, samples: int) -> None:
     if macs % samples:
         raise ConfigurationError(
-            f"the MACs of {name} ({macs}) are no multiple of the {samples} samples in the "
+            f"the MACs of {name} ({macs}) are not a multiple of the {samples} samples in the "
             "example's leading dimension; pass the true batch_size"
         )
 

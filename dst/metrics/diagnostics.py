@@ -1,7 +1,7 @@
-r"""Diagnostics as torchmetrics classes: they accumulate over updates, and agree over processes.
+r"""Diagnostics of masks as torchmetrics classes: they accumulate over updates and processes.
 
-Masks are the same on all processes, and so are reduced gradients; sums over processes therefore leave every ratio as it is.
-Losses differ between processes and are averaged.
+All processes hold the same masks, so summing over processes leaves every ratio as it is. Diagnostics of gradients and losses
+are in ``dst.metrics.training_diagnostics``.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from dst.errors import ConfigurationError
-from dst.metrics import health, topology, training
+from dst.metrics import health, topology
 from dst.metrics.topology import Masks
 
 
@@ -44,7 +43,7 @@ class _Share(Metric):
 
 
 class MaskDensity(_Share):
-    r"""Share of active weights, over all updates; see `dst.metrics.mask_density`.
+    r"""Share of active weights over all updates; see `dst.metrics.mask_density`.
 
     .. math:: d = \frac{\sum_l |M_l|}{\sum_l N_l}
 
@@ -60,12 +59,12 @@ class MaskDensity(_Share):
     higher_is_better = False
 
     def update(self, masks: Masks) -> None:
-        """Take masks: bool tensors of any shape."""
+        """Add masks: bool tensors of any shape."""
         self._count(topology.density_counts(masks))
 
 
 class MaskChurn(_Share):
-    r"""Share of the active connections that are new, over all updates; see `dst.metrics.mask_churn`.
+    r"""Share of the active weights that topology updates have grown; see `dst.metrics.mask_churn`.
 
     .. math:: c = \frac{\sum_l |M'_l \setminus M_l|}{\sum_l |M'_l|}
 
@@ -79,22 +78,22 @@ class MaskChurn(_Share):
     """
 
     def update(self, before: Masks, after: Masks) -> None:
-        """Take masks of the same layers before and after an update."""
+        """Add masks of the same layers before and after an update."""
         self._count(topology.churn_counts(before, after))
 
 
 class MaskOverlap(_Share):
-    r"""How much of their topology two runs have in common, over all updates; see `dst.metrics.mask_overlap`.
+    r"""Overlap of the topologies of two runs over all updates; see `dst.metrics.mask_overlap`.
 
     .. math:: J = \frac{\sum_l |A_l \cap B_l|}{\sum_l |A_l \cup B_l|}
         \qquad O = \frac{\sum_l |A_l \cap B_l|}{\sum_l |A_l|}
 
     Args:
         over: "union" (Jaccard) or "active".
-        kwargs: As for ``torchmetrics.Metric``.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Raises:
-        ConfigurationError: An unknown ``over``.
+        ConfigurationError: If ``over`` is unknown.
 
     Example:
         >>> import torch
@@ -114,20 +113,20 @@ class MaskOverlap(_Share):
         self.over = over
 
     def update(self, first: Masks, second: Masks) -> None:
-        """Take masks of the same layers of two runs."""
+        """Add masks of the same layers of two runs."""
         self._count(topology.overlap_counts(first, second, self.over))
 
 
 class NMConformance(_Share):
-    r"""Share of the windows of M consecutive inputs with at most N connections; see `dst.metrics.nm_conformance`.
+    r"""Share of the windows of M consecutive inputs with at most N active weights; see `dst.metrics.nm_conformance`.
 
     .. math:: C = \frac{1}{W} \sum_w [\, |M_w| \le N \,]
 
     Args:
-        n: Connections N that a window may hold, 1 to ``m``.
+        n: Largest number N of active weights in a window, 1 to ``m``.
         m: Length M of a window.
-        dim: Dimension along which windows lie.
-        kwargs: As for ``torchmetrics.Metric``.
+        dim: Dimension of the windows.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Example:
         >>> import torch
@@ -146,12 +145,12 @@ class NMConformance(_Share):
         self.n, self.m, self.dim = n, m, dim
 
     def update(self, masks: Masks) -> None:
-        """Take masks: bool tensors of shape (out, in, ...)."""
+        """Add masks: bool tensors of shape (out, in, ...)."""
         self._count(topology.nm_counts(masks, self.n, self.m, self.dim))
 
 
 class DeadUnits(_Share):
-    r"""Share of the outputs that no connection enters, or of the inputs that none leaves, over all layers and updates.
+    r"""Share of the outputs, or of the inputs, without an active weight, over all layers and updates.
 
     .. math:: \frac{\sum_l |\mathrm{dead}_l|}{\sum_l n_l}
 
@@ -159,10 +158,10 @@ class DeadUnits(_Share):
 
     Args:
         side: "outputs" or "inputs".
-        kwargs: As for ``torchmetrics.Metric``.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Raises:
-        ConfigurationError: An unknown ``side``.
+        ConfigurationError: If ``side`` is unknown.
 
     Example:
         >>> import torch
@@ -182,7 +181,7 @@ class DeadUnits(_Share):
         self.side = side
 
     def update(self, masks: Masks, output_dims: Sequence[int] | None = None) -> None:
-        """Take masks of shape (out, in, ...), and for each the dimension of its outputs where it is not 0."""
+        """Add masks of shape (out, in, ...), and for each the dimension of its outputs; default 0."""
         find = health.dead_outputs if self.side == "outputs" else health.dead_inputs
         tensors = topology.as_masks(masks)
         for mask, dim in zip(tensors, output_dims or [0] * len(tensors), strict=True):
@@ -191,7 +190,7 @@ class DeadUnits(_Share):
 
 
 class EffectiveDensity(_Share):
-    r"""Share of a chain's weights that lie on some path from input to output; see `dst.metrics.effective_density`.
+    r"""Share of the weights of a chain that lie on a path from input to output; see `dst.metrics.effective_density`.
 
     .. math:: d_\mathrm{eff} = \frac{\sum_l |E_l|}{\sum_l N_l} \le d
 
@@ -205,12 +204,12 @@ class EffectiveDensity(_Share):
     """
 
     def update(self, masks: Sequence[Tensor]) -> None:
-        """Take masks of a chain of layers from input to output."""
+        """Add masks of a chain of layers, from input to output."""
         self._count(health.chain_effective_counts(masks))
 
 
 class CollapsedLayers(Metric):
-    r"""Largest number of layers that had no connection at once; see `dst.metrics.collapsed_layers`.
+    r"""Largest number of layers without an active weight at once; see `dst.metrics.collapsed_layers`.
 
     .. math:: \max_t |\{ l : |M_l^t| = 0 \}|
 
@@ -234,7 +233,7 @@ class CollapsedLayers(Metric):
         self.add_state("collapsed", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
 
     def update(self, masks: Mapping[str, Tensor]) -> None:
-        """Take masks by name."""
+        """Add masks by name."""
         self.collapsed = self.collapsed.clamp(min=len(health.collapsed_layers(masks)))
 
     def compute(self) -> Tensor:
@@ -243,16 +242,16 @@ class CollapsedLayers(Metric):
 
 
 class ExplorationRate(Metric):
-    r"""ITOP rate: share of the sparse layers' weights that were ever active; see `dst.metrics.exploration_rate`.
+    r"""ITOP rate: share of the weights of sparse layers that were ever active; see `dst.metrics.exploration_rate`.
 
     .. math:: R = \frac{\sum_l |\bigcup_t M_l^t|}{\sum_l N_l}
 
-    Layers that are wholly dense in the last masks are in neither term. ``Sparsifier.exploration_rate`` is the same from the
-    first mask of a run on; this class starts where you do.
+    Layers that are dense in the last masks count in neither term. ``Sparsifier.exploration_rate`` counts from the first mask
+    of a run; this class counts from its first update.
 
     Args:
-        shapes: Shape of each layer's mask, by name.
-        kwargs: As for ``torchmetrics.Metric``.
+        shapes: Name -> shape of the mask.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Example:
         >>> import torch
@@ -276,7 +275,7 @@ class ExplorationRate(Metric):
             self.add_state(f"last_{i}", torch.zeros(shape, dtype=torch.uint8), dist_reduce_fx="max")
 
     def update(self, masks: Mapping[str, Tensor]) -> None:
-        """Take the masks of a moment, of the shapes given."""
+        """Add the masks of a step, of the shapes given to the constructor."""
         topology.as_masks(masks)
         if {name: tuple(mask.shape) for name, mask in masks.items()} != self.shapes:
             raise ConfigurationError(f"the masks are not of the shapes {self.shapes} that this metric was made for")
@@ -286,121 +285,21 @@ class ExplorationRate(Metric):
             setattr(self, f"last_{i}", mask.clone())
 
     def compute(self) -> Tensor:
-        """Return a scalar in [0, 1]; 1 where all layers are dense."""
+        """Return a scalar in [0, 1]; 1 if all layers are dense."""
         union, last = (
             [getattr(self, f"{kind}_{i}").bool() for i in range(len(self.shapes))] for kind in ("union", "last")
         )
         return topology.ratio(*topology.explored_counts(union, last), empty=1.0)
 
 
-class GradientNorms(Metric):
-    r"""Gradient norms on active and on inactive weights, root mean square over updates; see `dst.metrics.gradient_norms`.
-
-    .. math:: g = \Bigl(\frac{1}{T} \sum_t \sum_l \| G_l^t \odot M_l^t \|^2\Bigr)^{1/2}
-
-    Update it with gradients that are reduced over processes and still dense.
-
-    Example:
-        >>> import torch
-        >>> from dst.metrics import GradientNorms
-        >>> metric = GradientNorms()
-        >>> metric.update({"w": torch.tensor([3.0, 4.0, 12.0])}, {"w": torch.tensor([True, True, False])})
-        >>> metric.compute()
-        {'active': tensor(5.), 'inactive': tensor(12.)}
-    """
-
-    full_state_update = False
-    is_differentiable = False
-
-    squares: Tensor
-    updates: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("squares", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("updates", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, gradients: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
-        """Take gradients and masks by name."""
-        self.squares += torch.stack(training.gradient_squares(gradients, masks)).to(self.squares)
-        self.updates += 1
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return ``active`` and ``inactive``: scalars, >= 0."""
-        active, inactive = (self.squares / self.updates.clamp(min=1)).sqrt().float()
-        return {"active": active, "inactive": inactive}
-
-
-class LossSpikes(Metric):
-    r"""How far the loss rises after topology updates, mean over updates; see `dst.metrics.loss_spikes`.
-
-    .. math:: s_u = \frac{\max_{0 < i \le w} \ell_{u + i}}{\frac{1}{w} \sum_{0 \le i < w} \ell_{u - i}} - 1
-
-    Losses are averaged over processes first, which must have taken as many steps.
-
-    Args:
-        window: Steps w before and after an update, at least 1.
-        kwargs: As for ``torchmetrics.Metric``.
-
-    Example:
-        >>> from dst.metrics import LossSpikes
-        >>> metric = LossSpikes(window=2)
-        >>> for step, loss in enumerate([1.0, 1.0, 1.0, 3.0, 2.0]):
-        ...     metric.update(loss, updated=step == 2)
-        >>> metric.compute()
-        tensor(2.)
-    """
-
-    full_state_update = False
-    is_differentiable = False
-    higher_is_better = False
-
-    losses: list[Tensor] | Tensor
-    updated: list[Tensor] | Tensor
-    steps: Tensor
-
-    def __init__(self, window: int = 10, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if window < 1:
-            raise ConfigurationError(f"window={window} must be at least 1")
-        self.window = window
-        self.add_state("losses", [], dist_reduce_fx="cat")
-        self.add_state("updated", [], dist_reduce_fx="cat")
-        self.add_state("steps", torch.zeros((), dtype=torch.int64), dist_reduce_fx=None)  # of every process
-
-    def update(self, loss: Tensor | float, updated: bool) -> None:
-        """Take an optimizer step's loss, and whether that step updated the topology."""
-        assert isinstance(self.losses, list)
-        assert isinstance(self.updated, list)
-        self.losses.append(torch.as_tensor(loss, device=self.device).detach().double().reshape(1))
-        self.updated.append(torch.tensor([int(updated)], device=self.device))
-        self.steps += 1
-
-    def compute(self) -> Tensor:
-        """Return a scalar; NaN where no update has a full window before it.
-
-        Raises:
-            ConfigurationError: The processes took different numbers of steps.
-        """
-        steps = self.steps.flatten().tolist()
-        if len(set(steps)) > 1:
-            raise ConfigurationError(
-                f"the processes took different numbers of steps ({steps}): update the metric on all of them"
-            )
-        losses, updated = (dim_zero_cat(x).reshape(len(steps), -1) for x in (self.losses, self.updated))
-        updates = updated.amax(0).nonzero().flatten().tolist()
-        spikes = training.loss_spikes(losses.mean(0), updates, self.window)
-        return spikes.mean() if len(spikes) else torch.tensor(float("nan"))
-
-
 class InDegreeHistogram(Metric):
-    r"""Share of the output units with so many incoming connections; see `dst.metrics.in_degree_histogram`.
+    r"""Distribution of the fan-in of output units; see `dst.metrics.in_degree_histogram`.
 
     .. math:: h_k = \frac{|\{o : k_o = k\}|}{n}
 
     Args:
-        largest: Largest degree that gets an entry of its own; units with more are in the last entry.
-        kwargs: As for ``torchmetrics.Metric``.
+        largest: Largest fan-in with an entry of its own, at least 1. Units with more count in the last entry.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Example:
         >>> import torch
@@ -423,7 +322,7 @@ class InDegreeHistogram(Metric):
         self.add_state("units", torch.zeros(largest + 1, dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, mask: Tensor, output_dim: int = 0) -> None:
-        """Take a mask of shape (out, in, ...)."""
+        """Add a mask of shape (out, in, ...)."""
         degrees = topology.in_degrees(mask, output_dim).clamp(max=len(self.units) - 1)
         self.units += torch.bincount(degrees, minlength=len(self.units)).to(self.units)
 

@@ -1,4 +1,4 @@
-r"""Whether a topology still carries signal: dead units, collapsed layers, connections that lead nowhere."""
+r"""Whether a topology carries signal: dead units, collapsed layers, connections that lie on no path."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dst.metrics.topology import as_masks, ratio
 
 
 def dead_outputs(mask: Tensor, output_dim: int = 0) -> Tensor:
-    r"""Which outputs no connection enters: they are constant.
+    r"""Outputs without an active weight. They are constant.
 
     .. math:: \mathrm{dead}_o = [\, \sum_i M_{oi} = 0 \,]
 
@@ -31,7 +31,7 @@ def dead_outputs(mask: Tensor, output_dim: int = 0) -> Tensor:
         Bool tensor of shape (out,).
 
     Raises:
-        ConfigurationError: The mask is no bool tensor, or has fewer than two dimensions.
+        ConfigurationError: If the mask is not a bool tensor, or has fewer than two dimensions.
 
     Example:
         >>> import torch
@@ -43,20 +43,21 @@ def dead_outputs(mask: Tensor, output_dim: int = 0) -> Tensor:
 
 
 def dead_inputs(mask: Tensor, output_dim: int = 0, groups: int = 1) -> Tensor:
-    r"""Which inputs no connection leaves: what they carry is lost.
+    r"""Inputs without an active weight. The layer ignores them.
 
     .. math:: \mathrm{dead}_i = [\, \sum_o M_{oi} = 0 \,]
 
     Args:
         mask: Bool tensor of shape (out, in / groups, ...), or (in, out / groups, ...) if ``output_dim`` is 1.
         output_dim: Dimension of the outputs; 1 for transposed convolutions.
-        groups: Groups of a convolution: each output reads the inputs of its own group alone.
+        groups: Groups of a convolution. Each output reads the inputs of its own group alone.
 
     Returns:
         Bool tensor of shape (in,).
 
     Raises:
-        ConfigurationError: The mask is no bool tensor, has fewer than two dimensions, or does not divide into groups.
+        ConfigurationError: If the mask is not a bool tensor, has fewer than two dimensions, or does not divide into
+            groups.
 
     Example:
         >>> import torch
@@ -73,18 +74,18 @@ def dead_inputs(mask: Tensor, output_dim: int = 0, groups: int = 1) -> Tensor:
 
 
 def collapsed_layers(masks: Mapping[str, Tensor]) -> list[str]:
-    r"""Layers without any connection: nothing passes, and the network's output no longer depends on its input.
+    r"""Layers without an active weight. No signal passes through them.
 
     .. math:: \{ l : |M_l| = 0 \}
 
     Args:
-        masks: Name to bool tensor.
+        masks: Name -> bool tensor.
 
     Returns:
-        Their names, in the order given.
+        Names of the layers, in the order of ``masks``.
 
     Raises:
-        ConfigurationError: Something that is no bool tensor.
+        ConfigurationError: If a mask is not a bool tensor.
 
     Example:
         >>> import torch
@@ -97,24 +98,24 @@ def collapsed_layers(masks: Mapping[str, Tensor]) -> list[str]:
 
 
 def chain_effective_masks(masks: Sequence[Tensor]) -> list[Tensor]:
-    r"""Connections of a chain of layers that lie on some path from an input to an output.
+    r"""Connections of a chain of layers that lie on a path from an input to an output.
 
     .. math:: E_l = M_l \odot a_l a_{l-1}^\top, \qquad
         a_l = \mathrm{fed}_l \wedge \mathrm{read}_l
 
-    where a unit is *fed* if a connection from a fed unit enters it (all inputs are) and *read* if one leaves it to a read
-    unit (all outputs are). In convolutions units are channels. Between a convolution and a linear layer every channel may
-    stand for several features (channels first, as ``flatten`` has it).
+    A unit is *fed* if a connection leads to it from a fed unit; all inputs are fed. It is *read* if a connection leads from
+    it to a read unit; all outputs are read. The units of convolutions are channels. Between a convolution and a linear
+    layer a channel may stand for several features, channels first, in the order of ``flatten``.
 
     Args:
-        masks: Bool tensors of shape (out, in, ...), from input to output; dense layers in between as all True. Skip
-            connections are not seen: take `effective_masks` for networks that have them.
+        masks: Bool tensors of shape (out, in, ...), from input to output; all True for dense layers in between. For
+            networks with skip connections use `effective_masks`.
 
     Returns:
-        Masks of the same shapes, those of effective connections.
+        Masks of the effective connections, of the same shapes.
 
     Raises:
-        ConfigurationError: Something that is no bool tensor, or layers that do not follow upon each other.
+        ConfigurationError: If a mask is not a bool tensor, or the sizes of consecutive layers do not fit.
 
     Example:
         >>> import torch
@@ -147,12 +148,12 @@ def chain_effective_masks(masks: Sequence[Tensor]) -> list[Tensor]:
 
 
 def chain_effective_counts(masks: Sequence[Tensor]) -> tuple[int, int]:
-    """Effective connections, and all weights; see `effective_density`."""
+    """Number of effective connections and of all weights; see `effective_density`."""
     return sum(int(e.sum()) for e in chain_effective_masks(masks)), sum(m.numel() for m in masks)
 
 
 def effective_density(masks: Sequence[Tensor]) -> Tensor:
-    r"""Share of the weights that lie on some path from an input to an output, in a chain of layers.
+    r"""Share of the weights of a chain of layers that lie on a path from an input to an output.
 
     .. math:: d_\mathrm{eff} = \frac{\sum_l |E_l|}{\sum_l N_l} \le d
 
@@ -160,7 +161,7 @@ def effective_density(masks: Sequence[Tensor]) -> Tensor:
     Through the Lens of Effective Sparsity", https://arxiv.org/abs/2107.02306.
 
     Args:
-        masks: As in `chain_effective_masks`. For other networks take `mask_density` of `effective_masks`.
+        masks: As in `chain_effective_masks`. For other networks use `mask_density` of `effective_masks`.
 
     Returns:
         Scalar in [0, 1], at most the density.
@@ -180,28 +181,27 @@ def effective_density(masks: Sequence[Tensor]) -> Tensor:
 def effective_masks(
     model: nn.Module, masks: Mapping[str, Tensor], example: Example, *, seed: int = 0
 ) -> dict[str, Tensor]:
-    r"""Connections of any network that lie on some path from its inputs to its outputs, as autograd sees it.
+    r"""Connections of any network that lie on a path from its inputs to its outputs, found by autograd.
 
     .. math:: E_l = M_l \odot \Bigl[\, \frac{\partial}{\partial W_l} \langle u, f(x; W) \rangle \ne 0 \,\Bigr]
 
-    for random positive weights W on the masks, random positive inputs x and a random direction u: the derivative is a sum
-    over paths, and is zero where there is none. Rectifiers let everything pass, and maxima become means, so that no path
-    is blocked by the values of the moment; biases are zero, and normalisations start from their initial statistics. Skip
-    connections, branches and shared weights are followed. Layer normalisation and softmax mix their inputs, so paths lead
-    through them from every input to every output.
+    W are random positive weights on the masks, x random positive inputs and u a random direction. The derivative is a sum
+    over paths, and zero if there is none. Rectifiers become the identity and maxima become means, so that values do not
+    block a path. Biases are zero, and normalizations use their initial statistics. Skip connections, branches and shared
+    weights are followed. Layer normalization and softmax mix their inputs, so paths lead through them from every input to
+    every output.
 
     Args:
-        model: The network; it is run once, in double precision, and left as it was.
-        masks: Parameter name to bool tensor of the parameter's shape.
-        example: As in `dst.metrics.count_operations`. A recurrent weight takes part from the second token on.
-        seed: Seeds the random numbers.
+        model: The network. It is run once, in float64, and not changed.
+        masks: Parameter name -> bool tensor of the shape of the parameter.
+        example: As in `dst.metrics.count_operations`. Recurrent weights need at least two tokens.
+        seed: Seed of the random numbers.
 
     Returns:
         Masks of the effective connections, by parameter name.
 
     Raises:
-        ConfigurationError: A mask that fits no parameter, or a network whose output does not depend on floating-point
-            parameters.
+        ConfigurationError: If a mask fits no parameter, or no output depends on the masked parameters.
 
     Example:
         >>> import torch
@@ -237,7 +237,7 @@ def effective_masks(
 
 
 def _channels(mask: Tensor, output_dim: int) -> Tensor:
-    """Which output is connected to which input: bool of shape (out, in), kernels reduced."""
+    """Whether each output is connected to each input: bool of shape (out, in), reduced over kernels."""
     (mask,) = as_masks(mask)
     if mask.ndim < 2:
         raise ConfigurationError(f"a mask of shape {tuple(mask.shape)} has no inputs and outputs")
@@ -257,7 +257,7 @@ def _positive(value: Any, generator: torch.Generator) -> Any:
 
 
 def _path_values(model: nn.Module, masks: Mapping[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-    """Parameters and buffers with which activations are positive where a path leads, and of size one or less."""
+    """Parameters and buffers that keep activations positive on every path, and of magnitude at most about 1."""
     values: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point():
@@ -300,7 +300,7 @@ _MAXIMA: dict[str, Any] = {
 
 
 class _Passing(TorchFunctionMode):
-    """Lets everything pass where the values of the moment would decide what does."""
+    """Replaces functions that would block paths depending on values."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})

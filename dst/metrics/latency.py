@@ -20,7 +20,7 @@ class Passes:
 
     Attributes:
         seconds: Median wall time of one pass, in seconds.
-        energy: Mean energy of one pass; None on machines without a counter.
+        energy: Mean energy of one pass; None without a counter, or if the counter did not move.
         batch_size: Samples per pass.
         repeats: Number of timed passes.
     """
@@ -63,5 +63,6 @@ def time_passes(
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
                 times.append(time.perf_counter() - start)
-    energy = None if meter.result is None else meter.result.per(len(times))
+    # Counters are updated a few times a second; one that has not moved says nothing about the passes.
+    energy = meter.result.per(len(times)) if meter.result is not None and meter.result.joules else None
     return Passes(statistics.median(times), energy, batch_size, len(times))

@@ -1,4 +1,4 @@
-"""Memory: predicted, split by what needs it, and the measured peak beside it."""
+"""Predicted memory by purpose, and the measured peak."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ from torch.utils._pytree import tree_leaves
 
 from dst.errors import ConfigurationError
 from dst.metrics.passes import Example, forward_arguments, undisturbed
+from dst.tables import aligned_table
 
 STORAGES = ("masked", "latent", "csr")
 """Backends whose memory can be predicted."""
 
 _NARROW = 1 << 16
-"""Sides up to which csr storage keeps row and column numbers in two bytes."""
+"""Largest number of rows and columns for which csr storage keeps indices in two bytes."""
 
 _UNION_BYTES = 1 << 23
-"""Most bytes with which csr storage keeps the connections that were ever active, a bit each."""
+"""Most bytes in which csr storage keeps one bit per weight that was ever active."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by what needs them.
+    """Memory in bytes, by purpose.
 
     Attributes:
-        weights: Parameters, copies of them that training or the kernels keep, and buffers.
+        weights: Parameters, their copies in training and kernels, and buffers.
         topology: Masks, or indices of the stored non-zeros.
-        gradients: Of all parameters that are trained.
-        optimizer_state: Momentum and the like.
-        activations: What the forward pass keeps for the backward pass; in inference, the input and output of the layer that
-            has most.
+        gradients: Gradients of all trained parameters.
+        optimizer_state: State of the optimizer, such as momentum.
+        activations: Tensors that the forward pass keeps for the backward pass; in inference, the largest sum of a layer's
+            inputs and outputs.
     """
 
     weights: int
@@ -50,13 +51,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it at once: an upper bound of the peak but for what kernels and allocators need for themselves."""
+        """Sum of all parts: an upper bound of the peak, without the memory of kernels and allocators themselves."""
         return self.weights + self.topology + self.gradients + self.optimizer_state + self.activations
 
     def __str__(self) -> str:
         parts = {name.replace("_", " "): value for name, value in vars(self).items()} | {"total": self.total}
-        width = max(map(len, parts))
-        return "\n".join(f"{name:<{width}}  {value / 2**20:10.2f} MiB" for name, value in parts.items())
+        return aligned_table([(name, f"{value / 2**20:.2f} MiB") for name, value in parts.items()], right={1})
 
 
 def predict_memory(
@@ -69,9 +69,9 @@ def predict_memory(
     dynamic: bool = True,
     activations: int | None = None,
 ) -> Memory:
-    """Predict what training, or inference, with so many active weights needs.
+    """Predict the memory of training or inference from the number of active weights.
 
-    A parameter of n weights of s bytes, a of them active, takes in training
+    In training, a parameter of n weights of s bytes each, a of them active, takes
 
     ============  ==========================  ========================  ===============================================
     part          masked                      latent                    csr
@@ -83,27 +83,29 @@ def predict_memory(
     state         n per copy of the weights   n per copy                a per copy
     ============  ==========================  ========================  ===============================================
 
-    with i the bytes of an index: 2 where neither side exceeds 65,536, else 4. With 32-bit weights and one momentum that makes
-    24 bytes for a non-zero of csr storage. The bits are kept for parameters that are not wholly active. Masked and latent
-    storage thus need more than a dense network, which the prediction shows. What a relaxation learns besides, and tensors
-    that live for a moment while the topology moves, are left out.
+    where i is the size of an index: 2 bytes if neither side exceeds 65,536, otherwise 4. With 32-bit weights and one momentum
+    a non-zero of csr storage takes 24 bytes. The bits are kept for parameters with inactive weights. Masked and latent
+    storage need more than a dense network. The prediction leaves out parameters of a relaxation and temporary tensors of
+    topology updates.
 
     Args:
-        model: The dense model. It is run once on its own device, in training mode if there is an optimizer, and left as it
-            was; on the ``meta`` device nothing is computed.
+        model: The dense model. It is run once on its own device, in training mode if there is an optimizer, and not
+            changed. On the ``meta`` device nothing is computed.
         example: A batch, as in `dst.metrics.count_operations`.
-        active: Parameter name -> active weights, of the sparse parameters.
-        backend: "masked", "latent" or "csr"; or parameter name -> one of them, where they differ: the rest is "masked".
-        optimizer: The optimizer that will train the model; its state is found by a step on a small parameter. None
-            predicts inference: no gradients, no optimizer state, and neither masks nor latent weights are needed.
-        dynamic: Whether the topology moves: the union of all masks is kept then.
-        activations: Bytes of activations where they are known, from `activation_bytes`; the model is not run then.
+        active: Parameter name -> number of active weights, for the sparse parameters.
+        backend: "masked", "latent" or "csr", for all sparse parameters; or a mapping from parameter names, whose default
+            is "masked".
+        optimizer: The optimizer of the training. A step on a small parameter finds the size of its state. None predicts
+            inference, without gradients, optimizer state, masks and latent weights.
+        dynamic: Whether the topology is updated. The union of all masks is then kept.
+        activations: Bytes of activations from `activation_bytes`, if known. The model is then not run.
 
     Returns:
         The prediction.
 
     Raises:
-        ConfigurationError: An unknown backend, a parameter that does not exist, or more active weights than there are.
+        ConfigurationError: If a backend is unknown, a parameter does not exist, or a number of active weights is out of
+            range.
 
     Example:
         >>> import torch
@@ -113,10 +115,10 @@ def predict_memory(
         >>> predict_memory(model, torch.zeros(8, 100), {"weight": 50}, backend="csr", optimizer=optimizer)
         Memory(weights=400, topology=973, gradients=200, optimizer_state=200, activations=3200)
     """
-    homes = dict.fromkeys(active, backend) if isinstance(backend, str) else backend
-    for home in [backend] if isinstance(backend, str) else homes.values():
-        if home not in STORAGES:
-            raise ConfigurationError(f"backend={home!r} is unknown; choose from {', '.join(STORAGES)}")
+    backends = dict.fromkeys(active, backend) if isinstance(backend, str) else backend
+    for kind in [backend] if isinstance(backend, str) else backends.values():
+        if kind not in STORAGES:
+            raise ConfigurationError(f"backend={kind!r} is unknown; choose from {', '.join(STORAGES)}")
     named = dict(model.named_parameters())
     for name, count in active.items():
         if name not in named:
@@ -129,14 +131,14 @@ def predict_memory(
     topology = gradients = optimizer_state = 0
     for name, parameter in named.items():
         size, count = parameter.element_size(), parameter.numel()
-        home = homes.get(name, "masked") if name in active else "dense"
-        stored = active[name] if home == "csr" else count
-        copies = 2 if home == "csr" or (home == "latent" and training) else 1
+        kind = backends.get(name, "masked") if name in active else "dense"
+        stored = active[name] if kind == "csr" else count
+        copies = 2 if kind == "csr" or (kind == "latent" and training) else 1
         weights += copies * stored * size
-        if home == "csr":
+        if kind == "csr":
             topology += _index_bytes(parameter.shape, stored)
             topology += min(-(-count // 8), _UNION_BYTES) if training and dynamic else 0
-        elif home != "dense" and training:
+        elif kind != "dense" and training:
             topology += count * (1 + dynamic) + (count * size if active[name] < count else 0)
         if training and parameter.requires_grad:
             gradients += stored * size
@@ -148,20 +150,20 @@ def predict_memory(
 
 
 def _index_bytes(shape: torch.Size, stored: int) -> int:
-    """Bytes of all index tensors of csr storage: both orders, their pointers, and the permutation between them."""
+    """Bytes of the index tensors of csr storage: both orders, their pointers, and the permutation between them."""
     rows, columns = shape[0], shape[1:].numel()
     narrow = max(rows, columns) <= _NARROW
     return stored * (2 * (2 if narrow else 4) + 4) + 4 * (rows + 1 + columns + 1)
 
 
 def activation_bytes(model: nn.Module, example: Example, *, training: bool = True) -> int:
-    """Bytes of activations that a forward pass of a batch holds.
+    """Measure the activations of a forward pass of a batch, in bytes.
 
     Args:
-        model: Run once on its own device, ``meta`` included, and left as it was.
+        model: The model. It is run once on its own device, ``meta`` included, and not changed.
         example: A batch, as in `dst.metrics.count_operations`.
-        training: What autograd keeps for the backward pass, each memory once and without parameters and buffers;
-            otherwise the largest sum of a layer's inputs and outputs.
+        training: True for the tensors that autograd keeps for the backward pass, without parameters and buffers, and
+            tensors that share memory once; False for the largest sum of a layer's inputs and outputs.
 
     Returns:
         The bytes.
@@ -172,7 +174,9 @@ def activation_bytes(model: nn.Module, example: Example, *, training: bool = Tru
         if not training:
             return _largest_layer(model, args, kwargs, stack)
         model.train()
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}  # batch statistics change
+        buffers = {
+            name: buffer.clone() for name, buffer in model.named_buffers()
+        }  # a training pass changes batch statistics
         own = {_memory(t) for t in (*model.parameters(), *buffers.values())}
         kept: dict[int, int] = {}
 
@@ -183,7 +187,9 @@ def activation_bytes(model: nn.Module, example: Example, *, training: bool = Tru
 
         stack.enter_context(torch.enable_grad())
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
-        output = functional_call(model, buffers, args, kwargs)  # alive until here, so that no memory is counted anew
+        output = functional_call(
+            model, buffers, args, kwargs
+        )  # kept until here: freed memory could be reused and counted once only
         del output
     return sum(kept.values())
 
@@ -209,9 +215,9 @@ def _memory(tensor: Tensor) -> int:
 
 
 def _state_bytes(optimizer: Optimizer) -> dict[int, tuple[int, int]]:
-    """Id of each parameter to the optimizer's bytes per weight, and besides, found by stepping a small parameter.
+    """Parameter id -> bytes of optimizer state per weight, and bytes in addition, found by a step on a small parameter.
 
-    State that is matched by shape counts per weight; what else there is counts as it is for the small one.
+    State of the shape of the parameter counts per weight. Other state counts with its size for the small parameter.
     """
     result = {}
     for group in optimizer.param_groups:
@@ -228,9 +234,9 @@ def _state_bytes(optimizer: Optimizer) -> dict[int, tuple[int, int]]:
 def _probe(optimizer: Optimizer, group: Mapping[str, Any], dtype: torch.dtype, device: str) -> tuple[int, int]:
     small = nn.Parameter(torch.ones(3, 5, dtype=dtype, device=device))
     small.grad = torch.ones_like(small)
-    twin = object.__new__(type(optimizer))  # copy.copy leaves out what a class adds to Optimizer
+    twin = object.__new__(type(optimizer))  # copy.copy omits attributes that a subclass adds
     vars(twin).update(vars(optimizer))
-    # Neither hooks nor a scheduler's wrapper of the original may notice this step.
+    # Hooks and a scheduler's wrapper of the original must not see this step.
     vars(twin).pop("step", None)
     hooks: Any = OrderedDict()
     vars(twin).update(
@@ -246,17 +252,17 @@ def _probe(optimizer: Optimizer, group: Mapping[str, Any], dtype: torch.dtype, d
 
 
 class PeakMemory:
-    """Measures the peak of memory within a ``with`` block.
+    """Measures the peak of memory in a ``with`` block.
 
-    On a CUDA device what PyTorch's allocator handed out; elsewhere the resident memory of the whole process, Python and
-    libraries included: compare `increase` with a prediction, and mind that an allocator hands freed memory out again.
+    On a CUDA device it is the memory allocated by PyTorch, elsewhere the resident memory of the whole process, Python and
+    libraries included. Compare `increase` with a prediction; memory freed before the block is reused and not counted.
 
     Args:
-        device: Where the model is.
+        device: Device of the model.
 
     Attributes:
-        before: Bytes in use as the block began.
-        peak: Most bytes in use within it.
+        before: Bytes in use at the start of the block.
+        peak: Largest number of bytes in use during the block.
         source: What was measured, in words.
 
     Example:
@@ -275,7 +281,7 @@ class PeakMemory:
 
     @property
     def increase(self) -> int:
-        """Peak above what was in use before."""
+        """Peak minus the bytes in use before, >= 0."""
         return max(0, self.peak - self.before)
 
     def __enter__(self) -> PeakMemory:
@@ -302,7 +308,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def resident_bytes() -> int:
-    """Resident memory of this process now; where the system does not tell, its peak so far."""
+    """Resident memory of this process; its peak so far on systems that do not report the present value."""
     return _status("VmRSS") or _largest_resident()
 
 
@@ -329,7 +335,7 @@ def _largest_resident() -> int:
 
 
 def _reset_peak() -> bool:
-    """Let the kernel forget the process's peak; whether it did."""
+    """Reset the peak of this process in the kernel. Returns whether it worked."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

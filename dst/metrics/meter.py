@@ -1,4 +1,4 @@
-"""Training FLOPs of the schedule that ran: every step at the density it ran with."""
+"""Training FLOPs, counted step by step at the density of each step."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from dst.metrics.counting import Operations, WeightOperations
 from dst.metrics.flops import skips_zeros
 
 KINDS = ("dense", "sparse", "dense_gradient")
-"""What a step may cost, as ``Sparsifier.step_counts`` names it."""
+"""Kinds of steps by cost, the keys of ``Sparsifier.step_counts``."""
 
 
 @dataclass(frozen=True)
 class TrainingFlops:
-    """Operations of a training so far, or of one layer's part in it.
+    """Operations of a training so far, in total or of one layer.
 
     Attributes:
-        dense: As many steps of the dense network.
-        theoretical: What the steps that ran need in theory.
-        executed: What the backend carried out.
+        dense: Operations of the same number of steps of the dense network.
+        theoretical: Operations that the steps need in theory.
+        executed: Operations that the backend executed.
     """
 
     dense: float
@@ -37,17 +37,18 @@ class TrainingFlops:
 
     @property
     def executed_ratio(self) -> float:
-        """Executed over dense: 1 where zeros are multiplied."""
+        """Executed over dense; 1 for backends that multiply by zeros."""
         return self.executed / self.dense
 
 
 class FlopsMeter:
-    """Adds up the operations of training steps, exactly, at the densities that they ran with.
+    """Adds up the operations of training steps at the densities of the steps.
 
-    With f_S and f_D a layer's sparse and dense forward cost, an ordinary sparse step costs 3·f_S (forward, backward to inputs,
-    backward to weights), a step that needs the gradient of every weight 2·f_S + f_D, and a dense step 3·f_D (Evci et al.
-    2020, appendix H). Products without weights cost three times their forward pass in every step. Kept are integers, the
-    number of weights that took part in passes, so that a sum over millions of steps is exact.
+    Let f_S and f_D be the sparse and the dense forward cost of a layer. An ordinary sparse step costs 3·f_S (forward,
+    backward to inputs, backward to weights), a step that needs the gradient of every weight 2·f_S + f_D, and a dense step
+    3·f_D (Evci et al. 2020, "Rigging the Lottery", appendix H, https://arxiv.org/abs/1911.11134). Products without weights
+    cost three times their forward pass. The meter counts weights per pass in integers, so sums over millions of steps are
+    exact.
 
     ```python
     meter = FlopsMeter(count_operations(model, (1, 28, 28)), backend=method.backend, samples_per_step=128)
@@ -55,18 +56,18 @@ class FlopsMeter:
     for batch in batches:
         ...
         optimizer.step()
-        meter.observe(sparsifier)              # or whenever the connections' number may have changed
+        meter.observe(sparsifier)              # or after every step that may change the number of active weights
     print(meter.total("rigl").theoretical)
     ```
 
     Args:
-        operations: From `dst.metrics.count_operations`, of the dense model.
-        backend: How weights are stored; see ``dst.metrics.flops.SPARSE_EXECUTION``.
-        stored: Labels or parameter names of the layers whose non-zeros alone the backend computes; None takes all.
-        samples_per_step: Samples of one optimizer step: batch size times accumulated batches times processes.
+        operations: Result of `dst.metrics.count_operations` for the dense model.
+        backend: Backend of the weights; a name in ``dst.metrics.flops.SPARSE_EXECUTION``.
+        stored: Labels or parameter names of the layers that the backend stores. Default: all.
+        samples_per_step: Samples per optimizer step: batch size times accumulated batches times processes.
 
     Raises:
-        ConfigurationError: An unknown backend, or a number of samples below 1.
+        ConfigurationError: If the backend is unknown, or ``samples_per_step`` is below 1.
     """
 
     def __init__(
@@ -83,15 +84,17 @@ class FlopsMeter:
         self.samples_per_step = samples_per_step
         labels = [weight.label for weight in operations.weights]
         self._skipping = skips_zeros(operations, backend, labels if stored is None else stored)
-        self._theoretical = dict.fromkeys(labels, 0)  # weights that took part in a pass, summed over passes
+        self._theoretical = dict.fromkeys(labels, 0)  # weights used in a pass, summed over passes
         self._executed = dict.fromkeys(labels, 0)
         self._steps = 0
-        self._last: tuple[dict[str, int], dict[str, int]] | None = None  # step counts added, and active weights since
+        self._last: tuple[dict[str, int], dict[str, int]] | None = (
+            None  # step counts added so far; active weights since then
+        )
         self._seen: dict[str, int] = {}  # step counts of the last observation
 
     @property
     def steps(self) -> int:
-        """Optimizer steps added."""
+        """Number of optimizer steps added."""
         self._settle()
         return self._steps
 
@@ -100,13 +103,12 @@ class FlopsMeter:
 
         Args:
             kind: "dense", "sparse" or "dense_gradient".
-            active: Label -> active weights during the steps; layers that are not named are dense. Of no effect on dense
+            active: Label -> number of active weights during the steps. Layers without an entry are dense. Ignored for dense
                 steps.
-            steps: How many.
+            steps: Number of steps, >= 0.
 
         Raises:
-            ConfigurationError: An unknown kind, a negative number, more active weights than there are, or a layer that
-                was not counted.
+            ConfigurationError: If the kind is unknown, a number is out of range, or a layer was not counted.
         """
         known = {weight.label: weight.weights for weight in self.operations.weights}
         for name, count in active.items():
@@ -115,10 +117,10 @@ class FlopsMeter:
         self._add(kind, {name: count * steps for name, count in active.items()}, steps)
 
     def add_work(self, work: Mapping[str, Mapping[str, int]], step_counts: Mapping[str, int]) -> None:
-        """Add a whole training, from what a ``Sparsifier`` has kept of it (and its checkpoints hold).
+        """Add a whole training from the counts of its ``Sparsifier``.
 
         Args:
-            work: ``sparsifier.work``: kind of step to label to active weights, summed over steps.
+            work: ``sparsifier.work``: kind of step -> label -> active weights, summed over steps.
             step_counts: ``sparsifier.step_counts``.
 
         Raises:
@@ -130,7 +132,7 @@ class FlopsMeter:
             self._add(kind, active, steps)
 
     def _add(self, kind: str, active: Mapping[str, int], steps: int) -> None:
-        """Add steps of one kind; ``active`` is summed over them."""
+        """Add steps of one kind. ``active`` is summed over them."""
         if kind not in KINDS:
             raise ConfigurationError(f"unknown kind of step {kind!r}; known are {', '.join(KINDS)}")
         if steps < 0:
@@ -148,16 +150,16 @@ class FlopsMeter:
         self._steps += steps
 
     def observe(self, sparsifier: Any) -> None:
-        """Add the steps that a ``Sparsifier`` took since the last call, at the densities it had then.
+        """Add the steps that a ``Sparsifier`` took since the last call, at the densities of that call.
 
-        Call it before the first step and from then on after every step, or at least after those that changed the number
-        of connections: a step's forward pass runs before its update.
+        Call it before the first step, and then after every step or at least after every step that changes the number of
+        active weights. The forward pass of a step runs before its update, so a step counts at the density before it.
 
         Args:
-            sparsifier: Anything with ``step_counts`` and ``layer_table()`` as a ``Sparsifier`` has them.
+            sparsifier: An object with ``step_counts`` and ``layer_table()`` of ``Sparsifier``.
 
         Raises:
-            StateError: The first call comes after steps were taken, or steps were taken back.
+            StateError: If the first call comes after a step, or the sparsifier has gone back to an earlier step.
         """
         counts = dict(sparsifier.step_counts)
         active = _active(sparsifier.layer_table(), self._theoretical)
@@ -168,13 +170,13 @@ class FlopsMeter:
             )
         if self._last is not None and any(count < self._seen[kind] for kind, count in counts.items()):
             raise StateError("the sparsifier went back in time: load the meter's state where you load the sparsifier's")
-        self._seen = counts  # while connections' numbers stay, steps are added later, all at once
+        self._seen = counts  # steps of equal densities are added later, all at once
         if self._last is None or active != self._last[1]:
             self._settle()
             self._last = counts, active
 
     def _settle(self) -> None:
-        """Add the steps that were seen since the connections' number changed last."""
+        """Add the steps since the numbers of active weights last changed."""
         if self._last is None:
             return
         (before, held), seen = self._last, self._seen
@@ -184,7 +186,7 @@ class FlopsMeter:
                 self.add(kind, held, count - before[kind])
 
     def total(self, convention: str | Convention = "flops") -> TrainingFlops:
-        """Operations over all steps and samples.
+        """Return the operations over all steps and samples.
 
         Args:
             convention: A name in ``CONVENTIONS``, or a `Convention`.
@@ -195,7 +197,7 @@ class FlopsMeter:
         )
 
     def layers(self, convention: str | Convention = "flops") -> dict[str, TrainingFlops]:
-        """Label, or name of a product without weights, to its operations over all steps and samples."""
+        """Return label, or name of a product without weights -> operations over all steps and samples."""
         rule = convention_of(convention)
         self._settle()
         result = {w.label: self._layer(w, rule) for w in self.operations.weights}
@@ -218,7 +220,7 @@ class FlopsMeter:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that `load_state_dict` needs, as plain values."""
+        """Return the state as plain values, for `load_state_dict`."""
         self._settle()
         last = None if self._last is None else [dict(part) for part in self._last]
         return {
@@ -229,10 +231,10 @@ class FlopsMeter:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`'s result.
+        """Continue from a result of `state_dict`.
 
         Raises:
-            StateError: It is of another model, or no such state.
+            StateError: If the state belongs to another model, or is not the state of a meter.
         """
         if not {"steps", "theoretical", "executed", "last"} <= state.keys():
             raise StateError("this is not the state of a FlopsMeter, or it is damaged")
@@ -248,5 +250,5 @@ class FlopsMeter:
 
 
 def _active(table: Sequence[Mapping[str, Any]], labels: Container[str]) -> dict[str, int]:
-    """Active weights by label, of the layers that were counted; ones that cost nothing known are left out."""
+    """Active weights by label, of the layers that were counted."""
     return {row["name"]: row["nonzero"] for row in table if row["name"] in labels}

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of PyTorch's own layers, computed from the shapes of a call."""
+"""Multiply-accumulates of PyTorch's own layers, from the shapes of a call."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FREE_WEIGHTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
 
 def rule_weights(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """The weights that `module_operations` tells about; empty for modules that it does not know."""
+    """The weights that `module_operations` counts; empty for modules that it does not know."""
     if isinstance(module, (nn.Linear, nn.Bilinear, _ConvNd)):
         return [("weight", module.weight)]
     if isinstance(module, nn.MultiheadAttention):
@@ -29,7 +29,7 @@ def rule_weights(module: nn.Module) -> list[tuple[str, Tensor]]:
 def module_operations(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
 ) -> Iterator[tuple[str, Tensor, int, int]]:
-    """Yield part, weight, MACs and outputs of this one call of ``module`` itself, over the whole batch."""
+    """Yield part, weight, MACs and outputs of one call of ``module``, without its children, over the whole batch."""
 
     def used(weight: Tensor, positions: int, part: str = "") -> tuple[str, Tensor, int, int]:
         share = 3 if part else 1
@@ -66,7 +66,7 @@ def module_operations(
 
 
 def attention_products(module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, int]:
-    """MACs of scores and of the weighted sum: every query meets every key, in all of ``embed_dim``."""
+    """MACs of the scores and of the weighted sum: every query meets every key, over all of ``embed_dim``."""
     call = _named(("query", "key", "value"), args, kwargs)
     key = call["key"]
     length = key.shape[1] if module.batch_first and key.ndim == 3 else key.shape[0]

@@ -1,4 +1,4 @@
-"""Forward passes that are run to measure a model: their arguments, and the mode in which the model runs."""
+"""Arguments and modes of the forward passes that measure a model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Example = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
 def forward_arguments(example: Any, like: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Turn an example into the arguments of ``forward``, on ``like``'s device (zeros: also of its type)."""
+    """Turn an example into arguments of ``forward`` on the device of ``like``; zeros also get its dtype."""
 
     def move(value: Any) -> Any:
         return value.to(like.device) if isinstance(value, Tensor) else value
@@ -32,7 +32,7 @@ def forward_arguments(example: Any, like: Tensor) -> tuple[tuple[Any, ...], dict
 
 
 def batch_of(example: Example, batch_size: int, like: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of ``forward`` for a batch: the example's samples, repeated, on ``like``'s device."""
+    """Arguments of ``forward`` for a batch: the samples of the example, repeated, on the device of ``like``."""
 
     def grow(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.ndim:
@@ -45,7 +45,7 @@ def batch_of(example: Example, batch_size: int, like: Tensor) -> tuple[tuple[Any
 
 @contextmanager
 def unfused_evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode in which encoder layers call their submodules, as their fused fast path does not."""
+    """Evaluation mode without the fused fast path of encoder layers, which does not call submodules."""
     fused = torch.backends.mha.get_fastpath_enabled()
     with evaluation_mode(model):
         try:
@@ -57,7 +57,7 @@ def unfused_evaluation(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode without gradients, compilation and fused attention. The random generators are restored."""
+    """Evaluation mode without gradients, compilation and the fused fast path. Random generators are restored."""
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))

@@ -1,4 +1,4 @@
-"""Predicted memory of a training whose layers may change storage before it starts."""
+"""Predicted memory of a training whose layers get their storage later."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dst.topology.layers import SparseLayer
 
 
 class Prediction:
-    """Predicts the memory of a training from its model as it was before modules were swapped.
+    """Predicts the memory of a training from its dense model, before `dst.prepare` swaps modules.
 
     Args:
-        module: The dense model. It is copied without values, and run once if the copy cannot be.
+        module: The dense model. A copy without values is run once; if the copy cannot run, the model itself is.
         example: As in `dst.metrics.count_operations`.
-        batch_size: Samples of a batch.
+        batch_size: Samples per batch.
         layers: The sparse layers.
     """
 
@@ -29,7 +29,7 @@ class Prediction:
         self._twin = copy.deepcopy(module).to("meta")
         try:
             self._activations = self._run(self._twin, example)
-        except (NotImplementedError, RuntimeError):  # operators that need values
+        except (NotImplementedError, RuntimeError):  # some operators need values
             self._activations = self._run(module, example)
 
     def _run(self, module: nn.Module, example: Example) -> int:
@@ -44,17 +44,17 @@ class Prediction:
         *,
         dynamic: bool,
     ) -> Memory:
-        """Predict what training takes; see `dst.metrics.predict_memory`.
+        """Predict the memory of training; see `dst.metrics.predict_memory`.
 
         Args:
-            nonzero: Label to active weights.
-            backends: Label to where its weights live.
-            optimizer: Makes the optimizer.
-            dynamic: Whether the topology moves.
+            nonzero: Label -> number of active weights.
+            backends: Label -> backend of the layer.
+            optimizer: Returns the optimizer of given parameters.
+            dynamic: Whether the topology is updated.
         """
         named = dict(self._twin.named_parameters())
         active: dict[str, int] = {}
-        for layer in self._layers:  # several may be parts of one parameter, whose other parts are dense
+        for layer in self._layers:  # several may share a parameter, whose other parts are dense
             before = active.get(layer.parameter, named[layer.parameter].numel())
             active[layer.parameter] = before - layer.weights + nonzero[layer.label]
         return predict_memory(

@@ -1,4 +1,4 @@
-"""Figures of a run's layers that its recording holds: dead units, in-degrees, and connections by place of the input."""
+"""Figures per layer that a run records: dead units, in-degrees, and connections per position of the input."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from dst.topology.layers import SparseLayer
 from dst.topology.sharding import whole
 
 LEAST_ACTIVE = 0.05
-"""Share of a layer's units, or of its density, at or below which the layer is about to disconnect."""
+"""A layer with at most this share of its units connected, or at most this density, is about to disconnect."""
 
 _BINS = 24
 
 
 @dataclass(frozen=True)
 class DeadCounts:
-    """Units without connections, by layer in the order of ``Sparsifier.layers``."""
+    """Units without an active weight per layer, in the order of ``Sparsifier.layers``."""
 
     inputs: list[int]
     outputs: list[int]
 
 
 def dead_units(sparsifier: Sparsifier) -> DeadCounts:
-    """Count each layer's inputs and outputs that no connection touches.
+    """Count the inputs and outputs of every layer without an active weight.
 
-    Of a grouped convolution, an input counts as dead if it is in every group. Where parameters are spread over processes
-    this is a collective.
+    An input of a grouped convolution counts as dead if it is dead in every group. With sharded parameters this is a
+    collective that all processes must enter.
 
     Args:
-        sparsifier: Whose masks to look at.
+        sparsifier: The sparsifier that holds the masks.
 
     Returns:
-        The counts; 0 for layers that are dense.
+        The counts; 0 for dense layers.
     """
     counts = []
     for layer, mask in whole_masks(sparsifier):
@@ -50,30 +50,30 @@ def dead_units(sparsifier: Sparsifier) -> DeadCounts:
 
 
 def is_disconnecting(layer: SparseLayer, dead: int, outputs: bool) -> bool:
-    """Whether so few of a layer's inputs or outputs are alive (5%, or one) that it is about to pass nothing.
+    """Whether at most 5% of a layer's inputs or outputs, or one, still have an active weight.
 
     Args:
         layer: The layer.
-        dead: Its dead inputs or outputs.
-        outputs: Which of them.
+        dead: Number of its dead inputs or outputs.
+        outputs: Whether ``dead`` counts outputs.
 
     Returns:
-        The answer; False where there is one unit, which a layer with any connection keeps alive.
+        The answer; False for a single unit, which any active weight connects.
     """
     units = layer.shape[layer.output_dim if outputs else 1 - layer.output_dim]
     return units > 1 and units - dead <= max(1, LEAST_ACTIVE * units)
 
 
 def degree_histogram(mask: Tensor, output_dim: int = 0, bins: int = _BINS) -> dict[str, Any]:
-    """How many outputs have how many incoming connections, in bins of equal width.
+    """Histogram of the fan-in of the outputs, in bins of equal width.
 
     Args:
         mask: Bool tensor of shape (out, in, ...).
         output_dim: Dimension of the outputs.
-        bins: Most bins wanted, at least 1.
+        bins: Largest number of bins, at least 1.
 
     Returns:
-        ``first``, the least degree; ``width`` of a bin, an int; ``counts`` of outputs, from the first bin on.
+        ``first``, the smallest fan-in; ``width`` of a bin, an int; ``counts`` of outputs per bin.
     """
     degrees = in_degrees(mask, output_dim)
     first = int(degrees.min())
@@ -82,16 +82,16 @@ def degree_histogram(mask: Tensor, output_dim: int = 0, bins: int = _BINS) -> di
 
 
 def input_picture(layer: SparseLayer, mask: Tensor, input_shape: Sequence[int]) -> dict[str, Any] | None:
-    """How many connections each place of the input has, if the layer reads the input.
+    """Number of active weights per position of the input, if the layer reads the input.
 
     Args:
-        layer: The network's first sparse layer.
+        layer: The first sparse layer of the network.
         mask: Its mask.
-        input_shape: Of one sample: (channels, height, width).
+        input_shape: Shape of one sample: (channels, height, width).
 
     Returns:
-        ``kind``, "pixels" for a linear layer that reads all values, "kernel" for a convolution (whose kernel visits every
-        pixel); and ``counts``, rows of ints, channels summed. None for a layer that reads something else.
+        ``kind``: "pixels" for a linear layer that reads all values, "kernel" for a convolution, whose kernel visits every
+        pixel. ``counts``: rows of ints, summed over channels. None for a layer that does not read the input.
     """
     if len(input_shape) != 3:
         return None
@@ -105,7 +105,7 @@ def input_picture(layer: SparseLayer, mask: Tensor, input_shape: Sequence[int]) 
 
 
 def whole_masks(sparsifier: Sparsifier) -> Iterator[tuple[SparseLayer, Tensor]]:
-    """Each layer with its whole mask; a collective where parameters are spread over processes."""
+    """Yield each layer with its whole mask. With sharded parameters this is a collective."""
     masks = sparsifier.masks
     for layer in sparsifier.layers:
         yield layer, layer.part(whole(masks[layer.parameter]))

@@ -1,7 +1,7 @@
-r"""What masks say about themselves: density, churn, exploration, overlap, N:M conformance, degrees.
+r"""Diagnostics of masks: density, churn, exploration, overlap, N:M conformance, fan-in.
 
-All functions are pure; classes that accumulate over steps and processes are in ``dst.metrics.diagnostics``. Masks are bool
-tensors, True where active: one, or a mapping of names to tensors as ``Sparsifier.masks`` is, or an iterable.
+All functions are pure. Classes that accumulate over steps and processes are in ``dst.metrics.diagnostics``. Masks are bool
+tensors, True where active: a tensor, a mapping of names to tensors such as ``Sparsifier.masks``, or an iterable of tensors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def as_masks(masks: Masks) -> list[Tensor]:
     """List the tensors of ``masks``.
 
     Raises:
-        ConfigurationError: One is not a bool tensor, or there is none.
+        ConfigurationError: If a mask is not a bool tensor, or there is no mask.
     """
     if isinstance(masks, Tensor):
         tensors = [masks]
@@ -41,7 +41,7 @@ def paired_masks(first: Masks, second: Masks) -> list[tuple[Tensor, Tensor]]:
     """Pair masks of the same layers.
 
     Raises:
-        ConfigurationError: Names or shapes differ.
+        ConfigurationError: If names or shapes differ.
     """
     if isinstance(first, Mapping) and isinstance(second, Mapping):
         if first.keys() != second.keys():
@@ -56,12 +56,12 @@ def paired_masks(first: Masks, second: Masks) -> list[tuple[Tensor, Tensor]]:
 
 
 def ratio(numerator: int, denominator: int, empty: float = 0.0) -> Tensor:
-    """A scalar float tensor; ``empty`` where nothing was counted."""
+    """The quotient as a float32 scalar; ``empty`` if the denominator is 0."""
     return torch.tensor(numerator / denominator if denominator else empty)
 
 
 def density_counts(masks: Masks) -> tuple[int, int]:
-    """Active weights and all weights; see `mask_density`."""
+    """Number of active weights and of all weights; see `mask_density`."""
     tensors = as_masks(masks)
     return sum(int(t.sum()) for t in tensors), sum(t.numel() for t in tensors)
 
@@ -78,7 +78,7 @@ def mask_density(masks: Masks) -> Tensor:
         Scalar in [0, 1].
 
     Raises:
-        ConfigurationError: Something that is no bool tensor.
+        ConfigurationError: If a mask is not a bool tensor.
 
     Example:
         >>> import torch
@@ -90,25 +90,25 @@ def mask_density(masks: Masks) -> Tensor:
 
 
 def churn_counts(before: Masks, after: Masks) -> tuple[int, int]:
-    """Connections that are new, and all that are active; see `mask_churn`."""
+    """Number of new and of all active weights; see `mask_churn`."""
     pairs = paired_masks(before, after)
     return sum(int((y & ~x).sum()) for x, y in pairs), sum(int(y.sum()) for _, y in pairs)
 
 
 def mask_churn(before: Masks, after: Masks) -> Tensor:
-    r"""Share of the active connections that are new.
+    r"""Share of the active weights that an update has grown.
 
     .. math:: c = \frac{\sum_l |M'_l \setminus M_l|}{\sum_l |M'_l|}
 
     Args:
         before: Masks M before an update.
-        after: Masks M' of the same layers after it.
+        after: Masks M' of the same layers after the update.
 
     Returns:
-        Scalar in [0, 1]; 0 where nothing is active.
+        Scalar in [0, 1]; 0 if no weight is active.
 
     Raises:
-        ConfigurationError: Different names or shapes, or something that is no bool tensor.
+        ConfigurationError: If names or shapes differ, or a mask is not a bool tensor.
 
     Example:
         >>> import torch
@@ -120,21 +120,21 @@ def mask_churn(before: Masks, after: Masks) -> Tensor:
 
 
 def exploration_rate(history: Iterable[Masks]) -> Tensor:
-    r"""ITOP rate: share of the sparse layers' weights that were ever active.
+    r"""In-time over-parameterization (ITOP) rate: share of the weights of sparse layers that were ever active.
 
     .. math:: R = \frac{\sum_l |\bigcup_t M_l^t|}{\sum_l N_l}
 
-    Source: Liu et al. 2021, "Do We Actually Need Dense Over-Parameterization?", https://arxiv.org/abs/2102.02887. Layers
-    that are wholly dense in the last masks are in neither term; the rate is 1 where all layers are.
+    Layers that are dense in the last masks count in neither term. Source: Liu et al. 2021, "Do We Actually Need Dense
+    Over-Parameterization?", https://arxiv.org/abs/2102.02887.
 
     Args:
-        history: Masks of the same layers at successive times, at least one.
+        history: Masks of the same layers at successive steps, at least one.
 
     Returns:
-        Scalar in [0, 1].
+        Scalar in [0, 1]; 1 if all layers are dense.
 
     Raises:
-        ConfigurationError: No masks, different names or shapes, or something that is no bool tensor.
+        ConfigurationError: If there are no masks, names or shapes differ, or a mask is not a bool tensor.
 
     Example:
         >>> import torch
@@ -157,13 +157,13 @@ def exploration_rate(history: Iterable[Masks]) -> Tensor:
 
 
 def explored_counts(union: Iterable[Tensor], last: Iterable[Tensor]) -> tuple[int, int]:
-    """Weights ever active, and all weights, of the layers that are not wholly dense; see `exploration_rate`."""
+    """Number of weights ever active and of all weights, without dense layers; see `exploration_rate`."""
     sparse = [u for u, mask in zip(union, last, strict=True) if not bool(mask.all())]
     return sum(int(u.sum()) for u in sparse), sum(u.numel() for u in sparse)
 
 
 def overlap_counts(first: Masks, second: Masks, over: str = "union") -> tuple[int, int]:
-    """Shared connections, and those that they are compared with; see `mask_overlap`."""
+    """Number of shared connections and of those they are compared with; see `mask_overlap`."""
     if over not in ("union", "active"):
         raise ConfigurationError(f"over={over!r} must be 'union' (Jaccard) or 'active'")
     pairs = paired_masks(first, second)
@@ -172,23 +172,23 @@ def overlap_counts(first: Masks, second: Masks, over: str = "union") -> tuple[in
 
 
 def mask_overlap(first: Masks, second: Masks, over: str = "union") -> Tensor:
-    r"""How much of their topology two runs, or two moments of one, have in common.
+    r"""Overlap of the topologies of two runs, or of two steps of one run.
 
     .. math:: J = \frac{\sum_l |A_l \cap B_l|}{\sum_l |A_l \cup B_l|}
         \qquad O = \frac{\sum_l |A_l \cap B_l|}{\sum_l |A_l|}
 
-    Two independent random masks of density d have O = d and J = d / (2 - d): compare with that, not with 0.
+    Independent random masks of density d have O = d and J = d / (2 - d). Compare with these values, not with 0.
 
     Args:
         first: Masks A.
         second: Masks B of the same layers.
-        over: "union" gives the Jaccard index J; "active" the share O of A's connections that B has too.
+        over: "union" for the Jaccard index J; "active" for the share O of the connections of A that B has too.
 
     Returns:
-        Scalar in [0, 1]; 1 where neither has a connection.
+        Scalar in [0, 1]; 1 if both have no connections.
 
     Raises:
-        ConfigurationError: Different names or shapes, something that is no bool tensor, or an unknown ``over``.
+        ConfigurationError: If names or shapes differ, a mask is not a bool tensor, or ``over`` is unknown.
 
     Example:
         >>> import torch
@@ -201,7 +201,7 @@ def mask_overlap(first: Masks, second: Masks, over: str = "union") -> Tensor:
 
 
 def nm_counts(masks: Masks, n: int, m: int, dim: int = 1) -> tuple[int, int]:
-    """Windows that conform, and all windows; see `nm_conformance`."""
+    """Number of windows that conform and of all windows; see `nm_conformance`."""
     if not 1 <= n <= m:
         raise ConfigurationError(f"N:M needs 1 <= N <= M, got {n}:{m}")
     conform = total = 0
@@ -217,22 +217,22 @@ def nm_counts(masks: Masks, n: int, m: int, dim: int = 1) -> tuple[int, int]:
 
 
 def nm_conformance(masks: Masks, n: int, m: int, dim: int = 1) -> Tensor:
-    r"""Share of the windows of M consecutive inputs that hold at most N connections.
+    r"""Share of the windows of M consecutive inputs that have at most N active weights.
 
     .. math:: C = \frac{1}{W} \sum_w [\, |M_w| \le N \,]
 
     Args:
         masks: Bool tensors of shape (out, in, ...).
-        n: Connections N that a window may hold, 1 to ``m``.
+        n: Largest number N of active weights in a window, 1 to ``m``.
         m: Length M of a window.
-        dim: Dimension along which windows lie: input features of linear layers, input channels of convolutions. A last
-            window that is shorter than M has to conform too.
+        dim: Dimension of the windows: input features of linear layers, input channels of convolutions. A last window
+            shorter than M must conform too.
 
     Returns:
-        Scalar in [0, 1]; 1 is what hardware needs.
+        Scalar in [0, 1]. Hardware support needs 1.
 
     Raises:
-        ConfigurationError: N and M out of range, a mask without the dimension, or something that is no bool tensor.
+        ConfigurationError: If N or M is out of range, a mask has no such dimension, or a mask is not a bool tensor.
 
     Example:
         >>> import torch
@@ -244,7 +244,7 @@ def nm_conformance(masks: Masks, n: int, m: int, dim: int = 1) -> Tensor:
 
 
 def in_degrees(mask: Tensor, output_dim: int = 0) -> Tensor:
-    r"""Active connections that enter each output unit.
+    r"""Fan-in of each output unit: its number of active weights.
 
     .. math:: k_o = \sum_i M_{oi}
 
@@ -256,7 +256,7 @@ def in_degrees(mask: Tensor, output_dim: int = 0) -> Tensor:
         Int64 tensor of shape (out,).
 
     Raises:
-        ConfigurationError: The mask is no bool tensor.
+        ConfigurationError: If the mask is not a bool tensor.
 
     Example:
         >>> import torch
@@ -269,7 +269,7 @@ def in_degrees(mask: Tensor, output_dim: int = 0) -> Tensor:
 
 
 def in_degree_histogram(mask: Tensor, output_dim: int = 0) -> Tensor:
-    r"""How many output units have how many incoming connections.
+    r"""Histogram of the fan-in of output units.
 
     .. math:: h_k = |\{o : k_o = k\}|
 
@@ -278,10 +278,10 @@ def in_degree_histogram(mask: Tensor, output_dim: int = 0) -> Tensor:
         output_dim: Dimension of the outputs.
 
     Returns:
-        Int64 tensor of shape (fan-in + 1,): entry k counts the units with k connections.
+        Int64 tensor of shape (fan-in + 1,): entry k counts the units with k active weights.
 
     Raises:
-        ConfigurationError: The mask is no bool tensor.
+        ConfigurationError: If the mask is not a bool tensor.
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-r"""What training does to a topology's gradients and losses."""
+"""Diagnostics of gradients and losses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dst.metrics.topology import as_masks
 
 
 def gradient_squares(gradients: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Sums of squares over active and over inactive weights, in double precision; see `gradient_norms`."""
+    """Sums of squares over active and over inactive weights, in float64; see `gradient_norms`."""
     as_masks(masks)
     if missing := [name for name in masks if name not in gradients]:
         raise ConfigurationError(
@@ -37,18 +37,18 @@ def gradient_norms(gradients: Mapping[str, Tensor], masks: Mapping[str, Tensor])
     .. math:: g_\mathrm{on} = \Bigl(\sum_l \| G_l \odot M_l \|^2\Bigr)^{1/2} \qquad
         g_\mathrm{off} = \Bigl(\sum_l \| G_l \odot (1 - M_l) \|^2\Bigr)^{1/2}
 
-    A large second norm says that other connections would help. It exists only where the gradient is dense: between
-    ``backward()`` and ``Sparsifier.before_step()``.
+    A large norm on inactive weights means that other connections would reduce the loss. It needs dense gradients, which
+    exist between ``backward()`` and ``Sparsifier.before_step()``.
 
     Args:
-        gradients: Name to gradient, of the masks' shapes.
-        masks: Name to bool tensor.
+        gradients: Name -> gradient, of the shape of the mask.
+        masks: Name -> bool tensor.
 
     Returns:
         Two scalars, >= 0, float32.
 
     Raises:
-        ConfigurationError: A gradient that is missing or of another shape, or something that is no bool tensor.
+        ConfigurationError: If a gradient is missing or of another shape, or a mask is not a bool tensor.
 
     Example:
         >>> import torch
@@ -61,22 +61,22 @@ def gradient_norms(gradients: Mapping[str, Tensor], masks: Mapping[str, Tensor])
 
 
 def loss_spikes(losses: Tensor | Sequence[float], updates: Iterable[int], window: int = 10) -> Tensor:
-    r"""How far the loss rises after topology updates.
+    r"""Relative rise of the loss after topology updates.
 
     .. math:: s_u = \frac{\max_{0 < i \le w} \ell_{u + i}}{\frac{1}{w} \sum_{0 \le i < w} \ell_{u - i}} - 1
 
-    An update at step u comes after that step's loss was computed, so step u + 1 is the first to see it.
+    An update at step u follows the loss of that step, so step u + 1 is the first with the new topology.
 
     Args:
         losses: Training loss of every optimizer step, from step 0; shape (steps,).
-        updates: Steps of the updates. One that has fewer than w losses before it, or none after it, is left out.
-        window: Steps w before and after, at least 1.
+        updates: Steps of the updates. An update with fewer than w losses before it, or none after it, is left out.
+        window: Number w of steps before and after an update, at least 1.
 
     Returns:
-        Float tensor, one number per update that counts: 0 where the loss stayed at its mean, 1 where it doubled.
+        Float32 tensor with an entry per update: 0 if the loss stayed at its mean, 1 if it doubled.
 
     Raises:
-        ConfigurationError: A window below 1, or an update before step 0.
+        ConfigurationError: If the window is below 1, or an update is before step 0.
 
     Example:
         >>> import torch

@@ -1,7 +1,7 @@
-"""Small models: plain modules.
+"""Small models for images and text, as plain modules.
 
-Image classifiers are built from ``input_shape`` (C, H, W) and ``num_classes``, models of text from ``vocab_size`` and ``context``.
-All take a ``width_factor``, which multiplies their hidden widths; `narrow` finds the one that matches a density.
+Image classifiers take ``input_shape`` (C, H, W) and ``num_classes``; models of text take ``vocab_size`` and ``context``. All take
+a ``width_factor``, which multiplies their hidden widths. `narrow` finds the factor that matches a density.
 """
 
 from dst.models.convnet import ConvNet

@@ -1,4 +1,4 @@
-"""Classification, of images or of the next token, as Lightning modules, and their learning-rate schedules."""
+"""Lightning modules for classification of images and of the next token, and learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SchedulerFactory: TypeAlias = Callable[[Optimizer, int], LRScheduler]
 
 
 class LossAndAccuracy(Metric):
-    """Mean cross-entropy and accuracy over labels; one update costs a few small tensor operations."""
+    """Mean cross-entropy and accuracy over labels, in a few small tensor operations per batch."""
 
     full_state_update = False
     loss: Tensor
@@ -49,15 +49,14 @@ class LossAndAccuracy(Metric):
 class Classifier(LightningModule):
     """A model trained by cross-entropy.
 
-    Logs ``train/loss`` and ``train/accuracy`` once an epoch, as they were during it, and ``val/…`` and ``test/…``. What
-    modules of the model leave in ``auxiliary_loss`` (see `dst.nn.auxiliary_losses`) is trained on, and not part of the
-    loss that is logged.
+    Logs ``train/loss`` and ``train/accuracy`` as means over each epoch, and likewise ``val/…`` and ``test/…``. Auxiliary losses
+    of the model's modules (see `dst.nn.auxiliary_losses`) are added to the training loss, but not to the logged loss.
 
     Args:
         model: Maps inputs, such as images (N, C, H, W), to logits (…, classes) for labels (…), such as (N,).
-        optimizer: Makes the optimizer from the parameters.
-        scheduler: Makes the learning-rate schedule from the optimizer and the number of optimizer steps; it is
-            advanced at every step. None for a constant rate.
+        optimizer: Builds the optimizer from the parameters.
+        scheduler: Builds the learning-rate schedule from the optimizer and the number of optimizer steps. It advances at
+            each step. ``None`` for a constant learning rate.
     """
 
     def __init__(
@@ -74,7 +73,11 @@ class Classifier(LightningModule):
         return self.model(inputs)
 
     def configure_optimizers(self) -> Any:
-        """Build the optimizer and, with its length known, the schedule."""
+        """Build the optimizer and the learning-rate schedule.
+
+        Raises:
+            ConfigurationError: The schedule needs the number of steps, and the trainer has no estimate.
+        """
         optimizer = self.optimizer(self.parameters())
         if self.scheduler is None:
             return optimizer
@@ -88,7 +91,7 @@ class Classifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
-        """Return the batch's mean loss, and what the model's modules add to it."""
+        """Return the batch's mean loss plus auxiliary losses of the model's modules."""
         loss = self._loss("train", batch)
         return sum(auxiliary_losses(self.model), loss)
 
@@ -125,10 +128,10 @@ class Classifier(LightningModule):
     def _log(self, split: str) -> None:
         metric = self._metric(split)
         if not metric.update_called:
-            return  # with max_steps, a resume from the end of an epoch makes Lightning end it once more
+            return  # with max_steps, after a resume from the end of an epoch, Lightning ends it again
         values = metric.compute()
         metric.reset()
-        # Lightning's own step counts batches, and one too many after such a resume.
+        # Lightning's own step counts batches, with one too many after such a resume.
         self.log_dict({"step": float(self.trainer.global_step), "epoch": float(self.current_epoch)})
         self.log(f"{split}/loss", values["loss"])
         self.log(f"{split}/accuracy", values["accuracy"], prog_bar=True)
@@ -136,15 +139,15 @@ class Classifier(LightningModule):
             self.log(f"{split}/{name}", value)
 
     def more_metrics(self, loss: Tensor) -> dict[str, Tensor]:
-        """Return what else is logged of a split, from its mean loss in nats."""
+        """Return further metrics to log for a split, from its mean loss in nats."""
         return {}
 
 
 class LanguageModel(Classifier):
     """A model of text, trained to predict every next token.
 
-    As `Classifier`, for tokens (N, T) and logits (N, T, vocabulary): loss and accuracy are means over tokens. Logs
-    ``bits_per_character``, too: the loss to base 2, for vocabularies of characters.
+    A `Classifier` for tokens (N, T) and logits (N, T, vocabulary). Loss and accuracy are means over tokens. Also logs
+    ``bits_per_character``, the loss to base 2, for vocabularies of characters.
     """
 
     def more_metrics(self, loss: Tensor) -> dict[str, Tensor]:
@@ -153,12 +156,12 @@ class LanguageModel(Classifier):
 
 
 def cosine(optimizer: Optimizer, total_steps: int, *, warmup: float = 0.0, final: float = 0.0) -> LambdaLR:
-    """Half a cosine from the learning rate to ``final`` times it (Loshchilov & Hutter 2017, without restarts).
+    """Decay the learning rate along half a cosine to ``final`` times its value (Loshchilov & Hutter 2017, no restarts).
 
     Args:
         optimizer: The optimizer.
         total_steps: Steps of the whole training, >= 1.
-        warmup: Share of the steps, in [0, 1), in which the rate first rises linearly.
+        warmup: Share of the steps, in [0, 1), over which the learning rate first rises linearly.
         final: Factor at the last step, in [0, 1].
 
     Raises:
@@ -180,7 +183,7 @@ def cosine(optimizer: Optimizer, total_steps: int, *, warmup: float = 0.0, final
 def step(
     optimizer: Optimizer, total_steps: int, *, milestones: Sequence[float] = (0.5, 0.75), gamma: float = 0.1
 ) -> LambdaLR:
-    """The learning rate is multiplied by ``gamma`` at every milestone.
+    """Multiply the learning rate by ``gamma`` at each milestone.
 
     Args:
         optimizer: The optimizer.

@@ -1,4 +1,4 @@
-"""What the models share: checks of their arguments, scaled widths and He initialisation."""
+"""Functions for all models: checks of arguments, scaled widths, He initialisation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_positive(**sizes: int) -> None:
 
 
 def check_task(input_shape: Sequence[int], num_classes: int, min_size: int = 1) -> tuple[tuple[int, int, int], int]:
-    """Check the two arguments that every model takes.
+    """Check the two arguments of every image model.
 
     Args:
         input_shape: Shape (C, H, W) of one image; any sequence of three integers.
@@ -29,8 +29,8 @@ def check_task(input_shape: Sequence[int], num_classes: int, min_size: int = 1) 
         ``input_shape`` as a plain tuple, and ``num_classes``.
 
     Raises:
-        ConfigurationError: if the shape is not three positive integers, the image is smaller than
-            ``min_size`` or there are fewer than two classes.
+        ConfigurationError: The shape is not three positive integers, the image is smaller than ``min_size``, or there are
+            fewer than two classes.
     """
     if isinstance(input_shape, (int, str)) or len(input_shape) != 3:
         raise ConfigurationError(f"input_shape must be (channels, height, width), three integers, got {input_shape!r}")
@@ -48,12 +48,12 @@ def check_task(input_shape: Sequence[int], num_classes: int, min_size: int = 1) 
 
 
 def scaled(width: int, factor: float, multiple_of: int = 1) -> int:
-    """Scale a width: the multiple of ``multiple_of`` nearest to ``width * factor`` (up, where two are), at least one of it.
+    """Scale a width to the multiple of ``multiple_of`` nearest to ``width * factor``, and at least ``multiple_of``.
 
-    Never falls where ``factor`` rises, and at 1 a width that is such a multiple stays as it is.
+    Ties round up. The result never decreases with ``factor``. At 1, a width that is such a multiple stays.
 
     Raises:
-        ConfigurationError: if the factor is not a positive number.
+        ConfigurationError: The factor is not a positive number.
     """
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
         raise ConfigurationError(f"width_factor must be a positive number, got {factor!r}")

@@ -11,21 +11,20 @@ from dst.nn import ActivationFactory, relu
 
 
 class ConvNet(nn.Module):
-    """Three 3x3 conv-BN-ReLU blocks of w, 2w and 4w channels, 2x2 max pooling between, a linear classifier.
+    """Three 3x3 conv-BN-ReLU blocks of w, 2w and 4w channels with 2x2 max pooling between, and a linear classifier.
 
-    Global average pooling before the classifier keeps the weight count free of the image size, so the
-    same network serves 8x8 digits and 32x32 colour images (94,304 weights for 3 channels, 10 classes).
+    Global average pooling before the classifier makes the number of weights independent of the image size: 94,304 for 3
+    channels and 10 classes.
 
     Args:
         input_shape: Shape (C, H, W) of one image, H and W at least 4.
         num_classes: Number of classes, at least 2.
         width: Channels w of the first block.
-        activation: Makes a block's activation, in the place of ReLU, from its number of channels; see
-            `dst.nn.activations`.
+        activation: Builds a block's activation from its number of channels; see `dst.nn.activations`.
         width_factor: Multiplies the channels of every block; see `dst.models.narrow`.
 
     Raises:
-        ConfigurationError: if an argument is out of range.
+        ConfigurationError: An argument is out of range.
     """
 
     def __init__(

@@ -12,33 +12,33 @@ from dst.nn import FeedForward, SwitchFeedForward
 
 
 class GPT(nn.Module):
-    """GPT-2's architecture, at a size for CPUs: embeddings, pre-norm causal blocks, a norm, a linear head without bias.
+    """GPT-2's architecture at a size for CPUs: embeddings, pre-norm causal blocks, a norm, a linear head without bias.
 
-    GPT-2's initialisation: normal weights of deviation 0.02 (here cut at two deviations), those of layers that add to the
-    residual stream divided by ``√(2 depth)``. Deviation: exact GELU where GPT-2 has its tanh approximation; query, key and
-    value are separate layers. Embeddings stay dense, and so does the head where it is tied to them.
+    The initialisation is GPT-2's: normal weights with standard deviation 0.02 (here cut at two deviations). Weights of layers
+    that add to the residual stream are divided by ``√(2 depth)``. Deviations: GELU is exact, not the tanh approximation;
+    query, key and value are separate layers. Embeddings stay dense, as does a tied head.
 
     Args:
         vocab_size: Number of different tokens, at least 2.
-        context: Most tokens of a sequence.
+        context: Largest number of tokens of a sequence.
         width: Features of a token, a multiple of ``heads``.
         depth: Number of blocks.
         heads: Attention heads of a block.
         mlp_ratio: Features within the feed-forward networks, as a multiple of ``width``.
-        dropout: Probability in [0, 1) of dropping embeddings, attention weights and what blocks add.
-        tied: The head's weight is the token embedding's (Press & Wolf 2017).
+        dropout: Probability in [0, 1) of dropping embeddings, attention weights and outputs of blocks' branches.
+        tied: Share the token embedding's weight with the head (Press & Wolf 2017).
         experts: Experts of every ``expert_every``-th feed-forward network, at least 2; 0 for ordinary ones. See
-            `dst.nn.SwitchFeedForward`; their loss is to be added by `dst.nn.auxiliary_losses`.
-        expert_every: 2 has experts in the 2nd, 4th, … block, as the paper has, 1 in every block.
-        capacity_factor: Room of the experts in training.
-        eval_capacity_factor: Room of the experts in evaluation.
+            `dst.nn.SwitchFeedForward`. Add their loss with `dst.nn.auxiliary_losses`.
+        expert_every: 2 puts experts into the 2nd, 4th, … block, as in the paper; 1 into every block.
+        capacity_factor: Capacity of the experts in training.
+        eval_capacity_factor: Capacity of the experts in evaluation.
         balance: Weight of the load-balancing loss.
-        jitter: Noise of the router's inputs in training.
+        jitter: Noise on the router's inputs in training.
         width_factor: Multiplies ``width``, rounded to a multiple of ``heads``, and the features within the feed-forward
             networks; see `dst.models.narrow`.
 
     Raises:
-        ConfigurationError: if an argument is out of range.
+        ConfigurationError: An argument is out of range.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class GPT(nn.Module):
                     module.project.weight.div_((2 * depth) ** 0.5)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (N, T), int64 with T <= context, to logits of the next ones (N, T, vocab_size)."""
+        """Map tokens (N, T), int64 with T <= context, to logits of the next tokens (N, T, vocab_size)."""
         length = tokens.shape[1]
         if length > self.context:
             raise ConfigurationError(f"a sequence of {length} tokens is longer than the context of {self.context}")

@@ -1,8 +1,8 @@
-"""Gated recurrent units: Cho et al. 2014, as ``torch.nn.GRU`` has them.
+"""Models with gated recurrent units (Cho et al. 2014), by ``torch.nn.GRU``.
 
-``weight_ih_l0`` and ``weight_hh_l0`` hold the three gates, reset, update and new, below each other. Each is one sparse layer
-with one budget, so that connections may move between gates, which helps recurrent networks (Liu et al. 2021, "Selfish
-Sparse RNN Training", section 3).
+``weight_ih_l0`` and ``weight_hh_l0`` stack three gates: reset, update and new. Each is one sparse layer with one budget, so
+connections can move between gates, which helps recurrent networks (Liu et al. 2021, "Selfish Sparse RNN Training", section
+3).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dst.models.common import check_positive, check_task, scaled
 
 
 class GRUClassifier(nn.Module):
-    """Reads an image row by row, and classifies by its last state.
+    """Reads an image row by row and classifies the last state.
 
     Args:
         input_shape: Shape (C, H, W) of one image: a sequence of H rows of C·W values.
@@ -26,7 +26,7 @@ class GRUClassifier(nn.Module):
         width_factor: Multiplies ``width``; see `dst.models.narrow`.
 
     Raises:
-        ConfigurationError: if an argument is out of range.
+        ConfigurationError: An argument is out of range.
     """
 
     def __init__(
@@ -47,17 +47,17 @@ class GRUClassifier(nn.Module):
 
 
 class GRUCharModel(nn.Module):
-    """A recurrent model of text: embedding, GRU, linear head; every sequence starts from a state of zeros.
+    """A recurrent model of text: embedding, GRU, linear head. Each sequence starts from a state of zeros.
 
     Args:
         vocab_size: Number of different tokens, at least 2.
-        context: Length of the sequences it is trained on; the model itself takes any.
+        context: Length of the training sequences; the model accepts any length.
         width: Units of every recurrent layer, and features of a token.
         depth: Number of recurrent layers.
         width_factor: Multiplies ``width``; see `dst.models.narrow`.
 
     Raises:
-        ConfigurationError: if an argument is out of range.
+        ConfigurationError: An argument is out of range.
     """
 
     def __init__(
@@ -73,6 +73,6 @@ class GRUCharModel(nn.Module):
         self.head = nn.Linear(width, vocab_size)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map tokens (N, T), int64, to logits of the next ones (N, T, vocab_size)."""
+        """Map tokens (N, T), int64, to logits of the next tokens (N, T, vocab_size)."""
         states, _ = self.recurrent(self.tokens(tokens))
         return self.head(states)

@@ -13,7 +13,7 @@ from dst.nn import ActivationFactory, relu
 
 
 class _FullyConnected(nn.Module):
-    """Flatten, then linear layers of the given ``widths``, scaled, with activations, then a linear classifier."""
+    """Flattening, linear layers of the scaled ``widths`` with activations, and a linear classifier."""
 
     def __init__(
         self,
@@ -46,11 +46,11 @@ class LeNet300100(_FullyConnected):
     Args:
         input_shape: Shape (C, H, W) of one image.
         num_classes: Number of classes, at least 2.
-        activation: Makes a hidden layer's activation from its number of units; see `dst.nn.activations`.
+        activation: Builds a hidden layer's activation from its number of units; see `dst.nn.activations`.
         width_factor: Multiplies the units of the hidden layers; see `dst.models.narrow`.
 
     Raises:
-        ConfigurationError: if an argument is out of range.
+        ConfigurationError: An argument is out of range.
     """
 
     def __init__(
@@ -64,18 +64,18 @@ class LeNet300100(_FullyConnected):
 
 
 class MLP(_FullyConnected):
-    """``depth`` hidden layers of ``width`` units, as SET was first tested on (Mocanu et al. 2018).
+    """``depth`` hidden layers of ``width`` units, the network of SET's first experiments (Mocanu et al. 2018).
 
     Args:
         input_shape: Shape (C, H, W) of one image.
         num_classes: Number of classes, at least 2.
         width: Units of every hidden layer.
-        depth: Number of hidden layers; the classifier comes on top.
-        activation: Makes a hidden layer's activation from its number of units; see `dst.nn.activations`.
+        depth: Number of hidden layers, without the classifier.
+        activation: Builds a hidden layer's activation from its number of units; see `dst.nn.activations`.
         width_factor: Multiplies ``width``; see `dst.models.narrow`.
 
     Raises:
-        ConfigurationError: if an argument is out of range.
+        ConfigurationError: An argument is out of range.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How much narrower a model has to be to have as few weights, or to cost as little, as a sparse one."""
+"""Narrower dense models with as many weights, or as many FLOPs, as a sparse one."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Narrowed:
     """A narrower model.
 
     Attributes:
-        width_factor: What the model has to be built with, in (0, 1].
-        share: What it then has of the full-size model's weights (or MACs), in (0, 1]; widths are whole numbers, so this is
-            near the density and seldom equal to it.
+        width_factor: The width factor to build the model with, in (0, 1].
+        share: Its share of the full-size model's weights (or MACs), in (0, 1]. Widths are integers, so this is close to the
+            density and seldom equal to it.
     """
 
     width_factor: float
@@ -48,24 +48,27 @@ def narrow(
     model = make(width_factor=narrow(make, 0.1).width_factor)
     ```
 
-    The factor multiplies all hidden widths alike. It is found by bisection, to 2⁻¹⁶; of the two models next to the density,
-    one above and one below, the one nearer to it is taken, and the smaller where both are as near. Models are built on
-    the meta device: nothing is allocated, and random generators do not move.
+    The factor multiplies all hidden widths. It is found by bisection, to 2⁻¹⁶. Of the closest models above and below the
+    density, the result is the one nearer to it, or the smaller one if both are equally near. Models are built on the meta
+    device: nothing is allocated, and random generators do not advance.
 
     Args:
         make: Builds the model from the keyword argument ``width_factor``; 1 is full size.
-        density: What the narrow model is to have of the full-size one, in (0, 1].
-        match: ``"parameters"`` counts the weights that would be sparse (see `dst.topology.layers.find_layers`), ``"flops"`` what
-            they cost in inference, as MACs of one sample.
-        example: An input of the model, as `dst.metrics.layer_macs` takes it; only ``"flops"`` needs it.
-        include: Restrict the weights that count.
+        density: Share of the full-size model that the narrow one should have, in (0, 1].
+        match: ``"parameters"`` counts the weights that would be sparse (see `dst.topology.layers.find_layers`), ``"flops"`` their
+            MACs in inference, for one sample.
+        example: An input of the model, as in `dst.metrics.layer_macs`; only ``"flops"`` needs it.
+        include: The weights that count, by name, pattern or module type; all that can be sparse by default.
         exclude: Weights that do not count.
 
+    Returns:
+        The width factor and its share.
+
     Raises:
-        ConfigurationError: A model that takes no ``width_factor``, cannot be built on the meta device or does not get as
-            narrow as that; a setting out of range.
+        ConfigurationError: A model that takes no ``width_factor``, cannot be built on the meta device, or does not become
+            narrow enough; a setting out of range.
     """
-    Narrow(density, match)  # refuses what is out of range
+    Narrow(density, match)  # checks both
     if match == "flops" and example is None:
         raise ConfigurationError('match="flops" measures MACs: pass an example of the input')
     check_takes_width_factor(make)
@@ -87,7 +90,7 @@ def narrow(
     least, most = cost(below), full
     if least > density * full:
         raise ConfigurationError(
-            f"density={density:g} is less than {_name(make)} has at its narrowest, {least / full:.4g} of its {match}: take "
+            f"density={density:g} is less than {_name(make)} has at its narrowest, {least / full:.4g} of its {match}: use "
             "a larger density or a larger model" + ("; its width_factor changes nothing" if least == full else "")
         )
     for _ in range(_HALVINGS):
@@ -102,10 +105,10 @@ def narrow(
 
 
 def build_on_meta(make: Callable[..., nn.Module], factor: float) -> nn.Module:
-    """Build a model without its values; random generators end up as they were.
+    """Build a model on the meta device, without values. Random generators do not advance.
 
     Raises:
-        ConfigurationError: It cannot be built there, or at all.
+        ConfigurationError: The model cannot be built, on the meta device or at all.
     """
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):

@@ -13,8 +13,8 @@ from dst.models.common import check_positive, check_task, he_init, scaled
 class _BasicBlock(nn.Module):
     """Two 3x3 conv-BN with ReLU and a parameter-free shortcut.
 
-    Where the shape changes, the shortcut takes every ``stride``-th pixel and appends zero channels
-    ("option A" of the paper): all weights then lie on the residual path.
+    If the shape changes, the shortcut takes every ``stride``-th pixel and appends zero channels ("option A" of the paper), so
+    all weights are on the residual path.
     """
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:
@@ -47,7 +47,7 @@ class ResNet20(nn.Module):
         width_factor: Multiplies the channels of every stage; see `dst.models.narrow`.
 
     Raises:
-        ConfigurationError: if an argument is out of range.
+        ConfigurationError: An argument is out of range.
     """
 
     def __init__(

@@ -11,15 +11,14 @@ from dst.models.common import check_positive
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, section 3.2), each projection a linear layer of its own.
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2) with separate linear layers for all projections.
 
-    Query, key and value are not packed into one matrix, so that each has its own sparsity and any backend can take its
-    place.
+    Query, key and value are not packed into one matrix, so each has its own sparsity and works with every backend.
 
     Args:
         width: Features of a token, a multiple of ``heads``.
         heads: Number of heads.
-        causal: A token attends to itself and earlier ones only.
+        causal: Each token attends only to itself and earlier tokens.
         dropout: Probability in [0, 1) of dropping an attention weight.
     """
 
@@ -44,13 +43,13 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm block: attention, then a feed-forward network, each normalised before and added to its input.
+    """A pre-norm block: attention, then a feed-forward network, each after a norm and with a residual connection.
 
     Args:
         width: Features of a token.
         attention: Maps tokens (N, T, width) to the same shape.
-        feed_forward: Likewise.
-        dropout: Probability in [0, 1) of dropping what is added.
+        feed_forward: Maps tokens (N, T, width) to the same shape.
+        dropout: Probability in [0, 1) of dropping outputs of both branches.
     """
 
     def __init__(self, width: int, attention: nn.Module, feed_forward: nn.Module, *, dropout: float = 0.0) -> None:
@@ -68,7 +67,7 @@ class Block(nn.Module):
 
 
 def check_transformer(*, width: int, depth: int, heads: int, mlp_ratio: int, dropout: float) -> None:
-    """Raise ConfigurationError if a size or the dropout that all transformers share is out of range."""
+    """Raise ConfigurationError if a size or the dropout of a transformer is out of range."""
     check_positive(width=width, depth=depth, heads=heads, mlp_ratio=mlp_ratio)
     if width % heads:
         raise ConfigurationError(f"width={width} must be a multiple of heads={heads}")

@@ -13,31 +13,31 @@ from dst.models.transformer import Attention, Block, check_transformer, init_tra
 from dst.nn import FeedForward
 
 _PATCHES = 4, 2, 1
-_FEWEST = 16  # patches, below which attention has little to do
+_FEWEST = 16  # patches of an image: with fewer, attention has little effect
 
 
 class ViTTiny(nn.Module):
-    """A vision transformer of DeiT-Tiny's width, depth and heads, on patches that suit small images.
+    """A vision transformer with the width, depth and heads of DeiT-Tiny, and patches for small images.
 
-    Patches, a linear embedding, learned positions, pre-norm blocks, a norm, the mean over patches, a linear classifier. The
-    mean takes the place of DeiT's class token (Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k"). The
-    learned positions are an embedding, and stay dense.
+    It consists of a linear embedding of patches, learned positions, pre-norm blocks, a norm, the mean over patches and a
+    linear classifier. The mean replaces DeiT's class token (Beyer et al. 2022, "Better plain ViT baselines for
+    ImageNet-1k"). The learned positions are an embedding and stay dense.
 
     Args:
         input_shape: Shape (C, H, W) of one image.
         num_classes: Number of classes, at least 2.
-        patch: Side of the square patches, which divides H and W. By default the largest of 4, 2 and 1 that does
-            and makes at least 16 patches of an image: 4 for 28x28 and 32x32, 2 for 8x8; 1 where none does.
+        patch: Side of the square patches, a divisor of H and W. By default the largest of 4, 2 and 1 that divides an image
+            into at least 16 patches (4 for 28x28 and 32x32, 2 for 8x8), or 1 if none does.
         width: Features of a token, a multiple of ``heads``.
         depth: Number of blocks.
         heads: Attention heads of a block.
         mlp_ratio: Features within the feed-forward network, as a multiple of ``width``.
-        dropout: Probability in [0, 1) of dropping attention weights and what blocks add.
+        dropout: Probability in [0, 1) of dropping attention weights and outputs of blocks' branches.
         width_factor: Multiplies ``width``, rounded to a multiple of ``heads``, and the features within the feed-forward
             networks; see `dst.models.narrow`.
 
     Raises:
-        ConfigurationError: if an argument is out of range, or the patch does not fit the images.
+        ConfigurationError: An argument is out of range, or the patch does not fit the images.
     """
 
     def __init__(

@@ -11,7 +11,7 @@ from dst.models.common import check_positive, check_task, he_init, scaled
 
 
 class _PreActivationBlock(nn.Module):
-    """BN-ReLU-conv twice, dropout between; a 1x1 projection of the activated input where the shape changes."""
+    """BN-ReLU-conv twice with dropout between, and a 1x1 projection of the activated input if the shape changes."""
 
     def __init__(self, channels_in: int, channels: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class _PreActivationBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.projection = (
             nn.Conv2d(channels_in, channels, 1, stride=stride, bias=False)
-            if channels_in != channels or stride != 1  # the narrowest networks have one channel in every stage
+            if channels_in != channels or stride != 1  # at the smallest width_factor, all stages have one channel
             else None
         )
 
@@ -34,7 +34,7 @@ class _PreActivationBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Pre-activation WRN-``depth``-``widen_factor``: a 16-channel stem and 3 stages of (depth - 4)/6 blocks.
+    """Pre-activation WRN-``depth``-``widen_factor`` with a 16-channel stem and 3 stages of (depth - 4)/6 blocks.
 
     Args:
         input_shape: Shape (C, H, W) of one image, H and W at least 4.
@@ -45,7 +45,7 @@ class WideResNet(nn.Module):
         width_factor: Multiplies the channels of the stem and of every stage; see `dst.models.narrow`.
 
     Raises:
-        ConfigurationError: if an argument is out of range.
+        ConfigurationError: An argument is out of range.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class WideResNet(nn.Module):
 
 
 class WRN22_2(WideResNet):
-    """WRN-22-2 without dropout, the CIFAR network of RigL: 1,076,912 conv and linear weights for CIFAR-10.
+    """WRN-22-2 without dropout, RigL's network for CIFAR: 1,076,912 conv and linear weights for CIFAR-10.
 
     Args:
         input_shape: Shape (C, H, W) of one image, H and W at least 4.
@@ -89,7 +89,7 @@ class WRN22_2(WideResNet):
         width_factor: Multiplies the channels of the stem and of every stage; see `dst.models.narrow`.
 
     Raises:
-        ConfigurationError: if an argument is out of range.
+        ConfigurationError: An argument is out of range.
     """
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, width_factor: float = 1.0) -> None:

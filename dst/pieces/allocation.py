@@ -92,14 +92,17 @@ class _LayerDensities:
             scores: Unused.
 
         Returns:
-            One count per layer, each in [1, N].
+            One count per layer, each in [1, N]. For ER and ERK the sum is exactly the network's budget.
 
         Raises:
             ConfigurationError: The budget is smaller than the number of layers.
         """
-        network_budget(shapes, density)
-        layer_densities = self.densities(names, shapes, density)
-        return [count_active(math.prod(s), d) for s, d in zip(shapes, layer_densities, strict=True)]
+        budget = network_budget(shapes, density)
+        return self._rounded(self.densities(names, shapes, density), [math.prod(s) for s in shapes], budget)
+
+    def _rounded(self, densities: Sequence[float], sizes: Sequence[int], budget: int) -> list[int]:
+        """Counts of layers with these densities and sizes; each layer is rounded separately."""
+        return [count_active(size, d) for size, d in zip(sizes, densities, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -156,22 +159,9 @@ class ERK(_LayerDensities):
             dense |= {i for i in sparse if raw[i] == largest}
         return [1.0] * len(shapes)
 
-    def counts(
-        self,
-        names: Sequence[str],
-        shapes: Sequence[Shape],
-        density: float,
-        scores: Sequence[Tensor] | None = None,
-    ) -> list[int]:
-        """Return the number of active weights per layer, each in [1, N]; the sum is exactly the network's budget.
-
-        Raises:
-            ConfigurationError: The budget is smaller than the number of layers.
-        """
-        budget = network_budget(shapes, density)
-        sizes = [math.prod(s) for s in shapes]
-        ideal = [d * n for d, n in zip(self.densities(names, shapes, density), sizes, strict=True)]
-        return largest_remainders(ideal, budget, sizes, least=1)
+    def _rounded(self, densities: Sequence[float], sizes: Sequence[int], budget: int) -> list[int]:
+        """Counts of layers, which add up to the budget exactly."""
+        return largest_remainders([d * n for d, n in zip(densities, sizes, strict=True)], budget, sizes, least=1)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""A run's report: one HTML file that needs no network, no script and no other file.
+"""What reads a run's folder: the report, comparisons, and the inspection of checkpoints.
 
-``data`` gathers what the run's folder holds, ``charts`` draws SVG, ``page`` puts them together.
+A report is one HTML file that needs no network, no script and no other file. ``data`` reads the run's folder, ``charts``
+draws SVG, ``figures`` has the values that a page consists of, ``page`` makes the sections, and ``templates`` has the HTML.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ def write_report(run: str | os.PathLike[str], output: str | os.PathLike[str]) ->
     """Write a run's report.
 
     Args:
-        run: The run's folder, finished or not.
-        output: The HTML file; replaced in one move.
+        run: The run's folder. The run need not be finished.
+        output: The HTML file. An older one is replaced atomically.
 
     Returns:
-        The file.
+        Path of the HTML file.
 
     Raises:
-        DataError: The folder holds no run, or a file in it that cannot be read.
+        DataError: The folder holds no run, or a file in it cannot be read.
     """
     page = render(gather(run))
     output = Path(output)

@@ -1,4 +1,4 @@
-"""What a report shows, gathered from a run's folder; missing parts are empty, and nothing but text files is read."""
+"""What a report shows, read from the text files in a run's folder. What a run has not recorded is empty."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from dst.report.topology_file import TOPOLOGY_FILE, read_rows
 METRICS_FILE = "metrics.csv"
 
 Points = list[tuple[float, float]]
-"""Optimizer step and value, in the order of the steps."""
+"""Pairs (optimizer step, value), ordered by step."""
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The sparse layers, and their figures over time.
+    """The sparse layers and their numbers over time. Every list has one entry for each layer.
 
     Attributes:
         names: Labels.
-        shapes: Of each.
-        weights: Number of weights of each.
-        density: Of each, over time.
-        dead_inputs: Number for each, over time.
-        dead_outputs: Number for each, over time.
-        effective: Density of connections on a path from input to output, over time; empty unless it was asked for.
+        shapes: Shapes of the weights.
+        weights: Number of weights.
+        density: Density over time, in [0, 1].
+        dead_inputs: Number of dead inputs over time.
+        dead_outputs: Number of dead outputs over time.
+        effective: Density over time of the connections on a path from input to output. Empty unless the run was set to
+            record it.
     """
 
     names: list[str]
@@ -47,19 +48,20 @@ class Layers:
 
 @dataclass(frozen=True)
 class RunData:
-    """A run, as far as it has come.
+    """What a run has recorded so far.
 
     Attributes:
         folder: The run's folder.
-        summary: None where the run has not ended.
+        summary: The summary; None if the run has not ended.
         metrics: Column of ``metrics.csv`` to its points.
         topology: ``churn``, ``exploration_rate``, ``drop_fraction`` and ``loss_spike`` to their points.
-        layers: See `Layers`; empty lists where nothing was recorded.
-        in_degrees: Histogram of each layer at the end; empty before. See `dst.lightning.recorder.degree_histogram`.
-        picture: What the first layer looks at; None where there is none. See `dst.lightning.recorder.input_picture`.
-        config: The run's settings as YAML; empty where the folder has none.
-        backend: Where weights lived; "masked" where the settings do not say.
-        levels: Steps at which fits after the first begin, where the run has several.
+        layers: See `Layers`. The lists are empty if nothing was recorded.
+        in_degrees: Histogram of each layer at the end of training, see `dst.metrics.recorded.degree_histogram`. Empty
+            before.
+        picture: Connections of the first layer by position, see `dst.metrics.recorded.input_picture`. None if unknown.
+        config: The run's settings as YAML. Empty if the folder has none.
+        backend: The backend; "masked" if the settings name none.
+        levels: Steps at which the second and later fits begin. Empty for a run with one fit.
     """
 
     folder: Path
@@ -77,16 +79,16 @@ class RunData:
 def gather(run: str | os.PathLike[str]) -> RunData:
     """Read a run's folder.
 
-    Where a run has several fits (lottery tickets), their steps follow upon each other.
+    The steps of a run with several fits (lottery tickets) are counted through: each fit begins where the last one ended.
 
     Args:
         run: The folder.
 
     Returns:
-        What was found.
+        The recorded data.
 
     Raises:
-        DataError: The folder holds no run, or a file in it that is damaged.
+        DataError: The folder holds no run, or a file in it is damaged.
     """
     folder = Path(run)
     summary_file, metrics_file = folder / SUMMARY_FILE, folder / METRICS_FILE
@@ -133,13 +135,13 @@ def _config(path: Path) -> tuple[str, str]:
     try:
         text = path.read_text(encoding="utf-8")
         backend = OmegaConf.select(OmegaConf.create(text), "backend", default="masked")
-    except Exception as error:  # the parser's own, of several kinds
+    except Exception as error:  # YAML and OmegaConf raise errors of several kinds
         raise DataError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     return text, str(backend)
 
 
 def _offsets(rows: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Level to the steps before it; level 0 where there are none."""
+    """Level to the number of steps before it. A run with one fit has level 0 alone."""
     last: dict[int, float] = {}
     for row in rows:
         level = int(row.get("level", 0))
@@ -168,7 +170,7 @@ def _topology(rows: Sequence[Mapping[str, Any]], offsets: Mapping[int, float]) -
     found: dict[str, Points] = {"churn": [], "exploration_rate": [], "drop_fraction": [], "loss_spike": []}
     for row in rows:
         if row["event"] == "mask":
-            if "level" not in row:  # each of several fits counts what it explored itself
+            if "level" not in row:  # each of several fits counts its own exploration
                 found["exploration_rate"].append((_at(row, offsets), row["exploration_rate"]))
             if row["updates"]:
                 for name in ("churn", "drop_fraction"):

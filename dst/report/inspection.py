@@ -1,4 +1,4 @@
-"""What a checkpoint holds: its layers, their densities and their health. Nothing in the file is executed."""
+"""Inspecting a checkpoint: its layers, their densities and their health. Nothing in the file is executed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dst.report.terminal import terminal_facts, terminal_table
 
 _STATE_KEYS = {"format", "method", "masks", "layers", "steps"}
 _DEPTH = 4
-"""How deep a sparsifier's state may lie within a checkpoint: Lightning has it at ``callbacks.SparseTraining``."""
+"""Levels of nesting that are searched for a sparsifier's state. Lightning has it at ``callbacks.SparseTraining``."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +30,15 @@ class InspectedLayer:
     """One layer's connections.
 
     Attributes:
-        name: Its label.
-        shape: Shape (out, in, ...); of transposed convolutions (in, out, ...).
+        name: The layer's label.
+        shape: Shape (out, in, ...), or (in, out, ...) of a transposed convolution.
         weights: Number of weights.
-        active: Active ones.
-        dead_outputs: Units of the first dimension without any connection.
-        dead_inputs: Units of the second dimension (of grouped convolutions, those within a group) without any connection.
-        zeros: Active weights that are exactly zero, as grown ones are at first; None where the file has no weights.
-        leaks: Inactive weights that are not zero, which never should be; None where the file has no weights.
+        active: Number of active weights.
+        dead_outputs: Number of units of the first dimension without a connection.
+        dead_inputs: Number of units of the second dimension without a connection. The second dimension of a grouped
+            convolution is the inputs within a group.
+        zeros: Number of active weights that are exactly zero, as newly grown weights are. None if the file has no weights.
+        leaks: Number of inactive weights that are not zero, which is an error. None if the file has no weights.
     """
 
     name: str
@@ -51,7 +52,7 @@ class InspectedLayer:
 
     @property
     def density(self) -> float:
-        """Active over all weights."""
+        """Active weights / weights, in [0, 1]."""
         return self.active / self.weights if self.weights else 0.0
 
 
@@ -61,10 +62,10 @@ class Inspection:
 
     Attributes:
         path: The file.
-        kind: What it is, in words.
-        facts: Name to value of what the file says about the run; may be empty.
-        target: Density that the method was asked for, or None where the file does not say.
-        layers: The layers in the file's order.
+        kind: What the file is, in words.
+        facts: What the file tells about the run, name to value. May be empty.
+        target: The density that the method was set to. None if the file does not tell.
+        layers: The layers, in the file's order.
     """
 
     path: str
@@ -75,15 +76,15 @@ class Inspection:
 
     @property
     def realised(self) -> float:
-        """Active over all weights of all layers."""
+        """Active weights / weights of all layers, in [0, 1]."""
         return sum(layer.active for layer in self.layers) / sum(layer.weights for layer in self.layers)
 
     def problems(self) -> list[str]:
-        """What is wrong with the topology, one line each; empty where it is healthy."""
+        """Problems of the topology, one line each. Empty if it is healthy."""
         lines = []
         for layer in self.layers:
             if layer.active == 0:
-                lines.append(f"{layer.name} has collapsed: no connection is left, and nothing passes")
+                lines.append(f"{layer.name} has collapsed: no connection is left")
             elif layer.dead_outputs or layer.dead_inputs:
                 counts = (
                     (layer.dead_outputs, layer.shape[0], "outputs"),
@@ -116,18 +117,22 @@ class Inspection:
 
 
 def inspect_checkpoint(path: str | os.PathLike[str]) -> Inspection:
-    """Read a file and look at its topology.
+    """Inspect the topology in a file.
 
     Args:
-        path: A Lightning checkpoint or one of your own loop that holds a ``Sparsifier.state_dict()``, such a state alone,
-            a mask file, or a model's ``state_dict`` (its non-zeros are then taken for its connections); or a run's folder,
-            whose last checkpoint is taken.
+        path: One of
+
+            - a checkpoint that holds a ``Sparsifier.state_dict()``, from Lightning or a loop of your own;
+            - such a state alone;
+            - a mask file;
+            - a model's ``state_dict``, whose non-zeros are taken as its connections;
+            - a run's folder, of which the last checkpoint is inspected.
 
     Returns:
-        What it holds.
+        The inspection.
 
     Raises:
-        StateError: No such file, one that is damaged, that holds more than plain values and tensors, or no topology.
+        StateError: The file is missing, is damaged, holds more than plain values and tensors, or holds no topology.
     """
     path = Path(path)
     if path.is_dir():
@@ -147,7 +152,7 @@ def inspect_checkpoint(path: str | os.PathLike[str]) -> Inspection:
     if not weights:
         raise StateError(f"{path} holds no topology: neither a sparsifier's state, nor masks, nor weights")
     masks = {name: tensor != 0 for name, tensor in weights.items()}
-    kind = "weights alone; non-zeros are taken for connections, and ones that grew at zero are missed"
+    kind = "weights alone: non-zeros count as connections, and newly grown weights, which are zero, do not"
     return Inspection(str(path), kind, {}, None, _layers(str(path), masks, {}, weights))
 
 
@@ -234,7 +239,7 @@ def _layers(
 
 
 def _parts(masks: Mapping[str, Tensor], rows: Mapping[str, tuple[int, ...]]) -> Iterator[tuple[str, str, slice]]:
-    """Label, parameter and rows of each layer; parts of a parameter follow upon each other in the table."""
+    """Label, parameter and rows of each layer. The parts of a parameter follow each other in the table."""
     offsets: dict[str, int] = {}
     for label in rows or masks:
         whole = label in masks

@@ -1,4 +1,4 @@
-"""What a finished run reports: ``summary.json``, and the same as a table."""
+"""The summary of a finished run: ``summary.json``, and the same as a table."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from dst.checkpoints import write_atomically
+from dst.checkpoints import json_ready, write_atomically
 from dst.errors import DataError
 from dst.metrics.conventions import convention_of
 from dst.report.terminal import terminal_facts, terminal_table
@@ -21,18 +21,18 @@ from dst.report.terminal import terminal_facts, terminal_table
 SUMMARY_FILE = "summary.json"
 
 CONVENTION, NOT_COUNTED = "convention", "not counted"
-"""Names of two of `Summary.costs`."""
+"""Names of two of the entries of `Summary.costs`."""
 
 
 @dataclass(frozen=True)
 class Density:
-    """Target and realised density over all sparse layers, and each layer's.
+    """Target and realised density of all sparse layers and of each.
 
     Attributes:
-        target: What was asked for, in (0, 1].
-        realised: Active over all weights of the sparse layers.
+        target: The density that was set, in (0, 1].
+        realised: Active weights / weights of the sparse layers, in [0, 1].
         layers: Dicts of ``name``, ``shape``, ``weights``, ``nonzero`` and ``density``.
-        shortfall: Why the target was not reached, where training ended early; None otherwise.
+        shortfall: Why training ended before it reached the target. None if it did reach it.
     """
 
     target: float
@@ -43,13 +43,13 @@ class Density:
 
 @dataclass(frozen=True)
 class Quality:
-    """What the weights that were selected reach on the test split, which no choice looks at.
+    """Results of the selected weights on the test split, which no selection uses.
 
     Attributes:
-        accuracy: In [0, 1]; None where not finite.
-        loss: Mean loss; None where not finite.
-        weights: Which weights: "last", or "validation" for those of the best validation accuracy.
-        step: Optimizer steps that they were trained for; None in summaries of earlier versions.
+        accuracy: Accuracy in [0, 1]; None if not finite.
+        loss: Mean loss; None if not finite.
+        weights: Which weights were tested: "last", or "validation" for those of the best validation accuracy.
+        step: Number of optimizer steps that trained them; None in summaries of earlier versions.
     """
 
     accuracy: float | None
@@ -60,18 +60,20 @@ class Quality:
 
 @dataclass(frozen=True)
 class Flops:
-    """Cost relative to the dense network's.
+    """FLOPs relative to the dense network.
+
+    The first two ratios are theoretical: what the sparse network needs. The executed ones are what the backend computes,
+    which may include multiplications by zero.
 
     Attributes:
-        inference_ratio: Of one forward pass.
-        training_ratio: Of the whole training, over a dense training of as many steps; for methods of several fits,
-            over one dense fit.
-        executed_ratio: Of one forward pass as the backend carries it out, zeros multiplied or not; None in summaries of
-            earlier versions. The first two are what the sparse network needs in theory.
-        training_executed_ratio: The same of the whole training.
-        dense_inference: FLOPs of the dense network's forward pass for one sample, a multiply-accumulate counting two.
+        inference_ratio: FLOPs of one forward pass.
+        training_ratio: FLOPs of the whole training, relative to a dense training of as many steps. For methods of several
+            fits, relative to one dense fit.
+        executed_ratio: Executed FLOPs of one forward pass; None in summaries of earlier versions.
+        training_executed_ratio: Executed FLOPs of the whole training; None in summaries of earlier versions.
+        dense_inference: Operations of the dense network's forward pass for one sample, counted by ``convention``.
         convention: What counts as an operation; see ``dst.metrics.CONVENTIONS``.
-        uncounted: Operators and parameters that are in no total, in words.
+        uncounted: Operators and parameters that no total includes, in words.
     """
 
     inference_ratio: float
@@ -88,14 +90,14 @@ class MemoryUse:
     """Memory of training, in MiB.
 
     Attributes:
-        predicted_mib: Of weights, topology, gradients, optimizer state and a batch's activations, at the density of the
-            weights that are tested; see ``dst.metrics.predict_memory``.
-        peak_mib: Measured most in use in training, on a CPU by the whole process; None where training ran elsewhere (in
-            another process, before a resume).
+        predicted_mib: Predicted memory of weights, topology, gradients, optimizer state and the activations of a batch, at
+            the density of the weights that are tested; see ``dst.metrics.predict_memory``.
+        peak_mib: Measured peak in training; on a CPU, of the whole process. None if training ran in another process, before
+            a resume.
         source: What was measured, in words.
-        parts: The prediction's parts in MiB: weights, topology, gradients, optimizer_state, activations.
-        conditions: ``batch_size``, and ``before_mib``, in use before training. The peak above it tells little where runs share
-            a process, which hands freed memory out again.
+        parts: Parts of the prediction in MiB: weights, topology, gradients, optimizer_state, activations.
+        conditions: ``batch_size``, and ``before_mib``, the memory in use before training. Where runs share a process, the
+            difference to the peak tells little, because a process reuses freed memory.
     """
 
     predicted_mib: float
@@ -107,11 +109,11 @@ class MemoryUse:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of a forward pass in evaluation mode on the machine that trained, the median of a few.
+    """Median time of a forward pass in evaluation mode, on the machine that trained.
 
     Attributes:
-        one_ms: Of a single sample.
-        batch_ms: Of a batch.
+        one_ms: Milliseconds for a single sample.
+        batch_ms: Milliseconds for a batch.
         conditions: ``batch_size``, ``device`` and ``threads``.
     """
 
@@ -139,7 +141,7 @@ class EnergyUse:
 
 @dataclass(frozen=True)
 class Topology:
-    """Number of topology updates, and the share of sparse layers' weights that were ever active."""
+    """Number of topology updates, and the share of the sparse layers' weights that were ever active."""
 
     updates: int
     exploration_rate: float
@@ -150,10 +152,10 @@ class Summary:
     """A finished run.
 
     Attributes:
-        sparsity: The method's name.
+        sparsity: Name of the method.
         seed: The run's seed.
-        steps: Optimizer steps taken.
-        seconds: Wall time of training and test, of all processes where the run was resumed.
+        steps: Number of optimizer steps.
+        seconds: Wall time of training and test. For a resumed run, the sum over its processes.
         density: See `Density`.
         test: See `Quality`.
         flops: See `Flops`.
@@ -176,13 +178,13 @@ class Summary:
     energy: EnergyUse | None = None
 
     def write(self, folder: str | os.PathLike[str]) -> Path:
-        """Write ``summary.json`` into ``folder``, whole or not at all."""
+        """Write ``summary.json`` into ``folder`` atomically."""
         path = Path(folder) / SUMMARY_FILE
-        write_atomically(path, json.dumps(_finite(asdict(self)), indent=2, allow_nan=False) + "\n")
+        write_atomically(path, json.dumps(json_ready(asdict(self)), indent=2, allow_nan=False) + "\n")
         return path
 
     def scalars(self) -> dict[str, float]:
-        """Its finite numbers by dotted name behind ``summary/``, for loggers, without the layers' and the time taken."""
+        """The finite numbers as ``summary/`` and their dotted names, for loggers. Layers and wall time are left out."""
         found = {f"summary/{name}": float(getattr(self, name)) for name in ("seed", "steps")}
         for part in _PARTS:
             for name, value in leaves(asdict(getattr(self, part)) if getattr(self, part) is not None else {}):
@@ -215,7 +217,7 @@ class Summary:
         return f"best validation accuracy, at step {self.test.step:,}"
 
     def costs(self) -> list[tuple[str, str]]:
-        """Names and texts of how operations were counted, and of what was measured on the machine."""
+        """Names and texts of how operations were counted and of what was measured on the machine."""
         found = []
         if self.flops.dense_inference is not None:
             rule = convention_of(self.flops.convention)
@@ -320,12 +322,3 @@ def shape_text(shape: Sequence[int]) -> str:
 def number(value: float | None) -> str:
     """Format a number to four significant digits."""
     return "not finite" if value is None else f"{value:.4g}"
-
-
-def _finite(value: Any) -> Any:
-    """Replace floats that JSON cannot hold (a diverged loss) by None."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,4 +1,4 @@
-"""``topology.jsonl``: the layers of a run over time, one JSON object a line."""
+"""``topology.jsonl``: the layers of a run over time, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ TOPOLOGY_FILE = "topology.jsonl"
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read a recording; a last line that was cut off is left out, as is all behind a damaged one.
+    """Read a recording. A damaged line, such as a last line that was cut off, and all lines after it are left out.
 
     Args:
-        path: The file; it need not exist.
+        path: The file. A missing file has no rows.
 
     Returns:
         The rows in order.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from dst.topology.layers import SparseLayer
@@ -63,11 +62,3 @@ def incomplete(masks: Sequence[Tensor]) -> list[Tensor]:
                 changed = True
         if not changed:
             return [mask & ~left for mask, left in zip(masks, kept, strict=True)]
-
-
-def path_count(masks: Sequence[Tensor]) -> Tensor:
-    """Number of paths from inputs to outputs, a scalar of dtype float64."""
-    paths = torch.ones(masks[0].shape[1], dtype=torch.float64, device=masks[0].device)
-    for mask in masks:
-        paths = mask.to(torch.float64) @ paths
-    return paths.sum()

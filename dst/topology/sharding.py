@@ -115,20 +115,19 @@ def all_agree(value: bool, group: dist.ProcessGroup | None = None) -> bool:
 
 
 def average_(tensor: Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """Average a tensor over all ranks, in place."""
+    """Average a tensor over ranks, in place. A collective that all ranks must enter."""
     if world_size(group) > 1:
         dist.all_reduce(tensor, group=group)
         tensor.div_(world_size(group))
 
 
 def mean_over_processes(tensors: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> list[Tensor]:
-    """The mean of every tensor over ranks. A collective that all ranks must enter."""
+    """Average copies of tensors; see `average_`."""
     if world_size(group) == 1:
         return list(tensors)
     means = [tensor.clone() for tensor in tensors]
     for mean in means:
-        dist.all_reduce(mean, group=group)
-        mean.div_(world_size(group))
+        average_(mean, group)
     return means
 
 

@@ -22,6 +22,7 @@ from dst.metrics import loss_spikes
 from dst.models import GPT
 from dst.models.classifier import cosine
 from dst.schedules import Cosine
+from dst.tables import csv_table
 
 
 @dataclass(frozen=True)
@@ -198,10 +199,7 @@ def main() -> None:
             row = {**setting, **{k: f"{v:.5g}" for k, v in asdict(train(Setting(**setting))).items()}}
             rows.append({name: str(value) for name, value in row.items()})
             print(" ".join(f"{name}={value}" for name, value in row.items()), flush=True)
-            with output.open("w", newline="") as file:
-                writer = csv.DictWriter(file, list(row), lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
+            output.write_text(csv_table([list(row), *(old.values() for old in rows)]), encoding="utf-8")
 
 
 if __name__ == "__main__":

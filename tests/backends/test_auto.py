@@ -1,4 +1,4 @@
-"""``backend="auto"``: masked or csr, layer by layer, by times that the tests make up."""
+"""``backend="auto"`` chooses masked or csr for each layer, here by invented times."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dst.errors import StateError
 from dst.init import Magnitude, Snip
 from dst.lightning import SparseTraining
 from dst.nn import FeatureMajorLinear, SparseConv2d, SparseLinear
-from tests.backends.test_csr import Mixed, Net, batch, sparse_layers
+from tests.backends.runs import Mixed, Net, batch, sparse_layers
 
 
 @pytest.fixture

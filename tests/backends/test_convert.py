@@ -1,4 +1,4 @@
-"""Runs change their backend halfway: states go both ways and the training goes on."""
+"""Runs that change their backend halfway: states convert in both directions, and training continues."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ import dst
 from dst import methods
 from dst.errors import ConfigurationError, StateError
 from dst.nn import FeatureMajorLinear, SparseLinear
-from tests.backends.test_csr import CLAIMED, OPTIMIZERS, Mixed, Net, Run, assert_same, saved, sparse_layers
-from tests.nn.test_sparse_conv import Bottleneck
+from tests.backends.runs import CLAIMED, OPTIMIZERS, Bottleneck, Mixed, Net, Run, assert_same, saved, sparse_layers
 from tests.sampling import rotated
 
 METHODS = ["rigl", "rigl_with_step", "set", "sparse_from_scratch"]
@@ -90,7 +89,7 @@ def test_what_does_not_fit_is_refused():
             {"weight": torch.zeros(25, 40), "bias": torch.zeros(25), "extra": torch.ones(1)}
         )
     other = torch.optim.SGD(csr.model.first.parameters(), 0.1)
-    with pytest.raises(StateError, match="of 2 parameters, the optimizer has 6"):
+    with pytest.raises(StateError, match="the state has 2 parameters, the optimizer 6"):
         dst.sparse_optimizer_state(csr.model, csr.optimizer, other.state_dict())
     masked = methods.rigl(0.2)
     with pytest.raises(ConfigurationError, match=r"dst\.to_dense"):

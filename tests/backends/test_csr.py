@@ -4,161 +4,34 @@ from __future__ import annotations
 
 import copy
 import gc
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import Optimizer
 
 import dst
 from dst import methods, scores
-from dst.allocation import ER, Global, Uniform
+from dst.allocation import Uniform
 from dst.errors import ConfigurationError, StateError
-from dst.init import FromFile, Magnitude, Snip
+from dst.init import FromFile, Snip
 from dst.nn import SparseLinear
 from dst.schedules import Constant, Every
-from dst.topology.optimizer_state import per_weight_state
+from tests.backends.runs import (
+    CLAIMED,
+    DENSITY,
+    EVERY,
+    OPTIMIZERS,
+    STEPS,
+    Mixed,
+    Net,
+    Run,
+    assert_same,
+    batch,
+    saved,
+    sparse_layers,
+)
 from tests.sampling import rotated
-
-DENSITY = 0.2
-STEPS = 44
-EVERY = 2  # 20 updates and more
-
-CLAIMED: dict[str, Callable[[str], dst.Method]] = {
-    "rigl": lambda b: methods.rigl(DENSITY, update_every=EVERY, stop=1.0, backend=b),
-    "rigl_with_step": lambda b: methods.rigl(DENSITY, update_every=EVERY, stop=1.0, replace_step=False, backend=b),
-    "rigl_no_regrowth": lambda b: methods.rigl(DENSITY, update_every=EVERY, stop=1.0, regrow_dropped=False, backend=b),
-    "rigl_rescaled": lambda b: methods.rigl(
-        DENSITY, update_every=EVERY, stop=1.0, allocation=ER(), rescale_init=True, backend=b
-    ),
-    "rigl_by_magnitude": lambda b: methods.rigl(
-        DENSITY, update_every=EVERY, stop=1.0, init=Magnitude(), allocation=Global(), backend=b
-    ),
-    "set": lambda b: methods.set_(DENSITY, update_every=EVERY, backend=b),
-    "set_no_regrowth": lambda b: methods.set_(DENSITY, update_every=EVERY, regrow_dropped=False, backend=b),
-    "set_replacing_steps": lambda b: methods.set_(
-        DENSITY, update_every=EVERY, replace_step=True, allocation=Uniform(), backend=b
-    ),
-    "gradient_drop": lambda b: methods.set_(DENSITY, update_every=EVERY, drop=scores.Gradient(), backend=b),
-    "sparse_from_scratch": lambda b: methods.sparse_from_scratch(DENSITY, backend=b),
-    "static_from_start": lambda b: methods.static(DENSITY, sparsify_at=0, backend=b),
-    "dense": lambda b: methods.dense(backend=b),
-}
-
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=1e-3),
-    "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.1),
-}
-
-
-class Net(nn.Module):
-    """Three linear layers on 30 inputs, of which four are always zero; the last layer is small."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(30, 40)
-        self.second = nn.Linear(40, 25)
-        self.head = nn.Linear(25, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.second(self.first(x).relu()).relu())
-
-
-class Mixed(nn.Module):
-    """A convolution, attention, tied and untied linear layers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3)
-        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
-        self.hidden = nn.Linear(4, 24)
-        self.tied_a, self.tied_b = nn.Linear(24, 24), nn.Linear(24, 24)
-        self.tied_b.weight = self.tied_a.weight
-        self.head = nn.Linear(24, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        sequence = self.conv(x.view(-1, 1, 5, 6)).flatten(2).transpose(1, 2)
-        sequence = sequence + self.attention(sequence, sequence, sequence, need_weights=False)[0]
-        hidden = self.hidden(sequence.mean(1)).relu()
-        return self.head(self.tied_b(self.tied_a(hidden).relu()).relu())
-
-
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(100 + step)
-    x = torch.randn(16, 30, generator=generator, dtype=torch.float64)
-    x[:, [0, 7, 8, 29]] = 0  # dead inputs: their gradients tie at zero
-    return x, torch.randint(4, (16,), generator=generator)
-
-
-class Run:
-    """A model in training under one backend."""
-
-    def __init__(
-        self,
-        method: dst.Method,
-        optimizer: str = "sgd",
-        *,
-        net: Callable[[], nn.Module] = Net,
-        dtype: torch.dtype = torch.float64,
-        total: int = STEPS,
-        seed: int = 0,
-    ) -> None:
-        torch.manual_seed(1)
-        self.model = dst.prepare(net().to(dtype), method, seed=seed)
-        self.optimizer = OPTIMIZERS[optimizer](self.model.parameters())
-        self.sparsifier = dst.Sparsifier(self.model, self.optimizer, method, total_steps=total, seed=seed)
-
-    def train(self, steps: int, micro_batches: int = 1) -> Run:
-        for step in range(self.sparsifier.step, self.sparsifier.step + steps):
-            self.optimizer.zero_grad()
-            x, y = batch(step)
-            for part_x, part_y in zip(x.chunk(micro_batches), y.chunk(micro_batches), strict=True):
-                parameter = next(self.model.parameters())
-                loss = functional.cross_entropy(self.model(part_x.to(parameter.dtype)), part_y) / micro_batches
-                loss.backward()
-            self.sparsifier.before_step()
-            self.optimizer.step()
-        return self
-
-    def weights(self) -> dict[str, Tensor]:
-        found = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        for name, module in self.model.named_modules():
-            if isinstance(module, SparseLinear):
-                del found[f"{name}.values"]
-                found[f"{name}.weight"] = module.dense_weight()
-        return found
-
-    def state(self) -> dict[str, Tensor]:
-        """Optimizer state per weight, dense."""
-        names = {p: n for n, p in self.model.named_parameters()}
-        modules = dict(self.model.named_modules())
-        found = {}
-        for parameter in self.optimizer.state:
-            for key, value in per_weight_state(self.optimizer, parameter):
-                owner, _, attribute = names[parameter].rpartition(".")
-                if attribute == "values":
-                    found[f"{owner}.weight/{key}"] = modules[owner].to_dense(value)
-                else:
-                    found[f"{names[parameter]}/{key}"] = value.clone()
-        return found
-
-
-def assert_same(a: Run, b: Run, tolerance: float = 1e-9) -> None:
-    masks_a, masks_b = a.sparsifier.masks, b.sparsifier.masks
-    assert masks_a.keys() == masks_b.keys()
-    for name in masks_a:
-        assert torch.equal(masks_a[name], masks_b[name]), name
-    for mine, theirs in ((a.weights(), b.weights()), (a.state(), b.state())):
-        assert mine.keys() == theirs.keys()
-        for name, tensor in mine.items():
-            torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-
-
-def sparse_layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, SparseLinear)]
-
 
 # -- parity ---------------------------------------------------------------------------------------------------------
 
@@ -233,7 +106,7 @@ def test_two_optimizers():
 
 
 def test_ties_of_dead_inputs_are_spread_and_not_in_the_first_rows():
-    """Weights of a dead input never get a gradient: where too few others are free, they are grown, at random."""
+    """Weights of a dead input have no gradient. If too few others are free, they are grown at random."""
 
     def grown(backend):
         torch.manual_seed(0)
@@ -325,7 +198,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update():
 
 
 def test_an_attempt_that_is_not_followed_by_a_step_leaves_nothing_behind():
-    """A step that a gradient scaler leaves out is tried again, and grows by its own gradient alone."""
+    """A step that a gradient scaler skipped is repeated, and grows by its own gradient alone."""
     masked, csr = (Run(CLAIMED["rigl"](b)).train(3) for b in ("masked", "csr"))
     for run in (masked, csr):
         run.optimizer.zero_grad()
@@ -355,7 +228,7 @@ def test_a_layer_without_gradient_keeps_its_connections(caplog):
 
 
 def large_tensors(size: int) -> dict[int, str]:
-    """All tensors of at least ``size`` entries there are, by id."""
+    """All tensors of at least ``size`` entries in memory, by id."""
     gc.collect()
     tensors = [o for o in gc.get_objects() if issubclass(type(o), Tensor)]
     return {id(t): f"{type(t).__name__} {tuple(t.shape)}" for t in tensors if t.numel() >= size}
@@ -392,12 +265,6 @@ def test_nothing_dense_is_held_between_updates():
 
 
 # -- resume and conversion -------------------------------------------------------------------------------------------
-
-
-def saved(run: Run) -> dict:
-    return copy.deepcopy(
-        {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "dst": run.sparsifier.state_dict()}
-    )
 
 
 @pytest.mark.parametrize(
@@ -624,12 +491,15 @@ def test_clock_and_masks_are_those_of_the_dense_names():
 def test_the_plan_tells_where_weights_will_live():
     method = methods.rigl(DENSITY, backend="csr")
     rows = {row.name: row for row in dst.plan(Mixed(), methods.rigl(DENSITY, allocation=Uniform(), backend="csr")).rows}
-    attention = "MultiheadAttention reads the weight itself; q, k, v and output as nn.Linear would be csr"
+    attention = "MultiheadAttention reads the weight directly; csr supports q, k, v and output as nn.Linear"
     assert {name: (row.storage, row.note) for name, row in rows.items()} == {
         "hidden.weight": ("csr", ""),
         "head.weight": ("csr", ""),
         "tied_a.weight": ("masked", "tied weights"),
-        "conv.weight": ("masked", "3×3 convolution: unfolded, not reliably faster than dense (docs/benchmarks.md)"),
+        "conv.weight": (
+            "masked",
+            "3×3 convolution: with unfolding not reliably faster than dense (docs/benchmarks.md)",
+        ),
         **{f"attention.in_proj_weight[{p}]": ("masked", attention) for p in "qkv"},
         "attention.out_proj.weight": ("masked", attention),
     }

@@ -9,12 +9,12 @@ from torch.nn import functional
 
 import dst
 from dst.nn import SparseLinear
-from tests.backends.test_csr import CLAIMED, OPTIMIZERS, Run, assert_same, sparse_layers
+from tests.backends.runs import CLAIMED, OPTIMIZERS, Run, assert_same, sparse_layers
 from tests.sampling import rotated
 
 
 class Block(nn.Module):
-    """Causal self-attention with projections of its own and a feed-forward part, on (N, T, width)."""
+    """Causal self-attention with ``nn.Linear`` projections and a feed-forward part, on (N, T, width)."""
 
     def __init__(self, width: int = 12, heads: int = 3) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ def test_every_kind_of_packed_projection_says_why():
     rows = dst.plan(model, dst.methods.rigl(0.2, allocation=dst.allocation.Uniform(), backend="csr")).rows
     assert len(rows) == 8
     assert {row.storage for row in rows} == {"masked"}
-    assert all("MultiheadAttention reads the weight itself" in row.note for row in rows)
+    assert all("MultiheadAttention reads the weight directly" in row.note for row in rows)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 7), (2, 1, 3, 7), (7,), (0, 3, 7), (1, 1, 7)])

@@ -1,4 +1,4 @@
-"""The csr backend in trainers of other people's modules."""
+"""The csr backend with Lightning modules that do not know of it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.sampling import rotated
 
 
 class Plain(lightning.LightningModule):
-    """A module that knows nothing of sparsity; a layer is built as late as Lightning allows."""
+    """A module without any sparse code; one layer is built as late as Lightning allows."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -133,7 +133,7 @@ def test_averages_are_as_sparse_as_the_model():
 
 
 def test_a_step_that_is_left_out_changes_nothing():
-    """As where a gradient scaler finds an overflow: before_step() was called, and the optimizer's step is not."""
+    """As when a gradient scaler finds an overflow: ``before_step()`` was called, and the optimizer's step is not."""
     model, optimizer, sparsifier = sparsified(METHODS["movement"]())
     train(model, optimizer, sparsifier, 5)
     before = copy.deepcopy([values(model), sparsifier.state_dict()["latent"]])
@@ -185,7 +185,7 @@ def test_gates_are_random_in_training_and_not_in_evaluation_or_in_copies():
     assert equal(latent, sparsifier.state_dict()["latent"])
 
 
-def test_a_state_saved_in_evaluation_goes_on_exactly():
+def test_a_state_saved_in_evaluation_resumes_exactly():
     whole = sparsified(METHODS["l0"]())
     train(*whole, 4)
     whole[0].eval()(batch(0)[0])

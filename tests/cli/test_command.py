@@ -1,4 +1,4 @@
-"""The command line as a user meets it, in a folder of its own: from a subprocess where streams and imports matter."""
+"""The command line, in its own folder; in a subprocess where streams and imports matter."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Here:
 
 @pytest.fixture
 def train_here(monkeypatch, capsys):
-    """``train`` without a process of its own."""
+    """``train`` in this process."""
     threads = torch.get_num_threads()
     yield Here(monkeypatch, capsys)
     torch.set_num_threads(threads)

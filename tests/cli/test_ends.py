@@ -1,4 +1,4 @@
-"""How runs end that cannot begin, diverge, or are interrupted: a message, a status, and a way to go on."""
+"""Runs that cannot start, diverge or are interrupted end with a message and a status, and say how to resume."""
 
 from __future__ import annotations
 
@@ -8,36 +8,37 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
 import dst
 from dst.checkpoints import load_checkpoint
 from dst.cli import main as cli
-from dst.cli.train import build, run
+from dst.cli.build import build
+from dst.cli.train import run
 from dst.models.classifier import Classifier
 from dst.report.summary import Summary
+from tests.cli import runs
 
 ROOT = Path(cli.__file__).resolve().parents[2]
-QUICK = ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "trainer.max_epochs=2", "report=false"]
 
+QUICK = (*runs.QUICK, "trainer.max_epochs=2", "report=false")
 
-def config(*overrides: str):
-    cli.register_schema()
-    with initialize_config_dir(str(cli.config_dir()), version_base="1.3"):
-        return compose("train", [*QUICK, *overrides])
-
+config = partial(runs.composed, *QUICK)
 
 REFUSED = {
     "no epochs": (["trainer.max_epochs=0"], r"trainer\.max_epochs=0: nothing would be trained"),
     "no steps": (["trainer.max_steps=0"], r"trainer\.max_steps=0: nothing would be trained"),
     "no batches": (["trainer.limit_train_batches=0"], r"trainer\.limit_train_batches=0: nothing would be trained"),
     "a rate that is no number": (["optimizer.lr=nan"], r"optimizer\.lr=nan is not finite"),
-    "csr for latent weights": (["sparsity=l0", "backend=csr"], "l0 keeps latent weights, and backend=csr has none"),
+    "csr for latent weights": (
+        ["sparsity=l0", "backend=csr"],
+        "l0 stores latent weights and does not support backend=csr",
+    ),
 }
 
 
@@ -84,7 +85,7 @@ def test_a_run_that_is_told_to_end_does_not_report_success(tmp_path: Path) -> No
     process = start(tmp_path, "trainer.max_epochs=5000", "hydra.run.dir=run")
     status, errors = interrupt(process, tmp_path / "run" / "checkpoints" / "last.ckpt", signal.SIGTERM)
     assert status == 128 + signal.SIGTERM
-    assert f"go on with: resume=last hydra.run.dir={tmp_path / 'run'}" in errors
+    assert f"resume with: resume=last hydra.run.dir={tmp_path / 'run'}" in errors
     assert "Traceback" not in errors
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] > 0
 

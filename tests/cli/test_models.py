@@ -1,19 +1,18 @@
-"""Every kind of model and data from the command line: they train, resume exactly, and are refused where they do not fit."""
+"""Every kind of model and data from the command line: training, exact resumption, and errors for mismatches."""
 
 from __future__ import annotations
 
-import csv
 import shutil
+from functools import partial
 
 import pytest
-import torch
-from hydra import compose, initialize_config_dir
 
-from dst.cli import main as cli
-from dst.cli.train import build, run
+from dst.cli.build import build
+from dst.cli.train import run
 from dst.data import Digits
 from dst.errors import ConfigurationError
 from dst.models.classifier import Classifier
+from tests.cli.runs import composed, metrics
 
 TEXT = ["data=text", "data.max_chars=6000", "data.context=16", "data.batch_size=16", "optimizer=adamw"]
 GPT = ["model=gpt", "model.width=16", "model.depth=2", "model.heads=2", *TEXT]
@@ -29,35 +28,11 @@ RUNS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def config():
-    cli.register_schema()
-    quick = ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "trainer.max_epochs=2"]
-    quick += ["sparsity=rigl", "sparsity.update_every=5", "report=false"]
-    with initialize_config_dir(str(cli.config_dir()), version_base="1.3"):
-        yield lambda *overrides: compose("train", [*quick, *overrides])
-
-
-def metrics(folder):
-    """All rows but those about topology, without what the machine measured."""
-    measured = tuple(f"summary/{part}." for part in ("memory", "latency", "energy"))
-    with (folder / "metrics.csv").open(newline="") as file:
-        rows = [
-            {name: value for name, value in row.items() if value and not name.startswith(measured)}
-            for row in csv.DictReader(file)
-        ]
-    return [row for row in rows if "topology/updates" not in row]
+config = partial(composed, "trainer.max_epochs=2", "sparsity=rigl", "sparsity.update_every=5", "report=false")
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_trains_and_resumes_exactly(config, tmp_path, monkeypatch, name):
+def test_trains_and_resumes_exactly(tmp_path, monkeypatch, name):
     settings = [*RUNS[name], "density=0.3"]
     folder, cut = tmp_path / "run", tmp_path / "cut"
     calls_after = iter(range(10**6))
@@ -83,7 +58,7 @@ def test_trains_and_resumes_exactly(config, tmp_path, monkeypatch, name):
     assert metrics(folder) == metrics(tmp_path / "whole")
 
 
-def test_language_models_report_bits_per_character(config, tmp_path):
+def test_language_models_report_bits_per_character(tmp_path):
     summary = run(config(*GPT), tmp_path)
     rows = metrics(tmp_path)
     for split in ("train", "val", "test"):
@@ -94,18 +69,18 @@ def test_language_models_report_bits_per_character(config, tmp_path):
         ]
         assert bits == pytest.approx(loss * 1.442695, rel=1e-5)
     assert summary.test.loss == pytest.approx(loss)
-    assert not any("bits_per_character" in name for row in metrics_of_digits(config, tmp_path) for name in row)
+    assert not any("bits_per_character" in name for row in metrics_of_digits(tmp_path) for name in row)
 
 
-def metrics_of_digits(config, tmp_path):
+def metrics_of_digits(tmp_path):
     run(config("model=mlp", "model.width=8", "trainer.max_epochs=1"), tmp_path / "digits")
     return metrics(tmp_path / "digits")
 
 
-def test_a_text_of_ones_own_by_a_relative_path(config, tmp_path, monkeypatch):
+def test_a_text_of_ones_own_by_a_relative_path(tmp_path, monkeypatch):
     (tmp_path / "rhyme.txt").write_text("the cat sat on the mat, and that was that. " * 200)
     # Hydra may change the directory for a run; paths are from where the command was started.
-    monkeypatch.setattr("dst.cli.train.to_absolute_path", lambda path: str(tmp_path / path))
+    monkeypatch.setattr("dst.cli.build.to_absolute_path", lambda path: str(tmp_path / path))
     summary = run(config(*GPT, "data.path=rhyme.txt", "data.max_chars=null", "optimizer.lr=1e-2"), tmp_path / "run")
     assert summary.test.accuracy > 0.5
 
@@ -125,18 +100,18 @@ def test_a_text_of_ones_own_by_a_relative_path(config, tmp_path, monkeypatch):
         (["model=gpt", "data=text", "data.path=nowhere.txt"], r"Cannot read .*nowhere\.txt"),
     ],
 )
-def test_refuses_what_does_not_fit(config, overrides, message):
+def test_refuses_what_does_not_fit(overrides, message):
     with pytest.raises(ConfigurationError, match=message):
         build(config(*overrides))
 
 
 class Foreign(Digits):
-    """A data module of somebody who knows shapes and classes alone."""
+    """A user's data module with only shapes and classes."""
 
     task = None
 
 
-def test_data_modules_that_know_shape_and_classes_alone_are_of_images(config):
+def test_data_modules_that_know_shape_and_classes_alone_are_of_images():
     parts = build(config("data._target_=tests.cli.test_models.Foreign", "model=gru"))
     assert type(parts.module) is Classifier
     assert parts.operations.macs["model.recurrent.weight_ih_l0"] == 3 * 128 * 8 * 8

@@ -1,13 +1,12 @@
-"""``dst.cli.train.run`` in this process: resuming, refusing, and what the folders around it keep."""
+"""``dst.cli.train.run`` in this process: resuming, errors, and the contents of run folders."""
 
 from __future__ import annotations
 
-import csv
 import json
+from functools import partial
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch.utils.data import DataLoader, TensorDataset
 
 from dst.backends import auto
@@ -20,41 +19,15 @@ from dst.lightning.recorder import read_rows
 from dst.metrics import energy
 from dst.models.classifier import Classifier, cosine, step
 from dst.report.summary import Density, Flops, Quality, Summary, Topology
+from tests.cli.runs import composed, metrics, without_time
 from tests.metrics.counter import Counter
 
 SMALL = ["model=mlp", "model.width=32", "model.depth=2", "report=false"]
 
-
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+config = partial(composed, "trainer.max_epochs=4")
 
 
-@pytest.fixture
-def config():
-    cli.register_schema()
-    quick = ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "trainer.max_epochs=4"]
-    with initialize_config_dir(str(cli.config_dir()), version_base="1.3"):
-        yield lambda *overrides: compose("train", [*quick, *overrides])
-
-
-def metrics(folder):
-    """All rows but those about topology, which a resume repeats once."""
-    with (folder / "metrics.csv").open(newline="") as file:
-        return [
-            {
-                name: value
-                for name, value in row.items()
-                if value and not name.startswith(tuple(f"summary/{part}." for part in MACHINE))
-            }
-            for row in csv.DictReader(file)
-            if not row["topology/updates"]
-        ]
-
-
-def test_a_run_that_measures_resumes_with_the_layers_it_has(config, tmp_path, monkeypatch, capsys):
+def test_a_run_that_measures_resumes_with_the_layers_it_has(tmp_path, monkeypatch, capsys):
     def pretend(fast):
         monkeypatch.setattr(auto, "measure", lambda case: auto.Timing(2.0 if case.inputs == fast else 0.5, 1.0))
 
@@ -74,7 +47,7 @@ def test_a_run_that_measures_resumes_with_the_layers_it_has(config, tmp_path, mo
 
 
 class PowerCut(Exception):
-    """Stands for anything that ends a process."""
+    """Stands for any end of a process."""
 
 
 def cut_power(monkeypatch, at_call):
@@ -89,19 +62,11 @@ def cut_power(monkeypatch, at_call):
     monkeypatch.setattr(Classifier, "training_step", training_step)
 
 
-MACHINE = ("seconds", "memory", "latency", "energy")
-"""Parts of a summary that are measured, and differ from run to run."""
-
-
-def without_time(summary):
-    return {name: value for name, value in vars(summary).items() if name not in MACHINE}
-
-
 @pytest.mark.parametrize(
     ("method", "at_call"),
     [("rigl", 100), ("lottery_ticket_rewind", 300)],  # the third epoch; the third epoch of the second level
 )
-def test_an_interrupted_run_resumes_as_if_it_had_not_been(config, tmp_path, monkeypatch, method, at_call):
+def test_an_interrupted_run_resumes_as_if_it_had_not_been(tmp_path, monkeypatch, method, at_call):
     settings = [*SMALL, f"sparsity={method}", "density=0.8"]
     if method == "rigl":
         settings.append("sparsity.update_every=30")
@@ -119,7 +84,7 @@ def test_an_interrupted_run_resumes_as_if_it_had_not_been(config, tmp_path, monk
     assert Summary.read(tmp_path / "cut") == resumed
 
 
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_used_when_asked(config, tmp_path, monkeypatch):
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_used_when_asked(tmp_path, monkeypatch):
     settings = [*SMALL, "sparsity=rigl", "density=0.5", "sparsity.update_every=30"]
     whole = run(config(*settings), tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -138,7 +103,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_used_when_aske
         run(config(*settings, "resume=previous"), tmp_path / "cut")
 
 
-def test_a_repeated_sweep_keeps_what_is_finished_and_goes_on_with_what_is_not(config, tmp_path, monkeypatch, capsys):
+def test_a_repeated_sweep_keeps_what_is_finished_and_goes_on_with_what_is_not(tmp_path, monkeypatch, capsys):
     settings = [*SMALL, "sparsity=rigl", "density=0.5", "sparsity.update_every=30"]
     whole = run(config(*settings, "seed=1"), tmp_path / "whole")
     finished, cut = tmp_path / "0", tmp_path / "1"
@@ -167,14 +132,14 @@ def test_a_repeated_sweep_keeps_what_is_finished_and_goes_on_with_what_is_not(co
 
 
 class PlainDigits(Digits):
-    """Digits from a loader that keeps no state, as users' own data modules have it."""
+    """Digits from a loader without a state, as users' data modules have."""
 
     def train_dataloader(self):
         images, labels = self._split("train")
         return DataLoader(TensorDataset(images / 16, labels), batch_size=32, drop_last=True)
 
 
-def test_metrics_stay_whole_where_lightning_ends_an_epoch_twice(config, tmp_path, monkeypatch):
+def test_metrics_stay_whole_where_lightning_ends_an_epoch_twice(tmp_path, monkeypatch):
     settings = [*SMALL, f"data._target_={__name__}.PlainDigits", "trainer.max_steps=176"]
     with monkeypatch.context() as patch:
         cut_power(patch, 100)
@@ -188,7 +153,7 @@ def test_metrics_stay_whole_where_lightning_ends_an_epoch_twice(config, tmp_path
     assert epochs == [44, 88, 132]  # the fourth epoch was the one ended twice
 
 
-def test_lottery_levels_share_one_metrics_file(config, tmp_path, monkeypatch):
+def test_lottery_levels_share_one_metrics_file(tmp_path, monkeypatch):
     monkeypatch.setattr(energy, "available_meters", lambda device: [Counter()])
     summary = run(config("sparsity=lottery_ticket_rewind", "density=0.7"), tmp_path)
     rows = metrics(tmp_path)
@@ -207,13 +172,13 @@ def test_lottery_levels_share_one_metrics_file(config, tmp_path, monkeypatch):
     assert 1 + 0.6 + 0.5 < summary.flops.training_ratio < 1 + 0.8 + 0.8
 
 
-def test_density_may_be_one_and_validation_none(config, tmp_path):
+def test_density_may_be_one_and_validation_none(tmp_path):
     summary = run(config("sparsity=set", "density=1", "data.validation=0", "trainer.max_epochs=1"), tmp_path)
     assert (summary.density.realised, summary.flops.inference_ratio) == (1, 1)
     assert summary.steps == 44
 
 
-def test_layers_can_be_left_dense(config, tmp_path):
+def test_layers_can_be_left_dense(tmp_path):
     summary = run(config("exclude=[model.classifier*]", "trainer.max_epochs=1"), tmp_path)
     names = [layer["name"] for layer in summary.density.layers]
     assert names == ["model.hidden.0.weight", "model.hidden.1.weight"]
@@ -221,7 +186,7 @@ def test_layers_can_be_left_dense(config, tmp_path):
     assert summary.flops.inference_ratio == pytest.approx((0.1 * 49_200 + 1000) / 50_200, abs=1e-4)
 
 
-def test_a_report_is_made_unless_it_is_not_wanted(config, tmp_path):
+def test_a_report_is_made_unless_it_is_not_wanted(tmp_path):
     run(config("trainer.max_epochs=1"), tmp_path / "with")
     assert "rigl at density 0.1, seed 0" in (tmp_path / "with" / "report.html").read_text()
     run(config("trainer.max_epochs=1", "report=false"), tmp_path / "without")
@@ -229,17 +194,17 @@ def test_a_report_is_made_unless_it_is_not_wanted(config, tmp_path):
     assert (tmp_path / "without" / "topology.jsonl").exists()
 
 
-def test_a_run_does_not_fail_for_its_report(config, tmp_path, monkeypatch, caplog):
+def test_a_run_does_not_fail_for_its_report(tmp_path, monkeypatch, caplog):
     def fail(*_):
         raise OSError("no space left")
 
-    monkeypatch.setattr("dst.cli.train.write_report", fail)
+    monkeypatch.setattr("dst.cli.results.write_report", fail)
     summary = run(config("trainer.max_epochs=1"), tmp_path)
     assert Summary.read(tmp_path) == summary
     assert "there is no report.html: OSError: no space left" in caplog.text
 
 
-def test_the_summary_is_the_last_row_of_the_metrics(config, tmp_path):
+def test_the_summary_is_the_last_row_of_the_metrics(tmp_path):
     summary = run(config("trainer.max_epochs=1", "effective_density=true"), tmp_path)
     row = metrics(tmp_path)[-1]
     assert float(row["summary/test.accuracy"]) == summary.test.accuracy
@@ -250,7 +215,7 @@ def test_the_summary_is_the_last_row_of_the_metrics(config, tmp_path):
 
 
 @pytest.mark.parametrize("logger", ["wandb", "tensorboard"])
-def test_metrics_are_written_beside_another_logger(config, tmp_path, logger, monkeypatch):
+def test_metrics_are_written_beside_another_logger(tmp_path, logger, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     found = {"wandb": "wandb/offline-run-*", "tensorboard": "tensorboard/events*"}[logger]
     for name in ("first", "second"):  # in one process, as in a sweep
@@ -286,13 +251,13 @@ def test_metrics_are_written_beside_another_logger(config, tmp_path, logger, mon
         (["sparsity/allocation=per_layer", "sparsity.allocation.densities_by_name={*:0.5}"], "0.5"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_anything_is_written(config, tmp_path, overrides, message):
+def test_what_cannot_be_trained_is_refused_before_anything_is_written(tmp_path, overrides, message):
     with pytest.raises(ConfigurationError, match=message):
         run(config(*overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_finished_run_is_not_overwritten_nor_resumed_as_another(config, tmp_path):
+def test_a_finished_run_is_not_overwritten_nor_resumed_as_another(tmp_path):
     run(config("trainer.max_epochs=1"), tmp_path)
     with pytest.raises(ConfigurationError, match="earlier run"):
         run(config(), tmp_path)

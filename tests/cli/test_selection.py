@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import csv
+from functools import partial
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-from dst.cli import main as cli
-from dst.cli.train import build, run
+from dst.cli.build import build
+from dst.cli.train import run
 from dst.lightning import best_checkpoint as selection
 from dst.models.classifier import Classifier
 from dst.report.summary import Summary
+from tests.cli.runs import composed
 
-
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def config():
-    cli.register_schema()
-    quick = ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "trainer.max_epochs=4", "report=false"]
-    with initialize_config_dir(str(cli.config_dir()), version_base="1.3"):
-        yield lambda *overrides: compose("train", [*quick, "select=validation", *overrides])
+config = partial(composed, "trainer.max_epochs=4", "report=false", "select=validation")
 
 
 @pytest.fixture
@@ -55,7 +43,7 @@ def validations(folder):
 
 
 @pytest.mark.parametrize("backend", ["masked", "csr"])
-def test_the_best_validation_is_tested_and_never_the_best_test(config, tmp_path, worse_from, backend):
+def test_the_best_validation_is_tested_and_never_the_best_test(tmp_path, worse_from, backend):
     settings = [f"backend={backend}", "sparsity.update_every=20"]
     worse_from(2)
     summary = run(config(*settings), tmp_path)
@@ -81,7 +69,7 @@ def test_the_best_validation_is_tested_and_never_the_best_test(config, tmp_path,
     assert tested == [summary.test.accuracy]  # the test split was looked at once
 
 
-def test_an_interrupted_run_selects_what_the_whole_one_does(config, tmp_path, worse_from):
+def test_an_interrupted_run_selects_what_the_whole_one_does(tmp_path, worse_from):
     worse_from(2)
     whole = run(config(), tmp_path / "whole")
     worse_from(2, end=3 * 40 + 10)
@@ -95,7 +83,7 @@ def test_an_interrupted_run_selects_what_the_whole_one_does(config, tmp_path, wo
     assert resumed.density == whole.density
 
 
-def test_weights_denser_than_asked_for_are_not_selected(config, tmp_path, worse_from):
+def test_weights_denser_than_asked_for_are_not_selected(tmp_path, worse_from):
     worse_from(1, factor=0)  # what pruning takes away is not learned again
     summary = run(config("sparsity=gmp", "sparsity.stop=0.6"), tmp_path)
     found = validations(tmp_path)
@@ -104,7 +92,7 @@ def test_weights_denser_than_asked_for_are_not_selected(config, tmp_path, worse_
     assert max(found.values()) > found[summary.test.step]  # those of the first epoch, when it was denser
 
 
-def test_without_a_validation_at_the_density_the_last_weights_are_tested(config, tmp_path, monkeypatch, caplog):
+def test_without_a_validation_at_the_density_the_last_weights_are_tested(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(selection, "_TOLERANCE", -0.5)
     summary = run(config("trainer.max_epochs=1"), tmp_path)
     assert (summary.test.weights, summary.test.step) == ("last", 40)

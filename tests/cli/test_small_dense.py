@@ -2,44 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from torch import nn
 
-from dst.cli import main as cli
-from dst.cli.train import build, run
+from dst.cli.build import build
+from dst.cli.train import run
 from dst.errors import ConfigurationError, StateError
 from dst.models.classifier import Classifier
 from dst.report.inspection import inspect_checkpoint
 from dst.report.summary import Summary
+from tests.cli.runs import composed, without_time
 
-
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def config():
-    cli.register_schema()
-    quick = ["trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "trainer.max_epochs=2"]
-    with initialize_config_dir(str(cli.config_dir()), version_base="1.3"):
-        yield lambda *overrides: compose("train", [*quick, "sparsity=small_dense", *overrides])
+config = partial(composed, "trainer.max_epochs=2", "sparsity=small_dense")
 
 
 class PowerCut(Exception):
-    """Stands for anything that ends a process."""
+    """Stands for any end of a process."""
 
 
-def without_time(summary):
-    measured = ("seconds", "memory", "latency", "energy")
-    return {name: value for name, value in vars(summary).items() if name not in measured}
-
-
-def test_reports_are_relative_to_full_size_and_a_resume_is_exact(config, tmp_path, monkeypatch, caplog):
+def test_reports_are_relative_to_full_size_and_a_resume_is_exact(tmp_path, monkeypatch, caplog):
     settings = ["density=0.1"]
     whole = run(config(*settings), tmp_path / "whole")
     assert "makes nothing sparse" not in caplog.text  # the model is narrow
@@ -82,7 +66,7 @@ def test_reports_are_relative_to_full_size_and_a_resume_is_exact(config, tmp_pat
     assert (found.problems(), found.facts["method"]) == ([], "small_dense")
 
 
-def test_flops_are_matched_where_they_are_asked_for(config):
+def test_flops_are_matched_where_they_are_asked_for():
     settings = ["model=convnet", "density=0.1"]
     parts = {m: build(config(*settings, f"sparsity.match={m}")) for m in ("parameters", "flops")}
     for match, made in parts.items():
@@ -96,7 +80,7 @@ def test_flops_are_matched_where_they_are_asked_for(config):
     assert parts["flops"].method.narrow.width_factor < parts["parameters"].method.narrow.width_factor
 
 
-def test_layers_that_do_not_count_stay_in_the_flops(config, tmp_path):
+def test_layers_that_do_not_count_stay_in_the_flops(tmp_path):
     summary = run(config("density=0.1", "exclude=[model.hidden.0*]", "trainer.max_epochs=1"), tmp_path)
     assert [x["name"] for x in summary.density.layers] == ["model.hidden.1.weight", "model.classifier.weight"]
     assert summary.density.realised == pytest.approx(0.1, rel=0.05)
@@ -106,7 +90,7 @@ def test_layers_that_do_not_count_stay_in_the_flops(config, tmp_path):
     assert summary.flops.inference_ratio > 1.2 * summary.density.realised
 
 
-def test_full_size_is_what_the_model_settings_say(config):
+def test_full_size_is_what_the_model_settings_say():
     plain, wide = (build(config("density=0.25", *more)) for more in ([], ["model.width_factor=2"]))
     assert sum(x.weights for x in wide.full_size.layers) == 600 * 64 + 600 * 200 + 200 * 10
     assert sum(x.weights for x in wide.layers) > 3 * sum(x.weights for x in plain.layers)
@@ -114,7 +98,7 @@ def test_full_size_is_what_the_model_settings_say(config):
 
 
 class Foreign(nn.Module):
-    """A model of somebody who has never heard of width factors."""
+    """A user's model without width factors."""
 
     def __init__(self, input_shape, num_classes):
         super().__init__()
@@ -136,7 +120,7 @@ class Foreign(nn.Module):
         (["model.width_factor=0"], "width_factor must be a positive number, got 0"),
     ],
 )
-def test_what_cannot_be_narrowed_is_refused_before_anything_is_written(config, tmp_path, overrides, message):
+def test_what_cannot_be_narrowed_is_refused_before_anything_is_written(tmp_path, overrides, message):
     with pytest.raises(ConfigurationError, match=message):
         run(config("density=0.1", *overrides), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""Checkpoints, run folders and method specs written by version 0.1.0 before its modules moved: they go on working."""
+"""Checkpoints, run folders and method specs written by version 0.1.0, before its modules moved, still load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every YAML under conf/ composes, instantiates, and says the same as the code it configures."""
+"""Every YAML file under conf/ composes, instantiates, and agrees with the code it configures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 import dst
 import dst.models
 from dst.cli.main import config_dir, register_schema
-from dst.cli.train import _make
+from dst.cli.objects import make
 from dst.data import ImageDataModule, Text
 from tests.sampling import rotated
 
@@ -91,7 +91,7 @@ def test_a_methods_pieces_can_be_exchanged(config, owner, pieces, tmp_path):
         *(f"sparsity/{group}={name}" for group, name in pieces.items()),
         *(setting for name in pieces.values() for setting in needed.get(name, [])),
     )
-    method = _make(cfg.sparsity)
+    method = make(cfg.sparsity)
     for group, name in pieces.items():
         piece = getattr(method, group)
         assert type(piece) is get_class(cfg.sparsity[group]._target_)
@@ -110,7 +110,7 @@ def test_model(config, name):
     cfg = config(f"model={name}").model
     parameters = inspect.signature(get_class(cfg._target_)).parameters
     is_text = "vocab_size" in parameters
-    model = _make(cfg, **(TEXT if is_text else IMAGES)).eval()
+    model = make(cfg, **(TEXT if is_text else IMAGES)).eval()
     if is_text:
         assert model(torch.zeros(2, 5, dtype=torch.int64)).shape == (2, 5, 7)
     else:
@@ -127,7 +127,7 @@ WITH_ACTIVATION = [n for n in options("model") if "activation" in (CONF / f"mode
 @pytest.mark.parametrize(("model", "name"), rotated(WITH_ACTIVATION, options("model/activation")))
 def test_activation(config, model, name):
     cfg = config(f"model={model}", f"model/activation={name}").model
-    activations = _make(cfg, **IMAGES).activations
+    activations = make(cfg, **IMAGES).activations
     factory = get_object(cfg.activation._target_)
     assert {type(activation) for activation in activations} == {type(factory(100))}
     parameters = list(inspect.signature(factory).parameters.values())[1:]
@@ -144,7 +144,7 @@ def test_a_models_default_activation_is_that_of_the_code(config):
 @pytest.mark.parametrize("name", [name for name in options("data") if name != "text"])
 def test_data(config, name, tmp_path):
     cfg = config(f"data={name}", f"data.root={tmp_path}", "seed=3")
-    datamodule = _make(cfg.data)
+    datamodule = make(cfg.data)
     assert isinstance(datamodule, ImageDataModule)
     assert (datamodule.root, datamodule.seed) == (tmp_path, 3)
     assert set(cfg.data) - {"_target_"} == set(inspect.signature(ImageDataModule).parameters)
@@ -152,7 +152,7 @@ def test_data(config, name, tmp_path):
 
 def test_text(config, tmp_path):
     cfg = config("data=text", f"data.path={tmp_path}/a.txt", "seed=3")
-    datamodule = _make(cfg.data)
+    datamodule = make(cfg.data)
     assert isinstance(datamodule, Text)
     assert (datamodule.path, datamodule.seed) == (tmp_path / "a.txt", 3)
     written = {key: value for key, value in config("data=text").data.items() if key != "_target_"}
@@ -169,10 +169,10 @@ def test_data_root_comes_from_the_environment(config, monkeypatch):
 def test_optimizer_and_scheduler(config, optimizer, scheduler):
     cfg = config(f"optimizer={optimizer}", f"scheduler={scheduler}", "optimizer.lr=0.5")
     weight = torch.nn.Parameter(torch.ones(3))
-    built = _make(cfg.optimizer)([weight])
-    make = _make(cfg.scheduler)
+    built = make(cfg.optimizer)([weight])
+    schedule_of = make(cfg.scheduler)
     rates = []
-    schedule = make(built, 100) if make else None
+    schedule = schedule_of(built, 100) if schedule_of else None
     for _ in range(100):
         rates.append(built.param_groups[0]["lr"])
         weight.grad = torch.ones(3)
@@ -189,7 +189,7 @@ def test_trainer_lists_settings_that_exist(config, tmp_path):
     cfg = config()
     known = set(inspect.signature(lightning.Trainer).parameters)
     assert set(cfg.trainer) - {"_target_"} <= known
-    trainer = _make(cfg.trainer, callbacks=[], logger=[], default_root_dir=tmp_path)
+    trainer = make(cfg.trainer, callbacks=[], logger=[], default_root_dir=tmp_path)
     assert trainer.max_epochs == 50
 
 
@@ -197,9 +197,9 @@ def test_trainer_lists_settings_that_exist(config, tmp_path):
 def test_logger(config, name, tmp_path):
     cfg = config(f"logger={name}")
     if name == "csv":
-        assert _make(cfg.logger, save_dir=tmp_path) is None  # it is always there
+        assert make(cfg.logger, save_dir=tmp_path) is None  # it is always there
     else:
-        logger = _make(cfg.logger, save_dir=tmp_path)
+        logger = make(cfg.logger, save_dir=tmp_path)
         assert Path(logger.save_dir) == tmp_path
     if name == "wandb":
         assert cfg.logger.offline is True

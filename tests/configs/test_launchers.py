@@ -1,4 +1,4 @@
-"""Launcher presets for sweeps compose, and what they set are settings that the launchers have."""
+"""Launcher presets for sweeps compose, and set only settings that the launchers have."""
 
 from __future__ import annotations
 

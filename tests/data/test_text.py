@@ -1,4 +1,4 @@
-"""Text: the vocabulary by hand, windows, order, position, the parts, and files that do not do."""
+"""Text: vocabulary, windows, order, position, splits, and invalid files."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 LIMIT = 120.0
-"""Seconds that a call may take, starting the processes included."""
+"""Time limit of a call in seconds, including the start of the processes."""
 
 _pools: dict[int, _Pool] = {}
 _context = mp.get_context("forkserver")
@@ -53,7 +53,7 @@ def run(function: Callable[..., Any], world: int, *arguments: Any) -> list[Any]:
 
 
 def exit_code_of(function: Callable[..., Any], *arguments: Any) -> int | None:
-    """Call a function of a module in a process of its own; returns its exit code, minus the signal that killed it."""
+    """Call a function of a module in a new process; return its exit code, which is minus the signal if one killed it."""
     process = _context.Process(target=function, args=arguments)
     process.start()
     process.join(LIMIT)
@@ -65,14 +65,14 @@ def exit_code_of(function: Callable[..., Any], *arguments: Any) -> int | None:
 
 
 def close() -> None:
-    """End all processes, and the server that they were forked from."""
+    """End all processes and the server that forks them."""
     while _pools:
         _pools.popitem()[1].close()
     forkserver._forkserver._stop()
 
 
 def check_server() -> None:
-    """Assert, on Linux, that the server has one thread: a fork of more can hang in its first parallel region."""
+    """Assert, on Linux, that the server has one thread: a fork of a process with more can hang in its first parallel region."""
     threads = Path(f"/proc/{forkserver._forkserver._forkserver_pid}/task")
     if threads.is_dir():
         count = len(list(threads.iterdir()))

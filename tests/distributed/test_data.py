@@ -1,4 +1,4 @@
-"""Two processes under Lightning see together what one sees. It is here, since these tests share their processes."""
+"""Two processes under Lightning see the same samples as one. The test is here because these tests share their processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diagnostics agree over processes: what is the same everywhere stays, what differs is joined."""
+"""Diagnostics over processes: replicated values stay as they are, divided values are reduced."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def test_two_processes_equal_one(name: str, how: str) -> None:
 REFUSED_WHERE_SPREAD = {
     "grasp": "first.weight is spread over processes: use DistributedDataParallel",
     "synflow": "first.weight is spread over processes: use DistributedDataParallel",
-    "top_kast": "first.weight is spread over processes, and latent weights are kept whole",
+    "top_kast": "first.weight is sharded, and the latent backend needs whole tensors",
 }
 
 

@@ -1,4 +1,4 @@
-"""What is found in models of all kinds, how much of them is sparse, and what was sparse before."""
+"""Which layers of various models are found, and how much of a model is sparse."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Conv1D.__module__ = "transformers.pytorch_utils"
 
 
 class Own(nn.Module):
-    """A module of the user's own, whose dimensions nobody knows."""
+    """A user's module with unknown dimensions."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""First masks that need the loss's graph or the model's call: what they see, what they leave behind, what they refuse."""
+"""First masks that need the graph of the loss or a call of the model: inputs, side effects and errors."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_loop_that_forgets_the_loss_is_told_what_to_call() -> None:
 @pytest.mark.parametrize("method", [methods.rigl(0.3), methods.snip(0.3), methods.synflow(0.3), methods.grasp(1.0)])
 def test_other_methods_take_the_loss_and_leave_it(method: dst.Method) -> None:
     _, _, sparsifier = build(method)
-    sparsifier.before_backward(torch.tensor(1.0))  # without a graph: whoever looked would complain
+    sparsifier.before_backward(torch.tensor(1.0))  # without a graph: using it would raise
     assert not sparsifier.state_dict()["buffers"]
 
 
@@ -180,7 +180,7 @@ def test_a_batch_that_overflows_is_measured_anew() -> None:
 
 
 class Probe(nn.Module):
-    """Notes how it is called, draws random numbers, and keeps running statistics."""
+    """A model that records its calls, draws random numbers, and keeps running statistics."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Lottery tickets: densities, pruning, rewinding, and levels that are run, interrupted and gone on with."""
+"""Lottery tickets: densities, pruning, rewinding, and levels that are interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ EPOCHS, BATCH, STEPS_PER_EPOCH = 3, 256, 5
 
 
 class Power(Callback):
-    """Cuts the power once, at a moment of a level."""
+    """Interrupts once, at a given moment of a level."""
 
     def __init__(self) -> None:
         self.cut_at: tuple[int, int | str] | None = None

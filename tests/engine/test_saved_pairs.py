@@ -1,4 +1,4 @@
-"""Readers against writers: every reader of saved states and masks with every backend and setting that writes them."""
+"""Every reader of saved states and masks, with every backend and setting that writes them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def test_the_recorder_sees_a_density_that_was_set(tmp_path: Path) -> None:
-    """Dead units belong to the masks whose active weights stand beside them."""
+    """Dead units are counted in the same masks as the active weights."""
     sparse = SparseTraining(methods.sparse_from_scratch(0.5))
     recorder = Recorder(tmp_path)
 

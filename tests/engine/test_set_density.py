@@ -1,4 +1,4 @@
-"""``Sparsifier.set_density``: exact at once, in both directions, with what stays untouched and a resume that goes on."""
+"""``Sparsifier.set_density``: exact at once, in both directions, without touching what stays, and resumable."""
 
 from __future__ import annotations
 

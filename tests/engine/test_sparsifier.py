@@ -1,4 +1,4 @@
-"""The engine: what holds at every step of every method under every optimizer, and what is saved, loaded and refused."""
+"""The engine: invariants of every step of every method under every optimizer; states; errors."""
 
 from __future__ import annotations
 
@@ -223,7 +223,7 @@ def test_momentum_grows_by_the_mean_of_all_dense_gradients():
 
 @dataclass(frozen=True)
 class Favourite(RandomScore):
-    """Every connection wants to come back as soon as it is dropped."""
+    """Scores active weights highest, so that a dropped weight regrows at once."""
 
     def __call__(self, view):
         return view.mask.float()
@@ -289,7 +289,7 @@ def test_updates_happen_at_the_clocks_steps_with_the_schedules_fractions():
         (
             methods.static(DENSITY),
             {"dense": 7, "sparse": 17, "dense_gradient": 0},
-        ),  # the mask is made behind a backward pass
+        ),  # the mask is made after a backward pass
         (methods.static(DENSITY, init=Snip()), {"dense": 1, "sparse": 23, "dense_gradient": 0}),
         (methods.sparse_from_scratch(DENSITY), {"dense": 0, "sparse": 24, "dense_gradient": 0}),
         (methods.set_(DENSITY, update_every=5), {"dense": 0, "sparse": 24, "dense_gradient": 0}),
@@ -523,7 +523,7 @@ def test_large_gradients_whose_sum_overflows_are_finite():
 
 
 def test_a_dense_parameters_gradient_that_is_not_finite_skips_the_update_too():
-    """A gradient scaler then takes no step: the update would be made now, and once more at the retry."""
+    """A gradient scaler then skips the step: the update would happen now and again at the retry."""
     model, optimizer, sparsifier = sparsified(methods.rigl(DENSITY, update_every=2))
     backward(model, optimizer, 0)
     model.head.bias.grad[0] = torch.inf
@@ -1127,7 +1127,7 @@ def test_an_optimizer_state_from_a_dense_run_can_be_masked():
 
 @pytest.mark.parametrize("replace_step", [True, False])
 def test_a_step_that_is_prepared_twice_is_updated_once(replace_step):
-    """As where an fp16 scaler leaves a step out for another optimizer's overflow, or two optimizers take turns."""
+    """As when a gradient scaler skips a step for another optimizer's overflow, or two optimizers alternate."""
     model, optimizer, sparsifier = sparsified(methods.set_(DENSITY, update_every=1, replace_step=replace_step))
     backward(model, optimizer, 0)
     sparsifier.before_step()

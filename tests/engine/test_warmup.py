@@ -189,7 +189,7 @@ def test_it_may_be_set_wherever_weights_grow(make):
 
 
 def test_csr_is_refused():
-    with pytest.raises(ConfigurationError, match="built for masks"):
+    with pytest.raises(ConfigurationError, match="which need masks"):
         methods.rigl(0.3, grown_warmup=5, backend="csr")
 
 

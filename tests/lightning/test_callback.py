@@ -1,4 +1,4 @@
-"""The callback in trainers of other people's modules."""
+"""The callback with Lightning modules that do not know of it."""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ from hydra import compose, initialize_config_dir
 from torch import nn
 
 from dst.cli import main as cli
-from dst.cli.train import build, run
+from dst.cli.build import build
+from dst.cli.train import run
 from dst.lightning.spent import Spent
 from dst.metrics import Energy, energy
 from dst.metrics.latency import time_passes
@@ -66,6 +67,13 @@ def test_passes_run_in_evaluation_and_leave_the_mode(counted):
     assert passes.energy.joules == 1 / passes.repeats
     assert [m.training for m in model.modules()] == [True, True, True, False]
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_counter_that_does_not_move_measures_no_passes(monkeypatch):
+    monkeypatch.setattr(
+        energy, "available_meters", lambda device: [types.SimpleNamespace(source="x", joules=lambda: 5.0)]
+    )
+    assert time_passes(nn.Linear(4, 4), (4,), 3, seconds=0.001).energy is None
 
 
 TRAINER = types.SimpleNamespace(strategy=types.SimpleNamespace(root_device=torch.device("cpu")))
@@ -190,7 +198,7 @@ def test_memory_of_every_kind_of_model_is_predicted(config, model, tmp_path):
     assert a.weights == b.weights > 0
 
 
-def test_what_is_not_counted_is_said_in_table_and_report(tmp_path, capsys):
+def test_table_and_report_list_what_is_not_counted(tmp_path, capsys):
     line = "model.fft: aten.fft ran 2× and is not counted: its cost is unknown"
     summary = with_costs(tmp_path, uncounted=[line], dense_inference=1000.0, training_executed_ratio=0.9)
     show(summary.renderable())

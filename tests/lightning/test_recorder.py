@@ -52,7 +52,7 @@ class Images(lightning.LightningModule):
 
 
 class Cut(Exception):
-    """Stands for anything that ends a process."""
+    """Stands for any end of a process."""
 
 
 class CutAt(Callback):

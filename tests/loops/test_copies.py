@@ -1,4 +1,4 @@
-"""Copies of model, optimizer and sparsifier train on as the originals do; an optimizer that is left behind is told of."""
+"""Copies of model, optimizer and sparsifier train as the originals do; a copy without its optimizer raises an error."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_copy_trains_on_as_the_original(
     ("after", "how", "order"), rotated([0, 3, 4], ["deepcopy", "pickle"], [(0, 1, 2), (2, 1, 0)], each=2)
 )
 def test_copies_of_sparse_storage(after: int, how: str, order: tuple[int, ...]) -> None:
-    """Growth by gradient goes on where the copy is taken one step before an update."""
+    """Growth by gradient works if the copy is taken one step before an update."""
     whole = on_non_zeros()
     assert "csr" in whole[2].backends.values()
     train(*whole, after)

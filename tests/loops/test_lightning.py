@@ -1,4 +1,4 @@
-"""Trainers and modules that already work, with ``SparseTraining`` beside whatever else they do."""
+"""``SparseTraining`` in existing trainers and modules, with other callbacks and hooks."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_adversaries_with_an_optimizer_each(name: str, tmp_path: Path) -> None:
 
 
 def test_one_of_two_networks_stays_dense() -> None:
-    """An optimizer without a sparse weight is none of the sparsifier's business."""
+    """The sparsifier ignores an optimizer without sparse weights."""
     sparse = SparseTraining(METHODS["rigl"](), total_steps=STEPS, include=["generator*"])
     module = Adversaries()
     trainer([sparse, Watch(sparse)]).fit(module, datamodule=Data())
@@ -369,7 +369,7 @@ def test_stochastic_averages_are_masked(name: str, first: str) -> None:
 
 
 def test_the_same_trainer_fits_twice() -> None:
-    """The second call goes on: connections, clock and optimizer hooks are those of one training."""
+    """The second call continues: connections, clock and optimizer hooks are those of one training."""
     sparse = SparseTraining(METHODS["rigl"](), total_steps=STEPS)
     module = Module()
     made = trainer([sparse, Watch(sparse)], max_epochs=2)

@@ -33,7 +33,7 @@ from tests.small import Small, backward, batch, sparsified, state_dicts, train
     ids=lambda m: m.name,
 )
 def test_an_update_sees_the_accumulated_gradient(method: dst.Method) -> None:
-    """Three micro-batches make the masks and weights of the batch that they are parts of."""
+    """Three micro-batches give the masks and weights of the whole batch."""
 
     def run(parts: int) -> dict[str, Any]:
         torch.manual_seed(0)
@@ -61,7 +61,7 @@ def test_an_update_sees_the_accumulated_gradient(method: dst.Method) -> None:
 
 @pytest.mark.parametrize("name", ["rigl", "set", "static_from_start", "snip"])
 def test_clipping_sees_masked_gradients(name: str) -> None:
-    """At updates that take the place of a step too: there are gradients to clip and to log until the step begins."""
+    """Also at updates that replace a step: gradients to clip and log exist until the step begins."""
     model, optimizer, sparsifier = sparsified(name)
     for step in range(TOTAL_STEPS):
         backward(model, optimizer, step)
@@ -130,7 +130,7 @@ def scaled_run(name: str, overflows: Collection[int], where: str, optimizer: str
     ),
 )
 def test_overflows_under_a_gradient_scaler_leave_no_trace(name: str, where: str) -> None:
-    """The clock does not advance, no mask moves, and training goes on as if the attempt had not been made."""
+    """The clock does not advance, no mask changes, and training continues as without the attempt."""
     clean = scaled_run(name, [], where)
     overflown = scaled_run(name, [1, 4, 5, 8], where)
     for run in (clean, overflown):
@@ -226,7 +226,7 @@ def test_a_group_that_is_added_later_trains_and_its_weights_stay_dense() -> None
 
 
 def test_two_optimizers_keep_their_own_clocks() -> None:
-    """Each moves the connections of its own layers, when it steps."""
+    """Each optimizer updates the topology of its own layers when it steps."""
     torch.manual_seed(0)
     model = Small()
     one = torch.optim.SGD([*model.conv.parameters(), *model.norm.parameters(), *model.attention.parameters()], 0.05)
@@ -286,7 +286,7 @@ def test_a_step_that_was_not_prepared_is_an_error() -> None:
 
 @pytest.mark.parametrize("name", rotated(DYNAMIC, share=(0, 2)))
 def test_a_step_that_was_prepared_and_not_taken_is_rewired_once(name: str) -> None:
-    """Loops that leave a step out, for a norm that is too large, prepare the same step again."""
+    """Loops that skip a step because the norm is too large prepare the same step again."""
     model, optimizer, sparsifier = sparsified(name)
     train(model, optimizer, sparsifier, 4)
     updates = sparsifier.updates

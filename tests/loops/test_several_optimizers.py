@@ -1,4 +1,4 @@
-"""Several optimizers under Lightning: each has a length of its own, and every network arrives at its density."""
+"""Several optimizers under Lightning: each has its own number of steps, and every network reaches its density."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def check(module: Gan, sparse: SparseTraining, steps: list[int]) -> None:
     assert sparsifier.density == pytest.approx(0.1, abs=0.005)
     assert all(density < 0.25 for density in densities(module))  # neither network is left dense
     if sparsifier.method.name == "rigl":
-        assert sparsifier.drop_fraction < 0.02  # the cosine has come to its end
+        assert sparsifier.drop_fraction < 0.02  # the cosine has ended
 
 
 @pytest.mark.parametrize("name", METHODS)

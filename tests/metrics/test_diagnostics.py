@@ -61,13 +61,13 @@ def test_functions_by_hand():
     assert metrics.in_degree_histogram(bits("1100", "1111", "0000")).tolist() == [1, 0, 1, 0, 1]
 
 
-def test_two_random_masks_overlap_as_chance_has_it():
+def test_random_masks_overlap_by_chance():
     first, second = torch.rand(2, 400, 500) < 0.2
     assert metrics.mask_overlap(first, second, over="active") == pytest.approx(0.2, abs=0.01)
     assert metrics.mask_overlap(first, second) == pytest.approx(0.2 / 1.8, abs=0.01)
 
 
-def test_nm_windows_lie_along_inputs_and_the_last_may_be_short():
+def test_nm_windows_run_along_inputs_and_the_last_may_be_short():
     mask = bits("110011", "111001")
     assert metrics.nm_conformance(mask, 2, 4) == 3 / 4
     assert metrics.nm_conformance(bits("110011"), 1, 4) == 0
@@ -187,7 +187,7 @@ def test_skip_connections_are_followed():
         (lambda: nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 3), nn.Sigmoid(), nn.Linear(3, 2)), None),
     ],
 )
-def test_dense_networks_are_wholly_effective_and_left_as_they_were(model, shape):
+def test_dense_networks_are_effective_and_unchanged(model, shape):
     model = model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     example = torch.zeros(2, 5, dtype=torch.long) if shape is None else shape

@@ -17,15 +17,10 @@ from dst.metrics import (
     Operations,
     count_operations,
     flops_table,
-    inference_flops,
-    inference_ratio,
     layer_macs,
-    rigl_training_flops,
-    static_training_flops,
-    training_ratio,
-    uncounted,
 )
 from dst.models import WRN22_2, LeNet300100
+from tests.metrics.uncounted import uncounted
 from tests.resnet50 import ResNet50
 
 
@@ -206,64 +201,16 @@ def test_layer_macs_refuses_what_it_cannot_measure():
         layer_macs(nn.Linear(3, 2), torch.zeros(4, 3), batch_size=5)
 
 
-MACS = {"a": 100, "b": 300}
-
-
-def test_inference_flops_by_hand():
-    assert inference_flops(MACS, {}) == 800
-    assert inference_flops(MACS, {"a": 0.5}) == 2 * (50 + 300)
-    assert inference_flops(MACS, {"a": 0.5, "b": 0.0}, extra_flops=7) == 107
-    assert inference_ratio(MACS, {"b": 0.5}) == 0.625
-    assert inference_ratio(MACS, {"b": 0.5}, extra_flops=200) == 700 / 1000
-
-
-def test_training_ratio_by_hand():
-    # f_S / f_D = 0.25: a sparse step costs 3/4 f_D, one with a dense gradient 3/2 f_D, a dense one 3 f_D.
-    densities = {"a": 0.25, "b": 0.25}
-    assert training_ratio(MACS, densities, {"dense": 7}) == 1
-    assert training_ratio(MACS, densities, {"sparse": 7, "dense": 0}) == 0.25
-    assert training_ratio(MACS, densities, {"dense_gradient": 7}) == 0.5
-    counts = {"dense": 1, "sparse": 2, "dense_gradient": 1}
-    assert training_ratio(MACS, densities, counts) == (3 + 2 * 0.75 + 1.5) / (4 * 3)
-    assert training_ratio(MACS, densities, {"sparse": 1}, extra_flops=800) == 1000 / 1600
-
-
-def test_closed_forms_agree_with_step_counts():
-    densities = {"a": 0.2, "b": 0.1}
-    f_sparse, f_dense = inference_flops(MACS, densities), inference_flops(MACS, {})
-    counts = {"sparse": 100, "dense_gradient": 1}
-    expected = rigl_training_flops(f_sparse, f_dense, update_every=100) / (3 * f_dense)
-    assert training_ratio(MACS, densities, counts) == pytest.approx(expected, rel=1e-12)
-    assert rigl_training_flops(1, 10, update_every=3) == (9 + 2 + 10) / 4
-    assert static_training_flops(5) == 15
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: inference_flops(MACS, {"c": 0.5}), "c has a density but no MACs"),
-        (lambda: inference_flops(MACS, {"a": 1.5}), "density of a must lie"),
-        (lambda: inference_flops(MACS, {"a": float("nan")}), "density of a must lie"),
-        (lambda: inference_ratio({}, {}), "costs no FLOPs"),
-        (lambda: training_ratio(MACS, {}, {"sprase": 1}), "unknown kind of step 'sprase'"),
-        (lambda: training_ratio(MACS, {}, {"sparse": -1}), "must not be negative"),
-        (lambda: training_ratio(MACS, {}, {"sparse": 0}), "no step"),
-        (lambda: rigl_training_flops(1, 2, 0), "update_every"),
-    ],
-)
-def test_refuses_bad_numbers(call, message):
-    with pytest.raises(ConfigurationError, match=message):
-        call()
-
-
 def test_wrn_22_2_as_in_rigl():
     model = WRN22_2((3, 32, 32), 10)
-    macs = layer_macs(model, (3, 32, 32))
+    operations = count_operations(model, (3, 32, 32))
+    macs = operations.macs
     assert uncounted(model, macs) == []
     assert sum(macs.values()) == 157_730_048
     shapes = {name: tuple(model.get_parameter(name).shape) for name in macs}
     assert sum(map(prod, shapes.values())) == 1_076_912
-    assert inference_ratio(macs, erk_densities(shapes, 0.2)) == pytest.approx(0.3521, abs=5e-5)
+    table = flops_table(operations, erk_densities(shapes, 0.2))
+    assert table.theoretical / table.dense == pytest.approx(0.3521, abs=5e-5)
 
 
 def test_a_linear_network_costs_its_weights():

@@ -1,4 +1,4 @@
-"""Memory: predictions by hand and against what is really allocated."""
+"""Memory: predictions by hand and against allocated bytes."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def held_by(sparsifier, model, optimizer):
 
 
 @pytest.mark.parametrize("backend", ["masked", "latent", "csr"])
-def test_prediction_is_what_a_training_holds(backend):
+def test_prediction_equals_what_a_training_holds(backend):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 48, bias=False), nn.Linear(48, 32, bias=False), nn.Linear(32, 10))
     twin = copy.deepcopy(model)
@@ -86,7 +86,7 @@ def test_prediction_is_what_a_training_holds(backend):
     assert predicted.total - predicted.activations == held_by(sparsifier, model, optimizer)
 
 
-def test_storages_may_differ_within_a_model():
+def test_backends_may_differ_within_a_model():
     model = nn.Sequential(nn.Linear(100, 50, bias=False), nn.Linear(50, 40, bias=False))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     mixed = predict_memory(
@@ -97,7 +97,7 @@ def test_storages_may_differ_within_a_model():
 
 
 @pytest.mark.parametrize("name", small.OPTIMIZERS)
-def test_optimizer_state_is_that_of_a_real_step(name):
+def test_optimizer_state_equals_that_of_a_real_step(name):
     model = small.Small()
     optimizer = small.OPTIMIZERS[name](model.parameters())
     predicted = predict_memory(model, torch.zeros(2, 2, 6, 6), {}, optimizer=optimizer).optimizer_state
@@ -112,7 +112,7 @@ def test_optimizer_state_is_that_of_a_real_step(name):
         assert predicted == real
 
 
-def test_optimizers_with_attributes_of_their_own_are_stepped_too():
+def test_optimizers_with_own_attributes_are_stepped():
     class Scaled(torch.optim.SGD):
         def __init__(self, params, scale):
             super().__init__(params, 0.1, momentum=0.9)
@@ -186,7 +186,7 @@ def test_measured_peak_sees_memory_that_is_freed_again():
         assert nothing.increase < 50 * 2**20
 
 
-def test_measured_beside_predicted():
+def test_measured_increase_fits_the_prediction():
     model = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(2)])
     batch = torch.randn(4096, 1024)
 
@@ -204,7 +204,7 @@ def test_measured_beside_predicted():
         assert 0.5 * new < measured.increase < 2.5 * new
 
 
-def test_systems_that_tell_less(monkeypatch, tmp_path):
+def test_systems_without_a_memory_report(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "none")
     assert resident_bytes() > 2**20
     with PeakMemory() as measured:

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from dst.errors import ConfigurationError
-from dst.metrics.counting import layer_macs, uncounted
+from dst.metrics.counting import layer_macs
 from dst.models import GPT
 from dst.topology.layers import find_layers
+from tests.metrics.uncounted import uncounted
 
 SMALL = {"width": 16, "depth": 2, "heads": 2}
 

@@ -8,8 +8,9 @@ from torch import nn
 
 import dst
 from dst.errors import ConfigurationError
-from dst.metrics.counting import layer_macs, uncounted
+from dst.metrics.counting import layer_macs
 from dst.models import GRUCharModel, GRUClassifier
+from tests.metrics.uncounted import uncounted
 
 
 def test_reads_an_image_row_by_row():

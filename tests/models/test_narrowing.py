@@ -1,4 +1,4 @@
-"""Narrower dense networks: the models' widths, the factor that matches a density, and the method that asks for it."""
+"""Narrower dense networks: the models' widths, the factor that matches a density, and ``small_dense``."""
 
 from __future__ import annotations
 

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from dst.errors import ConfigurationError
-from dst.metrics.counting import layer_macs, uncounted
+from dst.metrics.counting import layer_macs
 from dst.models import ViTTiny
 from dst.models.transformer import Attention, init_transformer
 from dst.topology.layers import find_layers
+from tests.metrics.uncounted import uncounted
 
 SMALL = {"width": 12, "depth": 2, "heads": 3}
 

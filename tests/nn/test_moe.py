@@ -1,4 +1,4 @@
-"""Mixtures of experts: the loss by hand, routing and capacity, sparse experts, the loss's way into training."""
+"""Mixtures of experts: the loss by hand, routing, capacity, sparse experts, and the loss in training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""1×1 convolutions of which only the non-zeros exist."""
+"""1×1 convolutions that store only their non-zeros."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import dst
 from dst import methods
 from dst.nn import SparseConv2d
-from tests.backends.test_csr import CLAIMED, OPTIMIZERS, Run, assert_same
+from tests.backends.runs import CLAIMED, OPTIMIZERS, Bottleneck, Run, assert_same
 from tests.sampling import rotated
 
 
@@ -85,27 +85,6 @@ def test_it_becomes_a_convolution_and_travels():
     assert "stride=(2, 1)" in repr(sparse)
 
 
-class Bottleneck(nn.Module):
-    """1×1, 3×3 and 1×1 convolutions with a strided shortcut, and kinds of 1×1 that are not served."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reduce = nn.Conv2d(3, 8, 1, bias=False)
-        self.norm = nn.BatchNorm2d(8)
-        self.conv = nn.Conv2d(8, 8, 3, stride=2, padding=1)
-        self.expand = nn.Conv2d(8, 12, 1, padding="same")
-        self.shortcut = nn.Conv2d(3, 12, (1, 1), stride=2)
-        self.grouped = nn.Conv2d(12, 12, 1, groups=2)
-        self.padded = nn.Conv2d(12, 12, 1, padding=1)
-        self.head = nn.Linear(12, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.cat([x, x, x[:, :12]], 1)[:, :27].view(-1, 3, 3, 3)
-        y = self.conv(self.norm(self.reduce(x)).relu()).relu()
-        y = (self.expand(y) + self.shortcut(x)).relu()
-        return self.head(self.padded(self.grouped(y)).relu().mean((2, 3)))
-
-
 @pytest.mark.parametrize(("name", "optimizer"), rotated(["rigl", "rigl_with_step", "rigl_rescaled", "set"], OPTIMIZERS))
 def test_training_is_that_of_the_masked_backend(name, optimizer):
     masked, csr = (Run(CLAIMED[name](backend), optimizer, net=Bottleneck) for backend in ("masked", "csr"))
@@ -126,7 +105,7 @@ def test_the_plan_and_selectors_know_convolutions():
         "shortcut.weight",
         "head.weight",
     }
-    assert rows["conv.weight"][1].startswith("3×3 convolution: unfolded, not reliably faster than dense")
+    assert rows["conv.weight"][1].startswith("3×3 convolution: with unfolding not reliably faster than dense")
     assert rows["grouped.weight"][1].startswith("grouped 1×1 convolution")
     assert rows["padded.weight"][1].startswith("padded 1×1 convolution")
     model = dst.prepare(Bottleneck(), method, include=[nn.Conv2d])

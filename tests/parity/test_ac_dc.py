@@ -68,7 +68,7 @@ def test_a_training_agrees_with_a_loop(scope):
             assert torch.equal(sparsifier.masks[n], masks[n]), (step, n)
             changed = masks[n] ^ old[n]
             parameter = model.get_parameter(n)
-            assert not parameter.detach()[changed].any()  # what comes back sets out from zero, without momentum
+            assert not parameter.detach()[changed].any()  # grown weights start at zero, without momentum
             assert torch.equal(parameter.detach()[~changed], weights[n][~changed])
             for _, value in per_weight_state(optimizer, parameter):
                 assert not value[changed].any()
@@ -79,7 +79,7 @@ def test_a_training_agrees_with_a_loop(scope):
         "dense": 9,
         "sparse": 11,
         "dense_gradient": 0,
-    }  # a phase begins behind a backward pass
+    }  # a phase begins after a backward pass
     work = sparsifier.work
     assert sum(work["dense"].values()) == 9 * 500
     assert sum(work["sparse"].values()) == 11 * 100

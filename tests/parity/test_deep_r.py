@@ -28,7 +28,7 @@ def build(temperature=0.0, seed=0, **options):
 
 
 def test_a_training_agrees_with_the_recurrence_of_theta():
-    """θ ← θ - η · ∂E/∂θ - η · α; connections whose θ falls below 0 go dormant, as many awake at θ = 0 with the sign they have."""
+    """θ ← θ - η · ∂E/∂θ - η · α; connections whose θ falls below 0 are dropped, and as many are grown at θ = 0 with their sign."""
     model, optimizer, sparsifier = build()
     mask, signs = sparsifier.masks["weight"].clone(), None
     theta = model.weight.detach().abs()
@@ -159,5 +159,5 @@ def test_settings_out_of_range(settings):
 
 
 def test_csr_is_refused():
-    with pytest.raises(ConfigurationError, match="built for masks"):
+    with pytest.raises(ConfigurationError, match="which need masks"):
         methods.deep_r(0.4, backend="csr")

@@ -62,17 +62,17 @@ def test_a_training_agrees_with_algorithm_1():
         if step % 2 == 0:
             low = {n: mask & (weights[n].abs() < threshold) for n, mask in before.items()}
             kept = {n: int((before[n] & ~low[n]).sum()) for n in before}
-            gone = sum(int(m.sum()) for m in low.values())
+            lost = sum(int(m.sum()) for m in low.values())
             active = sum(int(m.sum()) for m in before.values())
             for n, mask in after.items():
                 assert torch.equal(before[n] & ~mask, low[n])
                 grown = mask & ~before[n]
-                assert abs(int(grown.sum()) - gone * kept[n] / sum(kept.values())) < 1
+                assert abs(int(grown.sum()) - lost * kept[n] / sum(kept.values())) < 1
                 assert not model.get_parameter(n).detach()[grown].any()
-            seen.append((threshold, gone))
-            if gone < 0.9 * target * active:
+            seen.append((threshold, lost))
+            if lost < 0.9 * target * active:
                 threshold *= 2
-            elif gone > 1.1 * target * active:
+            elif lost > 1.1 * target * active:
                 threshold /= 2
             assert sparsifier.state_dict()["amount"] == threshold
         else:
@@ -80,7 +80,7 @@ def test_a_training_agrees_with_algorithm_1():
         optimizer.step()
         assert sum(int(m.sum()) for m in after.values()) == 180
     assert {later[0] / earlier[0] for earlier, later in itertools.pairwise(seen)} >= {2.0}
-    assert sum(gone for _, gone in seen) > 100
+    assert sum(lost for _, lost in seen) > 100
 
 
 @pytest.mark.parametrize("settings", [{"initial": 0.0}, {"target": 1.0}, {"tolerance": -0.1}, {"most": 0.0}])

@@ -11,7 +11,7 @@ from torch import nn
 import dst
 from dst import methods
 from dst.allocation import ERK
-from tests.parity.test_granet import STEPS, STOP, UPDATES, global_loop, kept, sparsity
+from tests.parity.pruning import STEPS, STOP, UPDATES, global_loop, kept, sparsity
 from tests.small import Small, random_gradients
 
 

@@ -66,7 +66,7 @@ def test_or_within_every_layer() -> None:
 
 
 def test_removing_a_weight_of_low_score_lowers_the_norm_of_the_gradient() -> None:
-    """What the sign means: to first order the squared norm of the gradient changes by twice the paper's score."""
+    """The meaning of the sign: to first order the squared norm of the gradient changes by twice the paper's score."""
     model, x, y = setting(4)
     scores = definition(model, x, y, 1.0)
 

@@ -1,5 +1,5 @@
 """The ITOP rate of Liu et al. 2021 (https://arxiv.org/abs/2102.02887), section 3: abs(union of all masks so far) over the number of
-weights; layers that are wholly dense are in neither term."""
+weights; dense layers are in neither term."""
 
 from __future__ import annotations
 

@@ -73,8 +73,8 @@ def test_the_soft_bound_holds_old_and_new_until_the_next_update():
     counts = []
     for step, before, weight, gradient, after in steps(methods.mest(0.3, update_every=3, surplus=Constant(0.2))):
         if step % 3 == 0 and step <= 15:
-            gone = int(before.sum()) - 90
-            dropped = lowest(before, weight, gradient, gone)
+            lost = int(before.sum()) - 90
+            dropped = lowest(before, weight, gradient, lost)
             assert torch.equal(before & ~after, dropped)
             assert int((after & ~before).sum()) == (18 if step < 15 else 0)
         else:

@@ -18,7 +18,7 @@ BETA, STEPS, EVERY = 0.9, 12, 3
 
 
 def split(total, shares, limits):
-    """Real numbers in proportion to shares; what does not fit goes to the others in proportion."""
+    """Real numbers in proportion to shares; the others take what does not fit, in proportion."""
     full = set()
     while True:
         others = [i for i in range(len(shares)) if i not in full]

@@ -28,11 +28,11 @@ def srigl_step(weight, gradient, mask, ablate, budget):
     salient = kept | set(best[: budget - len(kept)])
     fan_in = budget / int(mask.any(1).sum())
     counts = [sum(p[0] == r for p in salient) for r in range(rows)]
-    alive = [r for r in range(rows) if ablate == 0 or counts[r] >= max(1, ablate * fan_in)]
-    alive = alive or [counts.index(max(counts))]
-    new_fan_in = min(columns, budget // len(alive))
+    remaining = [r for r in range(rows) if ablate == 0 or counts[r] >= max(1, ablate * fan_in)]
+    remaining = remaining or [counts.index(max(counts))]
+    new_fan_in = min(columns, budget // len(remaining))
     new = torch.zeros_like(mask)
-    for r in alive:
+    for r in remaining:
         mine = sorted((p for p in kept if p[0] == r), key=lambda p: -abs(float(weight[p])))[:new_fan_in]
         mine += [p for p in best if p[0] == r][: new_fan_in - len(mine)]
         for p in mine:
@@ -58,9 +58,9 @@ def test_updates(ablate, removes):
         sparsifier.before_step()
         sparsifier._training.steppers[0].optimizer.step()
         assert torch.equal(sparsifier.masks["weight"], expected)
-        alive = sparsifier.masks["weight"].sum(1)
-        assert len(alive[alive > 0].unique()) == 1
-        ablated |= bool((alive == 0).any())
+        remaining = sparsifier.masks["weight"].sum(1)
+        assert len(remaining[remaining > 0].unique()) == 1
+        ablated |= bool((remaining == 0).any())
     assert ablated == removes
 
 

@@ -115,7 +115,7 @@ def test_the_mask_is_that_of_algorithm_1(density: float, counts: list[int], seed
 
 
 def test_many_iterations_keep_paths_where_one_cuts_them() -> None:
-    """The point of the paper: a layer whose weights are many and whose scores are therefore small is not emptied."""
+    """The paper's claim: a layer with many weights, whose scores are therefore small, does not collapse."""
 
     def connected(iterations: int) -> float:
         model = network(6, 60, 60, 3, seed=1)

@@ -1,4 +1,4 @@
-"""Patterns: whole groups, exact counts, for ever."""
+"""Patterns: whole groups and exact counts at every update."""
 
 from __future__ import annotations
 
@@ -159,9 +159,9 @@ def test_masks_keep_the_pattern_and_the_count_through_updates(pattern, where, re
         assert has_pattern(pattern, where, mask)
         assert resolved.holds(where, mask)
         if pattern == FanIn(0.5):
-            alive = int(as_matrix(where, mask).any(1).sum())
+            remaining = int(as_matrix(where, mask).any(1).sum())
             inputs = as_matrix(where, mask).shape[1]
-            assert int(mask.sum()) == min(inputs, count // alive) * alive
+            assert int(mask.sum()) == min(inputs, count // remaining) * remaining
         else:
             assert int(mask.sum()) == count
         if fraction == 0 and pattern != FanIn(0.5):
@@ -381,6 +381,14 @@ def test_the_smallest_windows_that_have_the_density():
         (1, 2), (1, 4), (1, 10), (3, 10), (3, 4), (1, 20)
     ]  # fmt: skip
     assert NM(m=4).numbers(0.5) == (2, 4)
+
+
+def test_windows_are_resolved_by_the_density():
+    where = layer(2, 8)
+    assert NM().for_density(0.25) == NM(1, 4).for_density(0.25) == NM(1, 4)
+    assert NM(1, 4).fit(where, 16) == NM().for_density(0.25).fit(where, 16) == 4
+    with pytest.raises(ValueError, match="call for_density first"):
+        NM().fit(where, 16)
 
 
 def trained(method: dst.Method, steps: int = 6) -> dst.Sparsifier:

@@ -36,7 +36,7 @@ def test_magnitude_and_gradient():
 def test_signed_magnitude_ranks_each_sign_by_itself():
     weight = [[0.1, -5.0, 0.2, -6.0, 0.3, 0.0, 9.0, 0.4]]
     mask = [[1, 1, 1, 1, 1, 1, 0, 1]]
-    expected = [1 / 4, 1 / 2, 2 / 4, 2 / 2, 3 / 4, -1, 0, 4 / 4]  # an active zero goes first; 9.0 is inactive
+    expected = [1 / 4, 1 / 2, 2 / 4, 2 / 2, 3 / 4, -1, 0, 4 / 4]  # an active zero is dropped first; 9.0 is inactive
     assert scores.SignedMagnitude()(view(weight=weight, mask=mask)).tolist() == [pytest.approx(expected)]
 
 

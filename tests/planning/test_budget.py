@@ -1,4 +1,4 @@
-"""Whole numbers that add up: how many connections come and go."""
+"""Counts of dropped and grown connections that add up to the budget."""
 
 from __future__ import annotations
 

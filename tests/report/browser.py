@@ -1,4 +1,4 @@
-"""A real browser without a window, driven over the DevTools protocol through two pipes: needs no package."""
+"""A headless browser, driven over the DevTools protocol through two pipes. Needs no package."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chro
 
 
 def find_browser() -> str | None:
-    """The path of a browser, or ``None``."""
+    """Path of a browser, or None."""
     return next((path for name in NAMES if (path := shutil.which(name))), None)
 
 
@@ -32,7 +32,7 @@ class Browser:
             "--disable-background-networking", "--disable-component-update", "--remote-debugging-pipe",
             f"--user-data-dir={profile}", "about:blank",
         ]  # fmt: skip
-        # Duplicated twice, lest one takes the place of the other.
+        # Duplicated twice, because the first copy may lie at the other's target.
         place = (
             "import os, sys; a, b = (os.dup(int(n)) for n in sys.argv[1:3]); high = [os.dup(a), os.dup(b)];"
             "os.dup2(high[0], 3); os.dup2(high[1], 4); os.execv(sys.argv[3], sys.argv[3:])"

@@ -1,4 +1,4 @@
-"""Run folders to report on, made without training."""
+"""Run folders for reports, written without training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HOSTILE = '<script>alert("x")</script> & "quoted" \'name\''
 def make_run(
     folder: Path, names: list[str], *, finished: bool = True, updates: int = 5, executed: float | None = None
 ) -> Path:
-    """A folder as a run leaves it, with layers of 8 outputs and 16 inputs."""
+    """Write a run's folder with layers of 8 outputs and 16 inputs."""
     folder.mkdir(parents=True, exist_ok=True)
     count = len(names)
     rows: list[dict[str, Any]] = [

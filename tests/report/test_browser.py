@@ -1,4 +1,4 @@
-"""The report in a real browser: on a phone and on a desk, light and dark. Structure is compared, never pixels."""
+"""The report in a real browser, at the sizes of a phone and a desktop, light and dark. No test compares pixels."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from itertools import pairwise
 import pytest
 
 from dst.report import write_report
+from dst.report.compare import compare, read_runs
+from dst.report.comparison_output import write_comparison
 from dst.report.page import SECTIONS
 from tests.report.browser import NAMES, Browser, find_browser
 from tests.report.runs import HOSTILE, make_run
+from tests.report.test_compare import sweep
 
 pytestmark = pytest.mark.skipif(
     find_browser() is None, reason=f"no browser: install one of {', '.join(NAMES)} (Debian: chromium-headless-shell)"
@@ -118,6 +121,20 @@ def test_the_page_fits_and_can_be_read(browser, page, width, height, dark):
     assert (drawn["width"], drawn["height"]) == (width, seen) or drawn["height"] >= seen
     blank = [box for box, count in zip(boxes, drawn["colours"], strict=True) if count < 3]
     assert blank == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(320, 640), (1280, 800)], ids=["small", "desk"])
+def test_the_comparison_fits_and_can_be_read(browser, tmp_path, width, height, dark):
+    (path,) = [f for f in write_comparison(compare(read_runs([sweep(tmp_path)])), tmp_path) if f.suffix == ".html"]
+    browser.open(path.as_uri(), width, height, dark)
+    requested = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    assert requested == [path.as_uri()]
+    assert not [e["params"] for e in browser.events if e["method"] == "Log.entryAdded"]
+    scrolled, room = browser.evaluate("[document.documentElement.scrollWidth, document.documentElement.clientWidth]")
+    assert scrolled <= room
+    assert [entry for entry in browser.evaluate(CONTRAST) if entry[0] < 4.5] == []
+    assert browser.evaluate("document.querySelectorAll('figure > svg').length") == 2
 
 
 def test_numbers_open_by_keyboard(browser, tmp_path):

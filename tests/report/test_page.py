@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 
@@ -12,43 +11,8 @@ from dst.cli import main as cli
 from dst.errors import DataError
 from dst.report import REPORT_FILE, gather, render, write_report
 from dst.report.page import SECTIONS
+from tests.report.parsed import Page
 from tests.report.runs import HOSTILE, make_run
-
-VOID = {"meta", "path", "rect", "circle", "image", "polyline"}
-
-
-class Page(HTMLParser):
-    """Checks nesting while it reads, and keeps what tests look at."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text: dict[str, str] = {}
-        self.section = ""
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag == "section":
-            self.section = dict(attrs)["id"]
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        assert tag in VOID
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text[self.section] = self.text.get(self.section, "") + data + "\n"
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.tags if name == tag]
 
 
 def page_of(folder):
@@ -137,16 +101,16 @@ def test_numbers_are_those_of_the_run(tmp_path):
     assert "density: 0.25" in page.text["config"]
     assert "82.00%" in page.text["curves"]  # training accuracy at step 400
     assert re.search(r"rigl at density 0.25, seed 7", page.text[""])
-    assert str(tmp_path) not in page.text[""]  # where it lies is nobody's business
+    assert str(tmp_path) not in page.text[""]  # the page does not tell where the folder is
 
 
-def test_a_backend_that_skips_zeros_is_said_to(tmp_path):
+def test_the_note_on_flops_names_a_backend_that_skips_zeros(tmp_path):
     page = page_of(make_run(tmp_path, ["a"], executed=0.25))
     assert "skips zeros" in page.text["flops"]
     assert "100.00%" not in page.text["summary"]
 
 
-def test_a_run_that_goes_on_has_a_report_too(tmp_path):
+def test_an_unfinished_run_has_a_report(tmp_path):
     page = page_of(make_run(tmp_path, ["a", "b"], finished=False))
     assert [section["id"] for section in page.all("section")] == list(SECTIONS)
     assert "has not ended" in page.text["summary"]
@@ -172,7 +136,7 @@ def test_topologies_that_never_move(tmp_path):
     assert "drop fraction" not in page.text["topology"]
 
 
-def test_levels_follow_upon_each_other(tmp_path):
+def test_steps_of_levels_are_counted_through(tmp_path):
     rows = [{"event": "layers", "level": 0, "names": ["a"], "shapes": [[8, 16]], "weights": [128]}]
     for level, active in ((0, 128), (1, 96)):
         for step in (0, 50, 100):

@@ -1,4 +1,4 @@
-"""Fits of a tiny module with Lightning, and all that a resumed one must have in common with an uninterrupted one."""
+"""Fits of a small module with Lightning, and the comparison of a resumed fit with an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -25,13 +25,16 @@ warnings.filterwarnings("ignore", message=".*does not have many workers.*")
 
 BATCHES = 6  # optimizer steps of an epoch
 
+SELDOM = {"every_n_train_steps": 9}
+"""Settings of a saver for fits whose checkpoints a test hardly reads: writing one takes as long as a step."""
+
 
 class Interrupted(Exception):
-    """What stops a run."""
+    """Raised to stop a run."""
 
 
 class Rows(Logger):
-    """Keeps what is logged."""
+    """A logger that keeps its rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +102,7 @@ class Module(lightning.LightningModule):
 
 
 class Data(lightning.LightningDataModule):
-    """Loaders that say where they stand; ``accumulate`` micro-batches make an optimizer step."""
+    """Loaders with a state; ``accumulate`` micro-batches make an optimizer step."""
 
     def __init__(self, accumulate: int = 1) -> None:
         super().__init__()
@@ -138,8 +141,23 @@ class StopAt(Callback):
         self.left -= 1
 
 
+class SaveAt(Callback):
+    """Saves a checkpoint at the end of one micro-batch, then stops."""
+
+    def __init__(self, number: int, path: Path) -> None:
+        self.stop = StopAt(number)
+        self.path = path
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, *args: Any) -> None:
+        self.stop.on_train_batch_start()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
+        if self.stop.left == 0:
+            trainer.save_checkpoint(self.path)
+
+
 class Fit:
-    """One call of ``Trainer.fit``, to its end or to where it is stopped."""
+    """One call of ``Trainer.fit``, until it ends or is stopped."""
 
     def __init__(
         self,
@@ -178,7 +196,7 @@ class Fit:
             self.finished = False
 
     def outcome(self) -> dict[str, Any]:
-        """Everything that training leaves: weights, optimizers, schedules, topology, metrics."""
+        """The final weights, optimizers, schedules, topology and metrics."""
         assert self.sparse.sparsifier is not None
         return {
             "model": copy.deepcopy(self.module.state_dict()),
@@ -191,7 +209,7 @@ class Fit:
 
 
 def check_same(whole: Fit, resumed: Fit) -> None:
-    """The resumed run ends as the whole one does, and logs what it logged from there on."""
+    """Assert that the resumed run ends as the whole one does, and logs the same rows from there on."""
     assert whole.finished
     assert resumed.finished
     found = list(differences(whole.outcome(), resumed.outcome()))
@@ -202,7 +220,7 @@ def check_same(whole: Fit, resumed: Fit) -> None:
 
 
 def check_rows(whole: Fit, interrupted: Fit, resumed: Fit) -> None:
-    """Each row of the whole run was logged by the interrupted run or by the resumed one, and nothing else was."""
+    """Assert that the interrupted and the resumed run together log exactly the rows of the whole run."""
 
     def rows(*fits: Fit) -> set[str]:
         return {repr((step, sorted(row.items()))) for fit in fits for step, row in fit.rows.rows}

@@ -1,4 +1,4 @@
-"""What a process of its own does until it is killed; it imports no more than it needs."""
+"""A process that saves checkpoints until it is killed; it imports no more than it needs."""
 
 from __future__ import annotations
 

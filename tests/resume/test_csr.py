@@ -1,4 +1,4 @@
-"""Fits that store only non-zeros resume as others do."""
+"""Fits under the csr backend resume exactly."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from dst.lightning import SparseTraining
 from dst.nn import SparseLinear
 from tests.checks import differences
 from tests.methods_list import DENSITY
-from tests.resume.fits import Fit, check_same
-from tests.resume.test_lightning import SELDOM, SaveAt
+from tests.resume.fits import SELDOM, Fit, SaveAt, check_same
 from tests.sampling import rotated
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")

@@ -1,4 +1,4 @@
-"""Checkpoint files are whole at any moment, and a damaged one is told from a readable one."""
+"""Checkpoint files are complete at any moment, and damaged files are detected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 import dst
-from dst.checkpoints import latest_readable, load_checkpoint, save_atomically
+from dst.checkpoints import latest_readable, load_checkpoint, replacing, save_atomically
 from dst.lightning import SparseTraining
 from dst.lightning.checkpoint_io import AtomicCheckpointIO
 from tests.distributed.processes import exit_code_of
@@ -46,7 +46,7 @@ def test_a_write_that_fails_leaves_the_old_file(save: Any, tmp_path: Path) -> No
 def test_a_failure_after_the_writing_leaves_the_old_file(
     function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file is on the disk before it takes the old one's place."""
+    """The file is on the disk before it replaces the old one."""
     path = tmp_path / "last.ckpt"
     save_atomically({"weights": torch.ones(1000)}, path)
     calls: list[str] = []
@@ -124,6 +124,27 @@ def test_the_checkpoint_before_is_used_when_the_last_is_cut_off(tmp_path: Path) 
         latest_readable(folder)
 
 
+def test_a_checkpoint_may_be_skipped_with_all_links_to_it(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_atomically({"step": step}, tmp_path / f"step={step}.ckpt")
+        os.utime(tmp_path / f"step={step}.ckpt", (1000 + step, 1000 + step))
+    (tmp_path / "last.ckpt").symlink_to("step=3.ckpt")
+    assert latest_readable(tmp_path, skip=tmp_path / "last.ckpt") == tmp_path / "step=2.ckpt"
+    (tmp_path / "step=3.ckpt").unlink()
+    assert latest_readable(tmp_path, skip=tmp_path / "last.ckpt") == tmp_path / "step=2.ckpt"
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    with replacing(path) as first:
+        with replacing(path) as second:
+            second.write(b"second")
+        assert path.read_bytes() == b"second"
+        first.write(b"first")
+    assert path.read_bytes() == b"first"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(dst.StateError, match=r"no checkpoint at .*nowhere\.ckpt"):
         load_checkpoint(tmp_path / "nowhere.ckpt")
@@ -137,7 +158,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path) -> None:
 
 
 def test_lightning_is_asked_for_plain_values_alone(tmp_path: Path) -> None:
-    """Whatever a trainer writes for these methods can be read without executing anything."""
+    """A checkpoint of a Lightning trainer loads with ``weights_only=True``."""
     Fit(SparseTraining(METHODS["watching_twice"]()), tmp_path, steps=6, optimizer="odd")
     checkpoint = load_checkpoint(tmp_path / "last.ckpt")
     assert checkpoint["global_step"] == 6

@@ -1,4 +1,4 @@
-"""A run that is interrupted and resumed ends as if nothing had happened, to the bit."""
+"""A run that is interrupted and resumed is bitwise identical to an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -19,16 +19,13 @@ from dst.lightning import SparseTraining
 from tests.checks import differences
 from tests.distributed.processes import exit_code_of
 from tests.methods_list import DYNAMIC, METHODS, TOTAL_STEPS
-from tests.resume.fits import BATCHES, Fit, Interrupted, Module, StopAt, check_rows, check_same
+from tests.resume.fits import BATCHES, SELDOM, Fit, Interrupted, Module, SaveAt, StopAt, check_rows, check_same
 from tests.sampling import rotated
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),  # savers of other intervals
 ]
-
-SELDOM = {"every_n_train_steps": 9}
-"""For fits whose checkpoints are not, or hardly, looked at: writing one takes as long as a step."""
 
 
 def points(name: str) -> list[int]:
@@ -92,21 +89,6 @@ def test_a_run_that_is_interrupted_goes_on_from_its_last_checkpoint(
     resumed = Fit(sparse(), tmp_path, accumulate=accumulate, resume=last, saver=SELDOM)
     check_same(whole, resumed)
     check_rows(whole, interrupted, resumed)
-
-
-class SaveAt(Callback):
-    """Saves a checkpoint at the end of one micro-batch, then stops."""
-
-    def __init__(self, number: int, path: Path) -> None:
-        self.stop = StopAt(number)
-        self.path = path
-
-    def on_train_batch_start(self, trainer: lightning.Trainer, *args: Any) -> None:
-        self.stop.on_train_batch_start()
-
-    def on_train_batch_end(self, trainer: lightning.Trainer, *args: Any) -> None:
-        if self.stop.left == 0:
-            trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize(("micro", "order"), rotated([13, 14, 15], [0, 1]))
@@ -250,7 +232,7 @@ def test_a_checkpoint_cut_off_is_refused_by_name(an_epoch: Path, tmp_path: Path)
 
 
 def test_a_dense_checkpoint_on_the_connections_of_a_fit_before(tmp_path: Path) -> None:
-    """Momentum of connections that the callback's masks lack is cut, as the weights are."""
+    """Momentum of connections that are inactive in the callback's masks becomes zero, as the weights do."""
     Fit(SparseTraining(METHODS["dense"]()), tmp_path, callbacks=[], steps=BATCHES, optimizer="adamw")
     module, sparse = Module("adamw"), SparseTraining(METHODS["sparse_from_scratch"]())
     Fit(sparse, tmp_path / "b", module=module, steps=BATCHES)
@@ -272,7 +254,7 @@ def test_a_dense_checkpoint_on_the_connections_of_a_fit_before(tmp_path: Path) -
 
 
 def test_a_checkpoint_without_sparse_training_starts_from_its_weights(tmp_path: Path) -> None:
-    """A dense run's checkpoint is a starting point: no masks are in it, and momentum is cut to the new mask."""
+    """A dense run's checkpoint without masks is a starting point: momentum is masked by the new mask."""
     dense = Fit(SparseTraining(METHODS["dense"]()), tmp_path, callbacks=[], steps=BATCHES, optimizer="adamw")
     assert dense.finished
     sparse = SparseTraining(METHODS["static_from_start"]())

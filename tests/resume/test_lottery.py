@@ -1,4 +1,4 @@
-"""Lottery levels that are interrupted go on, and finished ones are not repeated."""
+"""Interrupted lottery levels resume, and finished levels are not repeated."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def outcome(result: LotteryResult, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """Outcomes of runs that nothing stops."""
+    """Outcomes of uninterrupted runs."""
 
     @cache
     def of(**settings: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A plain loop: what is saved with ``torch.save`` and read with ``weights_only=True`` goes on exactly."""
+"""A plain loop resumes exactly from a state saved with ``torch.save`` and read with ``weights_only=True``."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_weights_and_state_that_are_active_and_zero_stay_active() -> None:
 
 
 def test_a_first_mask_does_not_cut_what_a_dense_checkpoint_left_to_the_mask_of_the_state() -> None:
-    """Momentum at connections that the first mask lacks and the saved mask has must survive construction."""
+    """Momentum at connections that are inactive in the first mask and active in the saved mask survives construction."""
     whole = sparsified("set", "adamw")
     train(*whole, 9)
     saved = copy.deepcopy(state_dicts(*whole))

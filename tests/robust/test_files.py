@@ -1,4 +1,4 @@
-"""Files from others: nothing in them is executed, and a crafted one is refused."""
+"""Untrusted files: nothing in them is executed, and crafted files raise an error."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_crafted_file_is_refused_and_not_executed(
 
 @pytest.mark.parametrize("write", [as_torch_file, as_legacy_file, as_bare_pickle, as_swapped_pickle])
 def test_the_crafted_file_would_do_harm(write: Callable[[Any, Path], None], tmp_path: Path) -> None:
-    """Read without care, each of them makes its file: else the test above would say nothing."""
+    """Read without ``weights_only``, each of them creates its file: otherwise the test above would prove nothing."""
     marker, path = tmp_path / "executed", tmp_path / "crafted.ckpt"
     write({"step": Payload(marker)}, path)
     if write is as_bare_pickle:
@@ -94,7 +94,7 @@ def test_the_crafted_file_would_do_harm(write: Callable[[Any, Path], None], tmp_
 
 
 def test_a_crafted_state_within_a_readable_file_is_refused(tmp_path: Path) -> None:
-    """Plain values that are not what they should be: named, not half-loaded."""
+    """Plain values of a wrong kind raise an error that names them, and nothing is loaded."""
     Fit(SparseTraining(METHODS["rigl"]()), tmp_path, steps=6)
     checkpoint = load_checkpoint(tmp_path / "last.ckpt")
     (key,) = (k for k in checkpoint["callbacks"] if k.startswith("SparseTraining"))

@@ -1,4 +1,4 @@
-"""Any configuration that is accepted trains with exact budgets; any other is refused with a message."""
+"""Every accepted configuration trains with exact budgets; every other raises an error with a message."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings within their documented ranges are accepted, all of them, and train with exact budgets."""
+"""All settings within their documented ranges are accepted and train with exact budgets."""
 
 from __future__ import annotations
 

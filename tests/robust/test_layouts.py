@@ -1,4 +1,4 @@
-"""Weights that do not lie in memory one after another, or share it, or are none."""
+"""Weights that are not contiguous, share memory, or are empty."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_layer_with_one_weight_among_others(name: str) -> None:
 
 
 def test_a_dense_embedding_with_sparse_gradients_takes_no_part() -> None:
-    """Its gradients are sparse tensors, which are looked at for overflows all the same."""
+    """Its gradients are sparse tensors; they are checked for overflow too."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"words": nn.Embedding(10, 6, sparse=True), "head": nn.Linear(6, 10)})
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -1,4 +1,4 @@
-"""Hundreds and thousands of updates: counts stay exact, and nothing is piled up."""
+"""Hundreds and thousands of updates: counts stay exact, and memory does not grow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Things that are neither a method nor an optimizer, wrapped optimizers, and settings that have no effect."""
+"""Arguments that are neither a method nor an optimizer, wrapped optimizers, and settings without effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers can be stored as non-zeros alone."""
+"""Which layers the csr backend supports."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ from dst.nn import FeatureMajorLinear, SparseConv2d, SparseLinear
 from dst.topology.layers import SparseLayer
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
 _SPARSE = (SparseLinear.__name__, SparseConv2d.__name__)
 
 
 def unsupported_reasons(model: nn.Module, layers: Sequence[SparseLayer]) -> dict[str, str | None]:
-    """Why layers cannot be stored as non-zeros.
+    """Why the csr backend does not support layers.
 
     Args:
         model: The model.
         layers: Its sparse layers.
 
     Returns:
-        Layer label to the reason, ``None`` where there is none.
+        Layer label to the reason, or ``None`` if the layer is supported.
     """
     owners, named = owners_of(model), dict(model.named_parameters())
     fused = {id(child) for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer) for child in m.children()}
@@ -40,18 +38,18 @@ def unsupported_reasons(model: nn.Module, layers: Sequence[SparseLayer]) -> dict
 def _unsupported_reason(
     layer: SparseLayer, weight: Tensor, owners: Sequence[nn.Module], fused: Collection[int]
 ) -> str | None:
-    """Why a dense layer cannot be stored as non-zeros, or ``None``."""
+    """Why the csr backend does not support a dense layer, or ``None``."""
     first = owners[0]
     if any(isinstance(m, (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)) for m in owners):
-        return "MultiheadAttention reads the weight itself; q, k, v and output as nn.Linear would be csr"
-    if not all(is_servable(m) for m in owners) or layer.parameter.rpartition(".")[2] != "weight":
+        return "MultiheadAttention reads the weight directly; csr supports q, k, v and output as nn.Linear"
+    if not all(is_supported(m) for m in owners) or layer.parameter.rpartition(".")[2] != "weight":
         if isinstance(first, nn.Conv2d):
             return f"{_unsupported_convolution(first)} convolution has no csr kernel"
         return f"{layer.kind} has no csr kernel"
     if len({id(module) for module in owners}) > 1:
         return "tied weights"
     if id(first) in fused:
-        return "TransformerEncoderLayer reads the weight itself"
+        return "TransformerEncoderLayer reads the weight directly"
     if weight.device.type not in ("cpu", "meta"):
         return f"on {weight.device.type}; csr computes on the CPU"
     if weight.dtype not in _DTYPES:
@@ -59,16 +57,16 @@ def _unsupported_reason(
     return None
 
 
-def is_servable(module: nn.Module) -> bool:
-    """Whether a dense module is of a type that has a sparse one: a linear layer, a convolution without groups."""
+def is_supported(module: nn.Module) -> bool:
+    """Whether a dense module has a sparse counterpart: a linear layer, or a convolution without groups."""
     if type(module) is nn.Conv2d:
         return _unsupported_convolution(module) is None
-    # A subclass may read its weight in its own way.
+    # Subclasses may use their weight differently.
     return type(module) in (nn.Linear, FeatureMajorLinear)
 
 
 def _unsupported_convolution(module: nn.Conv2d) -> str | None:
-    """What a convolution has that no kernel serves, or ``None``."""
+    """What a convolution has that no kernel supports, or ``None``."""
     if module.groups > 1:
         return "a depthwise" if module.groups == module.in_channels else "a grouped"
     if module.padding_mode != "zeros":
@@ -91,7 +89,7 @@ def sizes_of_padding(module: nn.Conv2d) -> tuple[int, int] | None:
 
 
 def owners_of(model: nn.Module) -> dict[str, list[nn.Module]]:
-    """Parameter name to the modules that hold it."""
+    """Map each parameter name to the modules that hold the parameter."""
     names = {id(p): name for name, p in model.named_parameters()}
     owners: dict[str, list[nn.Module]] = {}
     for module in model.modules():
