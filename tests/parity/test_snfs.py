@@ -103,7 +103,7 @@ def test_growth_follows_strength():
     assert MeanMomentum().grow_counts(stats, 12) == [3, 9]
 
 
-def test_redistribution_by_gradients_that_nobody_watches():
+def test_redistribution_by_gradients_without_a_running_mean():
     """With random growth the strength is that of this step's gradient: the layer whose gradient is large gets all."""
     model = torch.nn.Sequential(torch.nn.Linear(20, 20, bias=False), torch.nn.Linear(20, 20, bias=False))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
