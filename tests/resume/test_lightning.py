@@ -72,9 +72,7 @@ def test_every_optimizer_resumes(name: str, optimizer: str, step: int, tmp_path:
     ("where", "name"),
     rotated([(1, 4), (1, 5), (3, 13), (3, 14), (3, 15)], ["rigl", "set", "snip", "momentum_growth"]),
 )
-def test_an_interrupted_run_resumes_from_its_last_checkpoint(
-    where: tuple[int, int], name: str, tmp_path: Path
-) -> None:
+def test_an_interrupted_run_resumes_from_its_last_checkpoint(where: tuple[int, int], name: str, tmp_path: Path) -> None:
     accumulate, stop = where
 
     def sparse() -> SparseTraining:
