@@ -462,7 +462,7 @@ def test_fine_tuning_needs_the_dense_levels_last_rate(tmp_path):
     torch.save({k: v for k, v in checkpoint.items() if k != "dst_rates"}, final)
     for record in tmp_path.glob("level_0[123]/level.json"):
         record.unlink()
-    with pytest.raises(StateError, match=r"level_00.*last learning rates.*train it anew"):
+    with pytest.raises(StateError, match=r"level_00.*last learning rates.*train level 0 again"):
         run(tmp_path, rewind="none", rewind_to=7)
 
 
