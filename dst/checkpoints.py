@@ -42,13 +42,13 @@ def write_atomically(path: str | os.PathLike[str], text: str) -> None:
 
 
 def json_ready(value: Any) -> Any:
-    """Replace floats that JSON cannot hold, infinities and NaN, by None.
+    """Replace infinities and NaN, which JSON does not support, by None.
 
     Args:
-        value: Plain values; mappings and lists are searched.
+        value: A plain value. Mappings and lists are converted recursively.
 
     Returns:
-        The value with its replacements.
+        The converted value.
     """
     if isinstance(value, Mapping):
         return {key: json_ready(item) for key, item in value.items()}
@@ -59,9 +59,9 @@ def json_ready(value: Any) -> Any:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a new file that takes the place of ``path`` at the end of the ``with`` block.
+    """Open a new file that replaces ``path`` at the end of the ``with`` block.
 
-    If the block raises, ``path`` stays as it is and the new content is removed.
+    If the block raises, ``path`` is not changed and the new content is discarded.
 
     Args:
         path: The file; missing folders are created.
@@ -71,7 +71,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A random name: several processes, also of several machines, may write the same file.
+    # A random name, because processes on several machines may write the same file.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         with partial.open("xb") as file:

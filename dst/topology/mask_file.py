@@ -38,7 +38,7 @@ def load_masks(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         masks = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise StateError(f"no mask file at {path}; dst.save_masks writes one") from None
-    except Exception as error:  # torch.load raises many kinds for a damaged file
+    except Exception as error:  # torch.load raises many types for a damaged file
         raise StateError(f"{path} is not a mask file, or is damaged: {reason_of(error)}") from None
     if not isinstance(masks, dict) or not all(
         isinstance(k, str) and isinstance(v, Tensor) and v.dtype == torch.bool for k, v in masks.items()

@@ -298,7 +298,7 @@ def test_a_trainer_elsewhere_stays_masked(times, monkeypatch, capsys):
     assert "all layers masked" in capsys.readouterr().err
 
 
-def test_dense_layers_beside_sparse_ones_are_feature_major(times):
+def test_dense_layers_next_to_sparse_ones_are_feature_major(times):
     times(lambda case: 2.0 if case.outputs == 25 else 0.5)
     model = dst.prepare(net(), rigl())
     assert type(model.head) is FeatureMajorLinear

@@ -22,7 +22,7 @@ CASES = rotated(METHODS, OPTIMIZERS, [Net, Mixed, Bottleneck], each=2)
 
 
 @pytest.mark.parametrize(("name", "optimizer", "net"), CASES)
-def test_a_masked_run_goes_on_in_csr(name, optimizer, net):
+def test_a_masked_run_continues_in_csr(name, optimizer, net):
     masked = Run(CLAIMED[name]("masked"), optimizer, net=net).train(9)
     state = saved(masked)
     csr = Run(CLAIMED[name]("csr"), optimizer, net=net)
@@ -34,7 +34,7 @@ def test_a_masked_run_goes_on_in_csr(name, optimizer, net):
 
 
 @pytest.mark.parametrize(("name", "optimizer", "net"), CASES)
-def test_a_csr_run_goes_on_masked(name, optimizer, net):
+def test_a_csr_run_continues_masked(name, optimizer, net):
     csr = Run(CLAIMED[name]("csr"), optimizer, net=net).train(9)
     state = saved(csr)
     masked = Run(CLAIMED[name]("masked"), optimizer, net=net)

@@ -197,7 +197,7 @@ def test_a_gradient_that_is_not_finite_skips_the_update():
     assert all(torch.equal(masks[n], m) for n, m in run.sparsifier.masks.items())
 
 
-def test_an_attempt_that_is_not_followed_by_a_step_leaves_nothing_behind():
+def test_an_attempt_without_a_step_leaves_nothing():
     """A step that a gradient scaler skipped is repeated, and grows by its own gradient alone."""
     masked, csr = (Run(CLAIMED["rigl"](b)).train(3) for b in ("masked", "csr"))
     for run in (masked, csr):
@@ -275,7 +275,7 @@ def test_nothing_dense_is_held_between_updates():
         [("model", "optimizer", "dst"), ("dst", "optimizer", "model"), ("optimizer", "dst", "model")],
     ),
 )
-def test_a_resume_goes_on_to_the_bit(name, optimizer, order):
+def test_a_resume_is_bitwise_exact(name, optimizer, order):
     whole = Run(CLAIMED[name]("csr"), optimizer).train(7)
     state = saved(whole)
     whole.train(8)
@@ -435,7 +435,7 @@ def test_methods_that_need_inactive_weights_are_refused(make, reason):
         make()
 
 
-def test_a_score_of_ones_own_may_serve_if_it_says_so():
+def test_a_users_score_is_accepted_if_it_declares_support():
     class Mine(scores.Magnitude):
         pass
 
@@ -488,7 +488,7 @@ def test_clock_and_masks_are_those_of_the_dense_names():
     assert not run.model.first.is_collecting
 
 
-def test_the_plan_tells_where_weights_will_live():
+def test_the_dry_run_tells_the_storage_of_each_weight():
     method = methods.rigl(DENSITY, backend="csr")
     rows = {row.name: row for row in dst.plan(Mixed(), methods.rigl(DENSITY, allocation=Uniform(), backend="csr")).rows}
     attention = "MultiheadAttention reads the weight directly; csr supports q, k, v and output as nn.Linear"

@@ -75,7 +75,7 @@ def test_the_mask_holds_the_largest_latent_weights_and_the_parameter_shows_them(
     assert sparsifier.updates
 
 
-def test_optimizer_state_of_inactive_weights_lives_on():
+def test_optimizer_state_of_inactive_weights_is_kept():
     model, optimizer, sparsifier = sparsified(METHODS["sr_ste"](), "adamw")
     train(model, optimizer, sparsifier, 4)
     for name, mask in sparsifier.masks.items():

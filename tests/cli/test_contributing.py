@@ -13,7 +13,7 @@ from tests.cli.test_command import ROOT, train_here  # noqa: F401 (a fixture)
 GUIDE = ROOT / "CONTRIBUTING.md"
 
 
-def test_a_method_of_ones_own_is_one_file_and_one_yaml(tmp_path, monkeypatch, train_here):  # noqa: F811
+def test_a_users_method_is_one_file_and_one_yaml(tmp_path, monkeypatch, train_here):  # noqa: F811
     if not GUIDE.exists():
         pytest.skip("no checkout")
     section = GUIDE.read_text(encoding="utf-8").partition("## Adding a method")[2].partition("\n## ")[0]

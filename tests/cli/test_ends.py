@@ -90,7 +90,7 @@ def test_a_run_that_is_told_to_end_does_not_report_success(tmp_path: Path) -> No
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"] > 0
 
 
-def test_an_interrupted_sweep_says_how_to_go_on(
+def test_an_interrupted_sweep_says_how_to_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     step, checkpoint = Classifier.training_step, tmp_path / "sweep" / "0" / "checkpoints" / "last.ckpt"

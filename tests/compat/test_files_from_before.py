@@ -47,7 +47,7 @@ def _saved_method(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", FITS)
-def test_a_fit_goes_on_from_its_checkpoint_to_the_same_end(name: str, tmp_path: Path) -> None:
+def test_a_fit_resumes_from_its_checkpoint_exactly(name: str, tmp_path: Path) -> None:
     method = METHODS[name.removesuffix("_csr")]()
     if name.endswith("_csr"):
         method = dataclasses.replace(method, backend="csr")

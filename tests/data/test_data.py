@@ -555,7 +555,7 @@ def test_too_few_samples() -> None:
 
 
 @pytest.mark.parametrize("taken", range(4))
-def test_state_continues_behind_the_last_batch(taken: int) -> None:
+def test_state_continues_after_the_last_batch(taken: int) -> None:
     plain = loader()
     expected = labels_of(plain) + labels_of(plain)
     stopped = loader()

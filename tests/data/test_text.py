@@ -95,7 +95,7 @@ def test_order_and_offset_are_functions_of_seed_and_epoch():
 
 
 @pytest.mark.parametrize("taken", range(6))
-def test_state_continues_behind_the_last_batch(taken):
+def test_state_continues_after_the_last_batch(taken):
     whole = training()
     expected = starts(whole) + starts(whole)
     stopped = training()

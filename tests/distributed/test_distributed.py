@@ -191,7 +191,7 @@ def train_wide(rank: int, world: int, how: str) -> dict[str, Any]:
     return {"sent": hook.bytes_sent, "dense": hook.bytes_dense, "weights": [p.detach() for p in net.parameters()]}
 
 
-def test_hook_sends_active_gradients_alone_and_changes_nothing() -> None:
+def test_hook_sends_only_active_gradients_and_changes_nothing() -> None:
     plain, sparse = run(train_wide, 2, "ddp"), run(train_wide, 2, "hook")
     assert plain[0]["dense"] == 0
     for rank in range(2):

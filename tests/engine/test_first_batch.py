@@ -39,7 +39,7 @@ def step(model: nn.Module, optimizer: Any, sparsifier: dst.Sparsifier, *args: An
 # --- the loss -------------------------------------------------------------------------------------------------------
 
 
-def test_a_loop_that_forgets_the_loss_is_told_what_to_call() -> None:
+def test_a_loop_without_the_loss_gets_an_error_that_names_the_call() -> None:
     model, optimizer, sparsifier = build(methods.grasp(0.3))
     backward(model, optimizer, 0)
     with pytest.raises(
@@ -122,7 +122,7 @@ def test_outputs_are_divided_in_the_step_that_makes_the_mask_alone() -> None:
     assert hooks_of(model) == 0
 
 
-def test_fused_attention_is_off_in_that_step_alone_and_after_an_error_too() -> None:
+def test_fused_attention_is_off_only_in_that_step_even_after_an_error() -> None:
     enabled = torch.backends.cuda.flash_sdp_enabled
     seen = []
 
@@ -306,7 +306,7 @@ def test_a_model_called_in_pieces_is_refused() -> None:
         sparsifier.before_step()
 
 
-def test_a_model_that_knows_float32_alone_is_refused() -> None:
+def test_a_model_for_float32_only_is_refused() -> None:
     class Stubborn(nn.Linear):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.float())
@@ -420,7 +420,7 @@ def test_what_was_pruned_on_the_way_stays_pruned(monkeypatch: pytest.MonkeyPatch
             assert mask.sum() < before[label].sum()
 
 
-def test_layers_with_densities_of_their_own_go_there_by_powers() -> None:
+def test_layers_with_their_own_densities_are_pruned_by_powers() -> None:
     layers, _ = find_layers(nn.Sequential(nn.Linear(10, 10), nn.Linear(10, 20)))
     scores = {x.label: torch.rand(x.shape) for x in layers}
     method = dst.Method("x", 0.14, allocation=PerLayer({"0.weight": 0.04, "1.weight": 0.19}))

@@ -293,7 +293,7 @@ def test_a_level_that_prunes_nothing_repeats_the_dense_level_to_the_bit(tmp_path
     ],
     ids=str,
 )
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, tmp_path, moment):
+def test_an_interrupted_run_resumes_exactly(finished, tmp_path, moment):
     reference, _, expected, _ = finished
     power = Power()
     power.cut_at = moment
@@ -320,7 +320,7 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(finished, tmp_pat
     assert equal(_model_state(module), weights_in(reference / "level_03" / "final.ckpt"))
 
 
-def test_an_interrupted_level_goes_on_from_its_last_checkpoint(tmp_path):
+def test_an_interrupted_level_resumes_from_its_last_checkpoint(tmp_path):
     power = Power()
     power.cut_at = (1, 13)
     with pytest.raises(RuntimeError, match="power cut"):
@@ -347,7 +347,7 @@ def test_a_finished_run_is_read_and_not_repeated(finished):
     assert equal(_model_state(module), weights_in(folder / "level_03" / "final.ckpt"))
 
 
-def test_density_one_is_the_dense_level_alone(tmp_path):
+def test_density_one_is_only_the_dense_level(tmp_path):
     _, result, power = run(tmp_path, method=methods.lottery_ticket_rewind(1.0))
     assert [r.density for r in result.levels] == [1.0]
     assert power.started == [(0, 0)]
@@ -462,7 +462,7 @@ def test_fine_tuning_needs_the_dense_levels_last_rate(tmp_path):
     torch.save({k: v for k, v in checkpoint.items() if k != "dst_rates"}, final)
     for record in tmp_path.glob("level_0[123]/level.json"):
         record.unlink()
-    with pytest.raises(StateError, match=r"level_00.*last learning rates.*train it anew"):
+    with pytest.raises(StateError, match=r"level_00.*last learning rates.*train level 0 again"):
         run(tmp_path, rewind="none", rewind_to=7)
 
 

@@ -34,7 +34,7 @@ def test_a_checkpoint_of_any_backend_is_inspected_alike(backend: str, tmp_path: 
     assert found.facts["explored"] == f"{100 * sparsifier.exploration_rate:.2f}% of the weights of sparse layers"
 
 
-def test_a_density_that_was_set_is_no_problem_of_a_checkpoint(tmp_path: Path) -> None:
+def test_a_checkpoint_after_set_density_has_no_problem(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     sparsifier = dst.Sparsifier(model, optimizer, methods.sparse_from_scratch(0.5), total_steps=10)
@@ -151,7 +151,7 @@ def _plain(value: Any) -> Any:
 # -- what is accepted counts ---------------------------------------------------------------------------------------
 
 
-def test_the_score_of_a_users_own_is_a_score() -> None:
+def test_a_users_score_is_a_score() -> None:
     class Sensitivity:
         needs_gradient = True
         observes = False

@@ -72,7 +72,7 @@ def test_counts_are_exact_and_survivors_untouched(name, steps, optimizer_name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_density_stays_and_training_goes_on(name):
+def test_the_density_stays_and_training_continues(name):
     model, optimizer, sparsifier = sparsified(METHODS[name](), "adamw")
     train(model, optimizer, sparsifier, 6)
     sparsifier.set_density(0.5)

@@ -832,7 +832,7 @@ def test_a_model_may_change_its_dtype_on_the_way():
     assert counts(sparsifier) == reported(sparsifier)
 
 
-def test_layers_that_are_wholly_dense_are_left_alone():
+def test_dense_layers_are_left_unchanged():
     table = {"conv.weight": 1.0, "*": 0.25}
     total = sum(layer.weights for layer in sparsified(methods.dense())[2].layers)
     method = methods.rigl((144 + 0.25 * (total - 144)) / total, update_every=2, allocation=PerLayer(table))
@@ -944,7 +944,7 @@ ORDERS = ("weights first", "weights and optimizer first", "sparsifier first")
     ("method_name", "optimizer_name", "order", "at"),
     rotated(METHODS, ("adamw", "odd"), ORDERS, (0, 3, 9), share=(0, 2)),
 )
-def test_a_resume_goes_on_to_the_bit(method_name, optimizer_name, order, at):
+def test_a_resume_is_bitwise_exact(method_name, optimizer_name, order, at):
     make = METHODS[method_name]
     model, optimizer, sparsifier = sparsified(make(), optimizer_name, seed=4)
     train(model, optimizer, sparsifier, at)

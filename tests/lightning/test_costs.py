@@ -79,7 +79,7 @@ def test_a_counter_that_does_not_move_measures_no_passes(monkeypatch):
 TRAINER = types.SimpleNamespace(strategy=types.SimpleNamespace(root_device=torch.device("cpu")))
 
 
-def test_energy_goes_on_after_a_resume(counted, monkeypatch):
+def test_energy_accumulates_over_a_resume(counted, monkeypatch):
     first = Spent()
     assert first.energy is None
     assert first.state_dict() == {}

@@ -159,7 +159,7 @@ def test_several_optimizers_are_copied_with_their_sparsifier() -> None:
 # -- optimizers that nobody told of --------------------------------------------------------------------------------
 
 
-def test_an_optimizer_built_anew_is_told_of() -> None:
+def test_a_replaced_optimizer_is_reported() -> None:
     model, _, sparsifier = sparsified("rigl")
     anew = OPTIMIZERS["sgd"](model.parameters())
 
@@ -217,7 +217,7 @@ def test_an_optimizer_that_takes_two_gradients_a_step_is_served() -> None:
     assert sparsifier.step == 8
 
 
-def test_what_goes_on_after_finalize_is_nobodys_business() -> None:
+def test_steps_after_finalize_are_ignored() -> None:
     model, optimizer, sparsifier = sparsified("rigl")
     sparsifier.finalize()
     for step in range(6):

@@ -386,7 +386,7 @@ def test_the_same_trainer_fits_twice() -> None:
     assert any(not torch.equal(m, between[n]) for n, m in masks_of(sparse).items())
 
 
-def test_another_trainer_goes_on_with_the_connections_and_begins_the_schedule_again() -> None:
+def test_another_trainer_keeps_the_connections_and_restarts_the_schedule() -> None:
     sparse = SparseTraining(METHODS["set"]())
     module = Module()
     trainer([sparse]).fit(module, datamodule=Data())

@@ -285,7 +285,7 @@ def test_a_step_that_was_not_prepared_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("name", rotated(DYNAMIC, share=(0, 2)))
-def test_a_step_that_was_prepared_and_not_taken_is_rewired_once(name: str) -> None:
+def test_a_step_that_was_prepared_and_not_taken_is_updated_once(name: str) -> None:
     """Loops that skip a step because the norm is too large prepare the same step again."""
     model, optimizer, sparsifier = sparsified(name)
     train(model, optimizer, sparsifier, 4)

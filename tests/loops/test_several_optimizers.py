@@ -104,7 +104,7 @@ def test_lengths_that_are_given() -> None:
     assert [s.total for s in sparse.sparsifier._training.steppers] == [100, 20]
 
 
-def test_lengths_in_a_loop_of_ones_own() -> None:
+def test_lengths_in_a_users_loop() -> None:
     nets = [nn.Linear(20, 20), nn.Linear(20, 20)]
     model = nn.ModuleList(nets)
     first, second = (torch.optim.SGD(net.parameters(), 0.01) for net in nets)
@@ -125,7 +125,7 @@ def test_lengths_in_a_loop_of_ones_own() -> None:
         dst.Sparsifier(nn.ModuleList(nets), [first, second], method, total_steps={first: 3})
 
 
-def test_a_resume_goes_on_with_the_lengths_that_were_measured() -> None:
+def test_a_resume_uses_the_measured_lengths() -> None:
     _, sparse = fit(METHODS["gmp"](), every=5, batches=20, max_epochs=5)
     assert sparse.sparsifier is not None
     state = sparse.state_dict()
@@ -182,7 +182,7 @@ def test_training_that_ends_before_its_mask_says_so(caplog: pytest.LogCaptureFix
     assert caplog.text.count("ended at density 1, target 0.1: 10 of 100 planned optimizer steps") == 1
 
 
-def test_an_exception_is_no_end(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_exception_is_not_the_end_of_training(caplog: pytest.LogCaptureFixture) -> None:
     net = nn.Linear(20, 20)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     sparsifier = dst.Sparsifier(net, optimizer, dst.methods.gmp(0.1, update_every=2), total_steps=40)

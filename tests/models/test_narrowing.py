@@ -246,7 +246,7 @@ def test_refuses_what_no_width_can_match(wrong, message):
         methods.small_dense(wrong[0], **({"match": wrong[1]} if wrong[1:] else {}))
 
 
-def test_a_sparsifier_says_that_it_trains_the_model_as_it_is(caplog):
+def test_a_sparsifier_warns_that_it_trains_the_model_dense(caplog):
     model = nn.Linear(20, 10)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     with caplog.at_level(logging.WARNING):

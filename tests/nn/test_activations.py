@@ -106,7 +106,7 @@ def test_only_training_moves_the_duty_cycle_and_boosting_evens_it_out():
     assert shares[5.0].min() > 0
 
 
-def test_a_saved_state_goes_on_exactly():
+def test_a_saved_state_resumes_exactly():
     batches = [torch.randn(5, 8) for _ in range(6)]
     whole = KWinners(8, density=0.25, period=12)
     outputs = [whole(batch) for batch in batches]

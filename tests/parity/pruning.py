@@ -14,6 +14,7 @@ import torch
 import dst
 from dst import methods
 from dst.allocation import Global
+from tests.parity.replacement import drop_smallest, grow_largest
 from tests.small import Small, random_gradients
 
 STEPS, EVERY, STOP = 20, 3, 15
@@ -58,11 +59,9 @@ def global_loop(initial, steps_with_update, regrow):
                 assert mask.any()
                 if mask.all():
                     continue
-                active = mask.nonzero().squeeze(1)
-                number = math.floor(fraction * len(active))
-                mask[active[value[active].abs().argsort()[:number]]] = False
-                free = (~mask).nonzero().squeeze(1)
-                mask[free[gradient[free].argsort(descending=True)[:number]]] = True
+                number = math.floor(fraction * int(mask.sum()))
+                drop_smallest(mask, value, number)
+                grow_largest(mask, gradient, number)
         sparsifier.before_step()
         for layer, mask in zip(layers, mine, strict=True):
             assert torch.equal(layer.part(sparsifier.masks[layer.parameter]).flatten(), mask), (step, layer.label)

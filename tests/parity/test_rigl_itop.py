@@ -11,6 +11,7 @@ import torch
 import dst
 from dst import methods
 from dst.schedules import Cosine
+from tests.parity.replacement import drop_smallest, grow_largest
 from tests.small import Small, random_gradients
 
 
@@ -56,11 +57,9 @@ def test_a_training_agrees_with_a_loop():
                 gradient = layer.part(parameter.grad).flatten().abs()
                 if flat.all():
                     continue
-                active = flat.nonzero().squeeze(1)
-                number = math.floor(fraction * len(active))
-                flat[active[weight[active].abs().argsort()[:number]]] = False
-                free = (~flat).nonzero().squeeze(1)
-                flat[free[gradient[free].argsort(descending=True)[:number]]] = True
+                number = math.floor(fraction * int(flat.sum()))
+                drop_smallest(flat, weight, number)
+                grow_largest(flat, gradient, number)
                 mask.copy_(flat.view(mask.shape))
         sparsifier.before_step()
         changed += not all(torch.equal(m, expected[n]) for n, m in sparsifier.masks.items())

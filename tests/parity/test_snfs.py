@@ -12,6 +12,7 @@ from dst import methods
 from dst.redistribute import MeanMomentum, apportion
 from dst.schedules import Cosine
 from dst.types import LayerStat, LayerView
+from tests.parity.replacement import drop_smallest, grow_largest
 from tests.small import Small, random_gradients
 
 BETA, STEPS, EVERY = 0.9, 12, 3
@@ -51,8 +52,7 @@ def test_a_training_agrees_with_a_loop(rate):
             strength = [float(m[mask].abs().mean()) for m, mask in zip(momentum, mine, strict=True)]
             removed = [math.floor(fraction * int(mask.sum())) for mask in mine]
             for mask, value, number in zip(mine, values, removed, strict=True):
-                active = mask.nonzero().squeeze(1)
-                mask[active[value[active].abs().argsort()[:number]]] = False
+                drop_smallest(mask, value, number)
             ideal = split(sum(removed), strength, [int((~mask).sum()) for mask in mine])
         sparsifier.before_step()
         optimizer.step()
@@ -63,8 +63,7 @@ def test_a_training_agrees_with_a_loop(rate):
             assert sum(grown) == sum(removed)
             assert all(abs(number - share) < 1 for number, share in zip(grown, ideal, strict=True))
             for mask, m, number in zip(mine, momentum, grown, strict=True):
-                free = (~mask).nonzero().squeeze(1)
-                mask[free[m[free].abs().argsort(descending=True)[:number]]] = True
+                grow_largest(mask, m, number)
         for layer, mask in zip(layers, mine, strict=True):
             assert torch.equal(layer.part(sparsifier.masks[layer.parameter]).flatten(), mask), (step, layer.label)
     assert [int(mask.sum()) for mask in mine] != first
@@ -103,7 +102,7 @@ def test_growth_follows_strength():
     assert MeanMomentum().grow_counts(stats, 12) == [3, 9]
 
 
-def test_redistribution_by_gradients_that_nobody_watches():
+def test_redistribution_by_gradients_without_a_running_mean():
     """With random growth the strength is that of this step's gradient: the layer whose gradient is large gets all."""
     model = torch.nn.Sequential(torch.nn.Linear(20, 20, bias=False), torch.nn.Linear(20, 20, bias=False))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

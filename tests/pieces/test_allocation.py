@@ -49,7 +49,7 @@ roomy = st.one_of(
 
 @given(st.lists(roomy, min_size=1, max_size=8), st.floats(0.2, 1.0), st.sampled_from([ER(), ERK(), ERK(power=0.5)]))
 @example([(5, 5), (9, 12), (12, 9)], 0.20185, ERK())
-def test_erk_counts_are_the_densities_to_a_weight_and_dense_layers_are_wholly_dense(shapes, density, allocation):
+def test_erk_counts_are_the_densities_to_a_weight_and_dense_layers_are_dense(shapes, density, allocation):
     counts = allocation.counts(names(shapes), shapes, density)
     densities = allocation.densities(names(shapes), shapes, density)
     for count, size, share in zip(counts, sizes(shapes), densities, strict=True):

@@ -149,7 +149,11 @@ class ScoredDraw(Drawing, Sampler):
         return -view.weight
 
 
-@pytest.mark.parametrize("piece", [scores.Random(), init.Random(), Drawing(), Renamed(), Both()], ids=repr)
+@pytest.mark.parametrize(
+    "piece",
+    [scores.Random(), init.Random(), Drawing(), Renamed(), Both()],
+    ids=lambda piece: f"{type(piece).__module__.rpartition(chr(46))[2]}.{type(piece).__name__}",
+)
 def test_pieces_that_sample(piece):
     assert as_sampler(piece) is piece
 

@@ -99,7 +99,7 @@ def test_a_checkpoint_plugin_of_the_users_stays(tmp_path: Path) -> None:
     assert type(fit.trainer.strategy.checkpoint_io) is Own
 
 
-def test_files_elsewhere_are_lightnings_business() -> None:
+def test_files_elsewhere_are_left_to_lightning() -> None:
     io = AtomicCheckpointIO()
     io.save_checkpoint({"value": torch.ones(2)}, "memory://folder/a.ckpt")
     assert io.load_checkpoint("memory://folder/a.ckpt", weights_only=True)["value"].eq(1).all()

@@ -72,9 +72,7 @@ def test_every_optimizer_resumes(name: str, optimizer: str, step: int, tmp_path:
     ("where", "name"),
     rotated([(1, 4), (1, 5), (3, 13), (3, 14), (3, 15)], ["rigl", "set", "snip", "momentum_growth"]),
 )
-def test_a_run_that_is_interrupted_goes_on_from_its_last_checkpoint(
-    where: tuple[int, int], name: str, tmp_path: Path
-) -> None:
+def test_an_interrupted_run_resumes_from_its_last_checkpoint(where: tuple[int, int], name: str, tmp_path: Path) -> None:
     accumulate, stop = where
 
     def sparse() -> SparseTraining:
@@ -135,7 +133,7 @@ def fit_until_killed(name: str, accumulate: int, stop: int, folder: Path) -> Non
 @pytest.mark.parametrize(
     ("name", "accumulate", "stop"), [("rigl", 1, 9), pytest.param("set", 3, 37, marks=pytest.mark.exhaustive)]
 )
-def test_a_killed_process_goes_on_from_its_last_checkpoint(
+def test_a_killed_process_resumes_from_its_last_checkpoint(
     name: str, accumulate: int, stop: int, tmp_path: Path
 ) -> None:
     assert exit_code_of(fit_until_killed, name, accumulate, stop, tmp_path) == -signal.SIGKILL

@@ -87,7 +87,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[
         (2, 10, 3),  # in the middle of gradient accumulation
     ],
 )
-def test_an_interrupted_lottery_goes_on(
+def test_an_interrupted_lottery_resumes(
     undisturbed: Callable[..., dict[str, Any]], level: int, batch: int, accumulate: int, tmp_path: Path
 ) -> None:
     with pytest.raises(Interrupted):
@@ -123,7 +123,7 @@ def test_so_it_does_where_trained_weights_are_kept(
     assert not list(tmp_path.glob("*/*/start.ckpt"))
 
 
-def test_a_level_that_is_interrupted_as_it_ends_goes_on(
+def test_a_level_that_is_interrupted_as_it_ends_resumes(
     undisturbed: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training is over and the level's record is not yet written."""

@@ -57,7 +57,7 @@ def test_loading_the_sparsifier_before_weights_and_optimizer(tmp_path: Path) -> 
     assert not list(differences(state_dicts(*whole), state_dicts(model, optimizer, sparsifier)))
 
 
-def test_weights_and_state_that_are_active_and_zero_stay_active() -> None:
+def test_active_weights_that_are_zero_stay_active() -> None:
     """Connections grown at zero, a moment before the save, are in the mask and not in the weights."""
     model, optimizer, sparsifier = sparsified("rigl")
     train(model, optimizer, sparsifier, 5)  # the last step was an update, and took the place of the step
@@ -117,7 +117,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(what: str) -> 
     assert not list(differences(before, state_dicts(model, optimizer, sparsifier)))
 
 
-def test_a_saved_state_does_not_change_as_training_goes_on(tmp_path: Path) -> None:
+def test_a_saved_state_does_not_change_during_training(tmp_path: Path) -> None:
     model, optimizer, sparsifier = sparsified("watching_twice")
     train(model, optimizer, sparsifier, 6)
     held = sparsifier.state_dict()

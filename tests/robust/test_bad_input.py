@@ -67,7 +67,7 @@ def test_an_update_waits_for_finite_gradients(value):
     assert model.weight[~before].eq(0).all()  # not even where the infinity was
 
 
-def test_a_layer_with_one_weight_lives():
+def test_a_layer_with_one_weight_trains():
     model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 30), nn.Linear(30, 1))
     optimizer, sparsifier = build(model, dst.methods.rigl(0.5, update_every=1))
     for _ in range(5):

@@ -73,7 +73,7 @@ def test_what_is_no_method_or_optimizer_is_named(what: str) -> None:
             dst.lightning.SparseTraining(method)
 
 
-def test_a_scheduler_is_no_optimizer() -> None:
+def test_a_scheduler_is_not_an_optimizer() -> None:
     net = nn.Linear(8, 8)
     scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(net.parameters(), 0.1), 3)
     with pytest.raises(dst.ConfigurationError, match="pass the optimizer that the scheduler has"):
