@@ -16,6 +16,7 @@ constexpr int kNarrow = 4, kWide = 8, kBoth = 4, kOne = 8;
 constexpr int64_t kFarBytes = 256 * 1024;
 #endif
 constexpr int64_t kNearBytes = 32 * 1024;
+constexpr int64_t kAhead = 3;  // lines fetched ahead of those being transposed
 
 // ---- transposing in registers
 // A vector is gathered from 16-byte pieces of several rows; what remains is to transpose the pieces in place.
@@ -134,6 +135,10 @@ void turn_in(const Operand<T>& a, int64_t lanes, int64_t features, T* out, T* su
         for (; whole && l + S::W <= lanes; l += S::W) {
             const T* in = a.data + l * a.stride + f;
             const T* y = MASK ? a.y + l * a.y_stride + f : nullptr;
+            for (int i = 0; i < S::W; ++i) {
+                __builtin_prefetch(in + i * a.stride + kAhead * line);
+                if (MASK) __builtin_prefetch(y + i * a.y_stride + kAhead * line);
+            }
             for (int q = 0; q < line / K; ++q) {
                 V v[K];
                 for (int i = 0; i < K; ++i) {
@@ -162,6 +167,13 @@ void turn_in(const Operand<T>& a, int64_t lanes, int64_t features, T* out, T* su
             for (int64_t m = lanes; m < L; ++m) out[i * L + m] = 0;
         }
     }
+}
+
+// Lines that a group of results will be written to: fetched while the group is computed, since there are as many streams
+// as examples, more than a machine foresees.
+template <class T>
+DST_INLINE void expect(const T* out, int64_t lanes, int64_t stride) {
+    for (int64_t l = 0; l < lanes; ++l) __builtin_prefetch(out + l * stride, 1);
 }
 
 // Bring up to a line of features, scratch [features, NV vectors], back to `lanes` rows.
@@ -250,6 +262,7 @@ void rows_block(const RowsForward<T>& a, const Cuts& cuts, int64_t first, int64_
         const bool last = k + 1 == cuts.count, relu = last && a.relu;
         for (int64_t group = 0; group < rows; group += line) {
             const int64_t size = std::min(line, rows - group);
+            if (last) expect(a.y + first * a.y_stride + group, lanes, a.y_stride);
             for (int64_t i = 0; i < size; ++i) {
                 const int64_t r = group + i;
                 V sum[U][NV];
@@ -371,6 +384,7 @@ void columns_block(const RowsBackward<T>& a, const Cuts& cuts, int64_t begin, in
         const bool last = k + 1 == cuts.count;
         for (int64_t group = begin; group < end; group += line) {
             const int64_t size = std::min(line, end - group);
+            if (INPUT && last) expect(a.gx + first * a.gx_stride + group, lanes, a.gx_stride);
             for (int64_t i = 0; i < size; ++i) {
                 const int64_t c = group + i;
                 Column<T, NV> column;
