@@ -16,6 +16,7 @@ constexpr int kNarrow = 4, kWide = 8, kBoth = 4, kOne = 8;
 constexpr int64_t kFarBytes = 256 * 1024;
 #endif
 constexpr int64_t kNearBytes = 32 * 1024;
+constexpr int64_t kPanelBytes = 16 * 1024;
 constexpr int64_t kAhead = 3;  // lines fetched ahead of those being transposed
 
 // ---- transposing in registers
@@ -109,6 +110,10 @@ struct Turn {
 template <class T>
 constexpr int64_t kLine = 64 / sizeof(T);
 
+// Features of the output whose results are gathered before they are transposed.
+template <class T>
+constexpr int64_t kGroup = 4 * kLine<T>;
+
 template <class T>
 struct Operand {
     const T* data;
@@ -118,53 +123,64 @@ struct Operand {
 };
 
 // Bring `lanes` rows of an operand into scratch [features, NV vectors]; lanes beyond are zero. `sums` receives the sum of
-// every feature if SUM.
+// every feature if SUM. A panel of features is walked by one vector of rows at a time: rows that lie a multiple of 4096
+// bytes apart share a set of the first-level cache, which has room for few more.
 template <class T, int NV, bool MASK, bool SUM>
 void turn_in(const Operand<T>& a, int64_t lanes, int64_t features, T* out, T* sums) {
     using S = Simd<T>;
     using V = typename S::V;
-    constexpr int64_t L = NV * S::W, line = kLine<T>;
+    constexpr int64_t L = NV * S::W, line = kLine<T>, panel = std::max<int64_t>(1, kPanelBytes / (64 * L)) * line;
     constexpr int K = 16 / sizeof(T);
-    for (int64_t f = 0; f < features; f += line) {
-        const bool whole = f + line <= features;
-        const int64_t to = whole ? f + line : features;
-        V total[line / K];
+    const int64_t whole = lanes / S::W * S::W;
+    for (int64_t begin = 0; begin < features; begin += panel) {
+        const int64_t end = std::min(features, begin + panel), lines = (end - begin) / line;
+        V total[panel / K];
         if (SUM)
-            for (V& t : total) t = S::zero();
-        int64_t l = 0;
-        for (; whole && l + S::W <= lanes; l += S::W) {
-            const T* in = a.data + l * a.stride + f;
-            const T* y = MASK ? a.y + l * a.y_stride + f : nullptr;
-            for (int i = 0; i < S::W; ++i) {
-                __builtin_prefetch(in + i * a.stride + kAhead * line);
-                if (MASK) __builtin_prefetch(y + i * a.y_stride + kAhead * line);
-            }
-            for (int q = 0; q < line / K; ++q) {
-                V v[K];
-                for (int i = 0; i < K; ++i) {
-                    v[i] = Turn<T>::pieces(in + i * a.stride + q * K, K * a.stride);
-                    if (MASK) v[i] = S::where_positive(Turn<T>::pieces(y + i * a.y_stride + q * K, K * a.y_stride), v[i]);
-                    if (SUM) total[q] = S::add(total[q], v[i]);
+            for (int64_t q = 0; q < lines * (line / K); ++q) total[q] = S::zero();
+        for (int64_t l = 0; l < whole; l += S::W)
+            for (int64_t f = begin; f + line <= end; f += line) {
+                const T* in = a.data + l * a.stride + f;
+                const T* y = MASK ? a.y + l * a.y_stride + f : nullptr;
+                for (int i = 0; i < S::W; ++i) {
+                    __builtin_prefetch(in + i * a.stride + kAhead * line);
+                    if (MASK) __builtin_prefetch(y + i * a.y_stride + kAhead * line);
                 }
-                Turn<T>::transpose(v);
-                for (int i = 0; i < K; ++i) S::store(out + (f + q * K + i) * L + l, v[i]);
+                for (int q = 0; q < line / K; ++q) {
+                    V v[K];
+                    for (int i = 0; i < K; ++i) {
+                        v[i] = Turn<T>::pieces(in + i * a.stride + q * K, K * a.stride);
+                        if (MASK)
+                            v[i] = S::where_positive(Turn<T>::pieces(y + i * a.y_stride + q * K, K * a.y_stride), v[i]);
+                    }
+                    if (SUM) {
+                        V sum = v[0];
+                        for (int i = 1; i < K; ++i) sum = S::add(sum, v[i]);
+                        V& t = total[(f - begin) / K + q];
+                        t = S::add(t, sum);
+                    }
+                    Turn<T>::transpose(v);
+                    for (int i = 0; i < K; ++i) S::store(out + (f + q * K + i) * L + l, v[i]);
+                }
             }
-        }
-        if (SUM && whole)
-            for (int q = 0; q < line / K; ++q) {
+        if (SUM)
+            for (int64_t q = 0; q < lines * (line / K); ++q) {
                 T parts[S::W];
                 S::store(parts, total[q]);
-                for (int i = 0; i < S::W; ++i) sums[f + q * K + i % K] += parts[i];
+                for (int i = 0; i < S::W; ++i) sums[begin + q * K + i % K] += parts[i];
             }
-        if (l == L) continue;
-        for (int64_t i = f; i < to; ++i) {
-            for (int64_t m = l; m < lanes; ++m) {
-                T v = a.data[m * a.stride + i];
-                if (MASK && a.y[m * a.y_stride + i] <= T(0)) v = 0;
-                if (SUM) sums[i] += v;
-                out[i * L + m] = v;
+        for (int64_t f = begin; f < end; ++f) {  // what does not fill a vector or a line
+            int64_t l = f < begin + lines * line ? whole : 0;
+            if (l == L) {
+                f = begin + lines * line - 1;
+                continue;
             }
-            for (int64_t m = lanes; m < L; ++m) out[i * L + m] = 0;
+            for (; l < lanes; ++l) {
+                T v = a.data[l * a.stride + f];
+                if (MASK && a.y[l * a.y_stride + f] <= T(0)) v = 0;
+                if (SUM) sums[f] += v;
+                out[f * L + l] = v;
+            }
+            for (; l < L; ++l) out[f * L + l] = 0;
         }
     }
 }
@@ -172,29 +188,30 @@ void turn_in(const Operand<T>& a, int64_t lanes, int64_t features, T* out, T* su
 // Lines that a group of results will be written to: fetched while the group is computed, since there are as many streams
 // as examples, more than a machine foresees.
 template <class T>
-DST_INLINE void expect(const T* out, int64_t lanes, int64_t stride) {
-    for (int64_t l = 0; l < lanes; ++l) __builtin_prefetch(out + l * stride, 1);
+DST_INLINE void expect(const T* out, int64_t lanes, int64_t features, int64_t stride) {
+    for (int64_t l = 0; l < lanes; ++l)
+        for (int64_t f = 0; f < features; f += kLine<T>) __builtin_prefetch(out + l * stride + f, 1);
 }
 
-// Bring up to a line of features, scratch [features, NV vectors], back to `lanes` rows.
+// Bring a group of features, scratch [features, NV vectors], back to `lanes` rows: a few rows at a time, as above.
 template <class T, int NV>
 DST_INLINE void turn_out(const T* in, int64_t lanes, int64_t features, T* out, int64_t stride) {
     using S = Simd<T>;
     using V = typename S::V;
     constexpr int64_t L = NV * S::W, line = kLine<T>;
     constexpr int K = 16 / sizeof(T);
-    int64_t l = 0;
-    if (features == line)
-        for (; l + S::W <= lanes; l += S::W)
-            for (int q = 0; q < S::W; q += K)
-                for (int64_t f = 0; f < line; f += S::W) {
+    const int64_t whole = lanes / S::W * S::W, full = features / line * line;
+    for (int64_t l = 0; l < whole; l += S::W)
+        for (int q = 0; q < S::W; q += K)
+            for (int64_t f = 0; f < full; f += line)
+                for (int64_t p = f; p < f + line; p += S::W) {
                     V v[K];
-                    for (int i = 0; i < K; ++i) v[i] = Turn<T>::pieces(in + (f + i) * L + l + q, K * L);
+                    for (int i = 0; i < K; ++i) v[i] = Turn<T>::pieces(in + (p + i) * L + l + q, K * L);
                     Turn<T>::transpose(v);
-                    for (int i = 0; i < K; ++i) S::store(out + (l + q + i) * stride + f, v[i]);
+                    for (int i = 0; i < K; ++i) S::store(out + (l + q + i) * stride + p, v[i]);
                 }
-    for (; l < lanes; ++l)
-        for (int64_t f = 0; f < features; ++f) out[l * stride + f] = in[f * L + l];
+    for (int64_t l = 0; l < lanes; ++l)
+        for (int64_t f = l < whole ? full : 0; f < features; ++f) out[l * stride + f] = in[f * L + l];
 }
 
 // ---- a compressed matrix cut into `count` runs of its indices, so that a run of the operand stays in the cache
@@ -249,9 +266,9 @@ template <class T, class I, int NV>
 void rows_block(const RowsForward<T>& a, const Cuts& cuts, int64_t first, int64_t lanes, T* scratch) {
     using S = Simd<T>;
     using V = typename S::V;
-    constexpr int64_t L = NV * S::W, line = kLine<T>;
+    constexpr int64_t L = NV * S::W, step = kGroup<T>;
     constexpr int U = NV <= 2 ? 4 : NV <= 4 ? 2 : 1;  // independent sums hide the latency of the multiply-add
-    T *x = scratch, *out = x + a.columns * L, *partial = out + line * L;
+    T *x = scratch, *out = x + a.columns * L, *partial = out + step * L;
     turn_in<T, NV, false, false>({a.x + first * a.x_stride, a.x_stride, nullptr, 0}, lanes, a.columns, x, nullptr);
     const I* indices = static_cast<const I*>(a.indices);
     const T* values = a.values;
@@ -260,9 +277,9 @@ void rows_block(const RowsForward<T>& a, const Cuts& cuts, int64_t first, int64_
     for (int64_t k = 0; k < cuts.count; ++k) {
         const int32_t *from = cuts.from(k), *to = cuts.to(k);
         const bool last = k + 1 == cuts.count, relu = last && a.relu;
-        for (int64_t group = 0; group < rows; group += line) {
-            const int64_t size = std::min(line, rows - group);
-            if (last) expect(a.y + first * a.y_stride + group, lanes, a.y_stride);
+        for (int64_t group = 0; group < rows; group += step) {
+            const int64_t size = std::min(step, rows - group);
+            if (last) expect(a.y + first * a.y_stride + group, lanes, size, a.y_stride);
             for (int64_t i = 0; i < size; ++i) {
                 const int64_t r = group + i;
                 V sum[U][NV];
@@ -310,7 +327,7 @@ bool rows_forward_in(const RowsForward<T>& a, Scratch& memory) {
     const int64_t blocks = (a.batch + L - 1) / L;
     const int threads = int(std::min<int64_t>(std::max(1, a.threads), blocks));
     Cuts cuts = plan_cuts(a.columns, L * size, a.rows, a.pointers);
-    const int64_t each = (a.columns + kLine<T> + (cuts.count > 1 ? a.rows : 0)) * L;
+    const int64_t each = (a.columns + kGroup<T> + (cuts.count > 1 ? a.rows : 0)) * L;
     const int64_t inner = round_line((cuts.count - 1) * a.rows * 4);
     char* data = memory.lines(each * size * threads + inner);
     if (!data) return false;
@@ -368,8 +385,8 @@ void columns_block(const RowsBackward<T>& a, const Cuts& cuts, int64_t begin, in
                    bool fresh, T* gv, T* gb, T* scratch) {
     using S = Simd<T>;
     using V = typename S::V;
-    constexpr int64_t L = NV * S::W, line = kLine<T>;
-    T *g = scratch, *x = g + a.rows * L, *out = x + (end - begin) * L, *partial = out + line * L;
+    constexpr int64_t L = NV * S::W, step = kGroup<T>;
+    T *g = scratch, *x = g + a.rows * L, *out = x + (end - begin) * L, *partial = out + step * L;
     const Operand<T> gradient = {a.g + first * a.g_stride, a.g_stride, a.y ? a.y + first * a.y_stride : nullptr, a.y_stride};
     if (a.y && gb) turn_in<T, NV, true, true>(gradient, lanes, a.rows, g, gb);
     else if (a.y) turn_in<T, NV, true, false>(gradient, lanes, a.rows, g, nullptr);
@@ -382,9 +399,9 @@ void columns_block(const RowsBackward<T>& a, const Cuts& cuts, int64_t begin, in
     for (int64_t k = 0; k < cuts.count; ++k) {
         const int32_t *from = cuts.from(k), *to = cuts.to(k);
         const bool last = k + 1 == cuts.count;
-        for (int64_t group = begin; group < end; group += line) {
-            const int64_t size = std::min(line, end - group);
-            if (INPUT && last) expect(a.gx + first * a.gx_stride + group, lanes, a.gx_stride);
+        for (int64_t group = begin; group < end; group += step) {
+            const int64_t size = std::min(step, end - group);
+            if (INPUT && last) expect(a.gx + first * a.gx_stride + group, lanes, size, a.gx_stride);
             for (int64_t i = 0; i < size; ++i) {
                 const int64_t c = group + i;
                 Column<T, NV> column;
@@ -446,7 +463,7 @@ bool rows_backward_in(const RowsBackward<T>& a, Scratch& memory) {
     const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(a.columns, (threads + slices - 1) / slices));
     threads = int(std::min<int64_t>(threads, slices * shares));
     Cuts cuts = plan_cuts(a.rows, L * size, a.columns, a.pointers);
-    const int64_t each = (a.rows + a.columns + kLine<T> + (INPUT && cuts.count > 1 ? a.columns : 0)) * L;
+    const int64_t each = (a.rows + a.columns + kGroup<T> + (INPUT && cuts.count > 1 ? a.columns : 0)) * L;
     const int64_t inner = round_line((cuts.count - 1) * a.columns * 4), one = round_line((nnz + a.rows) * size);
     char* data = memory.lines(inner + each * size * threads + one * (slices - 1));
     if (!data) return false;
