@@ -185,12 +185,54 @@ void turn_in(const Operand<T>& a, int64_t lanes, int64_t features, T* out, T* su
     }
 }
 
-// Lines that a group of results will be written to: fetched while the group is computed, since there are as many streams
-// as examples, more than a machine foresees.
+// Brings the operands of the next block into the second-level cache while this one is computed, a few lines after every
+// row or column of the weight.
 template <class T>
-DST_INLINE void expect(const T* out, int64_t lanes, int64_t features, int64_t stride) {
-    for (int64_t l = 0; l < lanes; ++l)
-        for (int64_t f = 0; f < features; f += kLine<T>) __builtin_prefetch(out + l * stride + f, 1);
+struct Ahead {
+    struct Source {
+        const T* row;
+        int64_t stride, features, rows;
+    };
+    Source sources[3];
+    int count = 0, now = 0;
+    int64_t feature = 0, lines = 0, rate = 0, credit = 0;
+
+    void add(const T* data, int64_t stride, int64_t features, int64_t rows) {
+        if (!data || rows <= 0 || features <= 0) return;
+        sources[count++] = {data, stride, features, rows};
+        lines += (features + kLine<T> - 1) / kLine<T> * rows;
+    }
+
+    void spread(int64_t steps) {
+        if (lines * 64 >= kFarBytes) return;  // would drive out what is being used
+        rate = (lines << 16) / std::max<int64_t>(1, steps) + 1;
+    }
+
+    DST_INLINE void step() {
+        for (credit += rate; credit >= 1 << 16; credit -= 1 << 16) {
+            if (now == count) return;
+            Source& s = sources[now];
+            __builtin_prefetch(s.row + feature, 0, 2);
+            feature += kLine<T>;
+            if (feature < s.features) continue;
+            feature = 0;
+            s.row += s.stride;
+            if (--s.rows == 0) ++now;
+        }
+    }
+};
+
+// The lines that the group of results after this one will be written to: there are as many streams as examples, more than a
+// machine foresees. After the last group comes the first of the next block.
+template <class T>
+Ahead<T> ahead_of_group(T* out, int64_t stride, int64_t block, int64_t lanes, int64_t next, int64_t begin, int64_t group,
+                        int64_t end) {
+    const int64_t size = std::min(kGroup<T>, end - group), after = group + kGroup<T>;
+    Ahead<T> ahead;
+    if (after < end) ahead.add(out + after, stride, std::min(kGroup<T>, end - after), lanes);
+    else ahead.add(out + block * stride + begin, stride, std::min(kGroup<T>, end - begin), next);
+    ahead.spread(size);
+    return ahead;
 }
 
 // Bring a group of features, scratch [features, NV vectors], back to `lanes` rows: a few rows at a time, as above.
@@ -273,13 +315,17 @@ void rows_block(const RowsForward<T>& a, const Cuts& cuts, int64_t first, int64_
     const I* indices = static_cast<const I*>(a.indices);
     const T* values = a.values;
     const T* bias = a.bias;
-    const int64_t rows = a.rows;
+    const int64_t rows = a.rows, next = std::min<int64_t>(L, a.batch - first - L);
+    Ahead<T> ahead;
+    ahead.add(a.x + (first + L) * a.x_stride, a.x_stride, a.columns, next);
+    ahead.spread(rows * cuts.count);
     for (int64_t k = 0; k < cuts.count; ++k) {
         const int32_t *from = cuts.from(k), *to = cuts.to(k);
         const bool last = k + 1 == cuts.count, relu = last && a.relu;
         for (int64_t group = 0; group < rows; group += step) {
             const int64_t size = std::min(step, rows - group);
-            if (last) expect(a.y + first * a.y_stride + group, lanes, size, a.y_stride);
+            Ahead<T> results;
+            if (last) results = ahead_of_group(a.y + first * a.y_stride, a.y_stride, L, lanes, next, 0, group, rows);
             for (int64_t i = 0; i < size; ++i) {
                 const int64_t r = group + i;
                 V sum[U][NV];
@@ -287,6 +333,8 @@ void rows_block(const RowsForward<T>& a, const Cuts& cuts, int64_t first, int64_
                     sum[0][v] = k ? S::load(partial + r * L + v * S::W) : S::set(bias ? bias[r] : T(0));
                     for (int u = 1; u < U; ++u) sum[u][v] = S::zero();
                 }
+                ahead.step();
+                results.step();
                 int64_t j = from[r];
                 const int64_t end = to[r];
                 for (; j + U <= end; j += U)
@@ -334,8 +382,10 @@ bool rows_forward_in(const RowsForward<T>& a, Scratch& memory) {
     find_cuts(cuts, static_cast<const I*>(a.indices), reinterpret_cast<int32_t*>(data), a.threads);
     T* scratch = reinterpret_cast<T*>(data + inner);
     const int64_t work = (int64_t(a.pointers[a.rows]) + a.rows + a.columns) * a.batch;
-    share(blocks, threads, work, [&](int worker, int64_t i) {
-        rows_any_block<T, I, NV>(a, cuts, i * L, std::min(L, a.batch - i * L), scratch + worker * each);
+    const int64_t run = std::max<int64_t>(1, std::min<int64_t>(8, blocks / (threads * 4)));  // blocks in a row for a worker
+    share((blocks + run - 1) / run, threads, work, [&](int worker, int64_t i) {
+        for (int64_t b = i * run; b < std::min(blocks, (i + 1) * run); ++b)
+            rows_any_block<T, I, NV>(a, cuts, b * L, std::min(L, a.batch - b * L), scratch + worker * each);
     });
     return true;
 }
@@ -396,12 +446,20 @@ void columns_block(const RowsBackward<T>& a, const Cuts& cuts, int64_t begin, in
     turn_in<T, NV, false, false>(input, lanes, end - begin, x, nullptr);
     const I* indices = static_cast<const I*>(a.indices);
     const T* values = a.values;
+    const int64_t next = std::min<int64_t>(L, a.batch - first - L);
+    Ahead<T> ahead;
+    ahead.add(a.g + (first + L) * a.g_stride, a.g_stride, a.rows, next);
+    ahead.add(a.y ? a.y + (first + L) * a.y_stride : nullptr, a.y_stride, a.rows, next);
+    ahead.add(a.x + (first + L) * a.x_stride + begin, a.x_stride, end - begin, next);
+    ahead.spread((end - begin) * cuts.count);
     for (int64_t k = 0; k < cuts.count; ++k) {
         const int32_t *from = cuts.from(k), *to = cuts.to(k);
         const bool last = k + 1 == cuts.count;
         for (int64_t group = begin; group < end; group += step) {
             const int64_t size = std::min(step, end - group);
-            if (INPUT && last) expect(a.gx + first * a.gx_stride + group, lanes, size, a.gx_stride);
+            Ahead<T> results;
+            if (INPUT && last)
+                results = ahead_of_group(a.gx + first * a.gx_stride, a.gx_stride, L, lanes, next, begin, group, end);
             for (int64_t i = 0; i < size; ++i) {
                 const int64_t c = group + i;
                 Column<T, NV> column;
@@ -409,6 +467,8 @@ void columns_block(const RowsBackward<T>& a, const Cuts& cuts, int64_t begin, in
                     column.x[v] = S::load(x + (c - begin) * L + v * S::W);
                     if (INPUT) column.sum[v] = k ? S::load(partial + (c - begin) * L + v * S::W) : S::zero();
                 }
+                ahead.step();
+                results.step();
                 const int64_t stop = to[c];
                 int64_t j = from[c];
                 T parts[4];
