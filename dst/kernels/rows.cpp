@@ -185,54 +185,32 @@ void turn_in(const Operand<T>& a, int64_t lanes, int64_t features, T* out, T* su
     }
 }
 
-// Brings the operands of the next block into the second-level cache while this one is computed, a few lines after every
-// row or column of the weight.
-template <class T>
+// Brings an operand of the next block into the second-level cache while this one is computed: some bytes after every row
+// or column of the weight.
 struct Ahead {
-    struct Source {
-        const T* row;
-        int64_t stride, features, rows;
-    };
-    Source sources[3];
-    int count = 0, now = 0;
-    int64_t feature = 0, lines = 0, rate = 0, credit = 0;
+    const char *at = nullptr, *upto = nullptr;
+    int64_t rate = 0;
 
-    void add(const T* data, int64_t stride, int64_t features, int64_t rows) {
-        if (!data || rows <= 0 || features <= 0) return;
-        sources[count++] = {data, stride, features, rows};
-        lines += (features + kLine<T> - 1) / kLine<T> * rows;
-    }
-
-    void spread(int64_t steps) {
-        if (lines * 64 >= kFarBytes) return;  // would drive out what is being used
-        rate = (lines << 16) / std::max<int64_t>(1, steps) + 1;
+    // Rows far apart, and more than the cache has room for, are left to be fetched when they are read.
+    template <class T>
+    Ahead(const T* data, int64_t stride, int64_t features, int64_t lanes, int64_t steps) {
+        const int64_t bytes = stride * lanes * int64_t(sizeof(T));
+        if (!data || lanes <= 0 || stride >= 2 * features || bytes >= kFarBytes) return;
+        at = upto = reinterpret_cast<const char*>(data);
+        rate = bytes / std::max<int64_t>(1, steps) + 1;
     }
 
     DST_INLINE void step() {
-        for (credit += rate; credit >= 1 << 16; credit -= 1 << 16) {
-            if (now == count) return;
-            Source& s = sources[now];
-            __builtin_prefetch(s.row + feature, 0, 2);
-            feature += kLine<T>;
-            if (feature < s.features) continue;
-            feature = 0;
-            s.row += s.stride;
-            if (--s.rows == 0) ++now;
-        }
+        for (upto += rate; at < upto; at += 64) __builtin_prefetch(at, 0, 2);
     }
 };
 
-// The lines that the group of results after this one will be written to: there are as many streams as examples, more than a
-// machine foresees. After the last group comes the first of the next block.
+// The same for the lines that the next group of results is written to: there are as many streams as examples, more than a
+// machine foresees. Called after the i-th of a group.
 template <class T>
-Ahead<T> ahead_of_group(T* out, int64_t stride, int64_t block, int64_t lanes, int64_t next, int64_t begin, int64_t group,
-                        int64_t end) {
-    const int64_t size = std::min(kGroup<T>, end - group), after = group + kGroup<T>;
-    Ahead<T> ahead;
-    if (after < end) ahead.add(out + after, stride, std::min(kGroup<T>, end - after), lanes);
-    else ahead.add(out + block * stride + begin, stride, std::min(kGroup<T>, end - begin), next);
-    ahead.spread(size);
-    return ahead;
+DST_INLINE void ahead_of_results(const T* out, int64_t stride, int64_t lanes, int64_t i) {
+    for (int64_t l = i * lanes / kGroup<T>; l < (i + 1) * lanes / kGroup<T>; ++l)
+        for (int64_t f = 0; f < kGroup<T>; f += kLine<T>) __builtin_prefetch(out + l * stride + f, 0, 2);
 }
 
 // Bring a group of features, scratch [features, NV vectors], back to `lanes` rows: a few rows at a time, as above.
@@ -316,16 +294,13 @@ void rows_block(const RowsForward<T>& a, const Cuts& cuts, int64_t first, int64_
     const T* values = a.values;
     const T* bias = a.bias;
     const int64_t rows = a.rows, next = std::min<int64_t>(L, a.batch - first - L);
-    Ahead<T> ahead;
-    ahead.add(a.x + (first + L) * a.x_stride, a.x_stride, a.columns, next);
-    ahead.spread(rows * cuts.count);
+    Ahead ahead(a.x + (first + L) * a.x_stride, a.x_stride, a.columns, next, rows * cuts.count);
     for (int64_t k = 0; k < cuts.count; ++k) {
         const int32_t *from = cuts.from(k), *to = cuts.to(k);
         const bool last = k + 1 == cuts.count, relu = last && a.relu;
         for (int64_t group = 0; group < rows; group += step) {
             const int64_t size = std::min(step, rows - group);
-            Ahead<T> results;
-            if (last) results = ahead_of_group(a.y + first * a.y_stride, a.y_stride, L, lanes, next, 0, group, rows);
+            const T* results = group + step < rows ? a.y + first * a.y_stride + group + step : a.y + (first + L) * a.y_stride;
             for (int64_t i = 0; i < size; ++i) {
                 const int64_t r = group + i;
                 V sum[U][NV];
@@ -334,7 +309,7 @@ void rows_block(const RowsForward<T>& a, const Cuts& cuts, int64_t first, int64_
                     for (int u = 1; u < U; ++u) sum[u][v] = S::zero();
                 }
                 ahead.step();
-                results.step();
+                if (last) ahead_of_results(results, a.y_stride, L, i);
                 int64_t j = from[r];
                 const int64_t end = to[r];
                 for (; j + U <= end; j += U)
@@ -447,19 +422,18 @@ void columns_block(const RowsBackward<T>& a, const Cuts& cuts, int64_t begin, in
     const I* indices = static_cast<const I*>(a.indices);
     const T* values = a.values;
     const int64_t next = std::min<int64_t>(L, a.batch - first - L);
-    Ahead<T> ahead;
-    ahead.add(a.g + (first + L) * a.g_stride, a.g_stride, a.rows, next);
-    ahead.add(a.y ? a.y + (first + L) * a.y_stride : nullptr, a.y_stride, a.rows, next);
-    ahead.add(a.x + (first + L) * a.x_stride + begin, a.x_stride, end - begin, next);
-    ahead.spread((end - begin) * cuts.count);
+    const int64_t steps = (end - begin) * cuts.count;
+    Ahead ahead_g(a.g + (first + L) * a.g_stride, a.g_stride, a.rows, next, steps);
+    Ahead ahead_y(a.y ? a.y + (first + L) * a.y_stride : nullptr, a.y_stride, a.rows, next, steps);
+    Ahead ahead_x(a.x + (first + L) * a.x_stride + begin, a.x_stride, end - begin, next, steps);
     for (int64_t k = 0; k < cuts.count; ++k) {
         const int32_t *from = cuts.from(k), *to = cuts.to(k);
         const bool last = k + 1 == cuts.count;
         for (int64_t group = begin; group < end; group += step) {
             const int64_t size = std::min(step, end - group);
-            Ahead<T> results;
-            if (INPUT && last)
-                results = ahead_of_group(a.gx + first * a.gx_stride, a.gx_stride, L, lanes, next, begin, group, end);
+            const T* results = !INPUT              ? nullptr
+                               : group + step < end ? a.gx + first * a.gx_stride + group + step
+                                                    : a.gx + (first + L) * a.gx_stride + begin;
             for (int64_t i = 0; i < size; ++i) {
                 const int64_t c = group + i;
                 Column<T, NV> column;
@@ -467,8 +441,10 @@ void columns_block(const RowsBackward<T>& a, const Cuts& cuts, int64_t begin, in
                     column.x[v] = S::load(x + (c - begin) * L + v * S::W);
                     if (INPUT) column.sum[v] = k ? S::load(partial + (c - begin) * L + v * S::W) : S::zero();
                 }
-                ahead.step();
-                results.step();
+                ahead_g.step();
+                ahead_y.step();
+                ahead_x.step();
+                if (INPUT && last) ahead_of_results(results, a.gx_stride, L, i);
                 const int64_t stop = to[c];
                 int64_t j = from[c];
                 T parts[4];
