@@ -5,17 +5,16 @@
 // scratch, [features, block], where a non-zero weight is again one scalar times one contiguous vector; results are
 // transposed on their way out. Scratch stays in the caches, so memory sees every operand once, in its own order.
 
-// Vectors of examples in a block. Forward: a narrow block if the input then fits the first-level cache, otherwise a wide
-// one, which pays for index, weight and loop once for more examples. Backward: the input and the sum of a column both
-// stay in registers ("both"), or the input alone.
+// Vectors of examples in a block: as many as the backward pass can hold twice in the registers of AVX2, and few enough for
+// the block of a hidden layer of a transformer to stay near the first-level cache.
+constexpr int kVectors = 4;
+
+// Bytes of a block that one pass over the weight may touch: half of a common second-level cache.
 #if DST_LEVEL == 2
-constexpr int kNarrow = 4, kWide = 8, kBoth = 8, kOne = 8;
 constexpr int64_t kFarBytes = 512 * 1024;
 #else
-constexpr int kNarrow = 4, kWide = 8, kBoth = 4, kOne = 8;
 constexpr int64_t kFarBytes = 256 * 1024;
 #endif
-constexpr int64_t kNearBytes = 32 * 1024;
 constexpr int64_t kPanelBytes = 16 * 1024;
 constexpr int64_t kAhead = 3;  // lines fetched ahead of those being transposed
 
@@ -344,9 +343,10 @@ void rows_any_block(const RowsForward<T>& a, const Cuts& cuts, int64_t first, in
     rows_block<T, I, NV>(a, cuts, first, lanes, scratch);
 }
 
-template <class T, class I, int NV>
-bool rows_forward_in(const RowsForward<T>& a, Scratch& memory) {
-    constexpr int64_t L = NV * Simd<T>::W, size = sizeof(T);
+template <class T, class I>
+bool rows_forward(const RowsForward<T>& a, Scratch& memory) {
+    if (a.batch <= 0 || a.rows <= 0) return true;
+    constexpr int64_t L = kVectors * Simd<T>::W, size = sizeof(T);
     const int64_t blocks = (a.batch + L - 1) / L;
     const int threads = int(std::min<int64_t>(std::max(1, a.threads), blocks));
     Cuts cuts = plan_cuts(a.columns, L * size, a.rows, a.pointers);
@@ -360,16 +360,9 @@ bool rows_forward_in(const RowsForward<T>& a, Scratch& memory) {
     const int64_t run = std::max<int64_t>(1, std::min<int64_t>(8, blocks / (threads * 4)));  // blocks in a row for a worker
     share((blocks + run - 1) / run, threads, work, [&](int worker, int64_t i) {
         for (int64_t b = i * run; b < std::min(blocks, (i + 1) * run); ++b)
-            rows_any_block<T, I, NV>(a, cuts, b * L, std::min(L, a.batch - b * L), scratch + worker * each);
+            rows_any_block<T, I, kVectors>(a, cuts, b * L, std::min(L, a.batch - b * L), scratch + worker * each);
     });
     return true;
-}
-
-template <class T, class I>
-bool rows_forward(const RowsForward<T>& a, Scratch& memory) {
-    if (a.batch <= 0 || a.rows <= 0) return true;
-    if (a.columns * int64_t(kNarrow * Simd<T>::W * sizeof(T)) <= kNearBytes) return rows_forward_in<T, I, kNarrow>(a, memory);
-    return rows_forward_in<T, I, kWide>(a, memory);
 }
 
 // ---- backward: one column of W, whose input and sum stay in registers; every vector of the output gradient is loaded once
@@ -484,19 +477,21 @@ void columns_any_block(const RowsBackward<T>& a, const Cuts& cuts, int64_t begin
 }
 
 // The weight's gradient is summed within slices of the batch, then over the slices in their order. How many there are
-// depends on shapes alone; more threads than slices share the columns of a slice, which changes no sum.
-constexpr int64_t kMostSlices = 32, kSliceBytes = 32 << 20;
+// depends on shapes alone; where they do not occupy the threads, several share the columns of a slice, which changes no
+// sum but transposes the output gradient once for each.
+constexpr int64_t kMostSlices = 32, kSliceBlocks = 4, kSliceBytes = kScratchBytes / 2;
 
-template <class T, class I, int NV, bool INPUT>
+template <class T, class I, bool INPUT>
 bool rows_backward_in(const RowsBackward<T>& a, Scratch& memory) {
-    constexpr int64_t L = NV * Simd<T>::W, size = sizeof(T);
+    constexpr int64_t L = kVectors * Simd<T>::W, size = sizeof(T);
     const int64_t nnz = a.pointers[a.columns], blocks = (a.batch + L - 1) / L;
-    int64_t slices = kSliceBytes / std::max<int64_t>(1, nnz * size);
-    slices = std::max<int64_t>(1, std::min({slices, blocks, kMostSlices}));
+    int64_t slices = 1;
+    while (slices < kMostSlices && slices * kSliceBlocks < blocks && 2 * slices * nnz * size <= kSliceBytes) slices *= 2;
     int threads = std::max(1, a.threads);
     const int64_t work = (2 * nnz + a.rows + 2 * a.columns) * a.batch;
     if (work <= kSerialWork) threads = 1;
-    const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(a.columns, (threads + slices - 1) / slices));
+    int64_t shares = 1;
+    if (slices % threads && slices < 4 * threads) shares = std::max<int64_t>(1, std::min(a.columns, 4 * threads / slices));
     threads = int(std::min<int64_t>(threads, slices * shares));
     Cuts cuts = plan_cuts(a.rows, L * size, a.columns, a.pointers);
     const int64_t each = (a.rows + a.columns + kGroup<T> + (INPUT && cuts.count > 1 ? a.columns : 0)) * L;
@@ -517,7 +512,7 @@ bool rows_backward_in(const RowsBackward<T>& a, Scratch& memory) {
         if (gb) std::fill(gb, gb + a.rows, T(0));
         const int64_t from = blocks * s / slices, to = blocks * (s + 1) / slices;
         for (int64_t b = from; b < to; ++b)
-            columns_any_block<T, I, NV, INPUT>(a, cuts, begin, end, b * L, std::min(L, a.batch - b * L), b == from, slice(s), gb,
+            columns_any_block<T, I, kVectors, INPUT>(a, cuts, begin, end, b * L, std::min(L, a.batch - b * L), b == from, slice(s), gb,
                                                scratch + worker * each);
     });
     if (slices == 1) return true;
@@ -542,5 +537,5 @@ bool rows_backward(const RowsBackward<T>& a, Scratch& memory) {
         if (a.gb) std::fill(a.gb, a.gb + a.rows, T(0));
         return true;
     }
-    return a.gx ? rows_backward_in<T, I, kBoth, true>(a, memory) : rows_backward_in<T, I, kOne, false>(a, memory);
+    return a.gx ? rows_backward_in<T, I, true>(a, memory) : rows_backward_in<T, I, false>(a, memory);
 }
