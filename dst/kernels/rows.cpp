@@ -5,17 +5,18 @@
 // scratch, [features, block], where a non-zero weight is again one scalar times one contiguous vector; results are
 // transposed on their way out. Scratch stays in the caches, so memory sees every operand once, in its own order.
 
-// Vectors of examples in a block. Forward: a narrow block if the input then fits the first-level cache, otherwise a wide
-// one, which pays for index, weight and loop once for more examples. Backward: the input and the sum of a column both
-// stay in registers ("both"), or the input alone.
+// Vectors of examples in a block: as many as the backward pass can hold twice in the registers of AVX2, and few enough for
+// the block of a hidden layer of a transformer to stay near the first-level cache.
+constexpr int kVectors = 4;
+
+// Bytes of a block that one pass over the weight may touch: half of a common second-level cache.
 #if DST_LEVEL == 2
-constexpr int kNarrow = 4, kWide = 8, kBoth = 8, kOne = 8;
 constexpr int64_t kFarBytes = 512 * 1024;
 #else
-constexpr int kNarrow = 4, kWide = 8, kBoth = 4, kOne = 8;
 constexpr int64_t kFarBytes = 256 * 1024;
 #endif
-constexpr int64_t kNearBytes = 32 * 1024;
+constexpr int64_t kPanelBytes = 16 * 1024;
+constexpr int64_t kAhead = 3;  // lines fetched ahead of those being transposed
 
 // ---- transposing in registers
 // A vector is gathered from 16-byte pieces of several rows; what remains is to transpose the pieces in place.
@@ -108,6 +109,10 @@ struct Turn {
 template <class T>
 constexpr int64_t kLine = 64 / sizeof(T);
 
+// Features of the output whose results are gathered before they are transposed.
+template <class T>
+constexpr int64_t kGroup = 4 * kLine<T>;
+
 template <class T>
 struct Operand {
     const T* data;
@@ -117,72 +122,115 @@ struct Operand {
 };
 
 // Bring `lanes` rows of an operand into scratch [features, NV vectors]; lanes beyond are zero. `sums` receives the sum of
-// every feature if SUM.
+// every feature if SUM. A panel of features is walked by one vector of rows at a time: rows that lie a multiple of 4096
+// bytes apart share a set of the first-level cache, which has room for few more.
 template <class T, int NV, bool MASK, bool SUM>
 void turn_in(const Operand<T>& a, int64_t lanes, int64_t features, T* out, T* sums) {
     using S = Simd<T>;
     using V = typename S::V;
-    constexpr int64_t L = NV * S::W, line = kLine<T>;
+    constexpr int64_t L = NV * S::W, line = kLine<T>, panel = std::max<int64_t>(1, kPanelBytes / (64 * L)) * line;
     constexpr int K = 16 / sizeof(T);
-    for (int64_t f = 0; f < features; f += line) {
-        const bool whole = f + line <= features;
-        const int64_t to = whole ? f + line : features;
-        V total[line / K];
+    const int64_t whole = lanes / S::W * S::W;
+    for (int64_t begin = 0; begin < features; begin += panel) {
+        const int64_t end = std::min(features, begin + panel), lines = (end - begin) / line;
+        V total[panel / K];
         if (SUM)
-            for (V& t : total) t = S::zero();
-        int64_t l = 0;
-        for (; whole && l + S::W <= lanes; l += S::W) {
-            const T* in = a.data + l * a.stride + f;
-            const T* y = MASK ? a.y + l * a.y_stride + f : nullptr;
-            for (int q = 0; q < line / K; ++q) {
-                V v[K];
-                for (int i = 0; i < K; ++i) {
-                    v[i] = Turn<T>::pieces(in + i * a.stride + q * K, K * a.stride);
-                    if (MASK) v[i] = S::where_positive(Turn<T>::pieces(y + i * a.y_stride + q * K, K * a.y_stride), v[i]);
-                    if (SUM) total[q] = S::add(total[q], v[i]);
+            for (int64_t q = 0; q < lines * (line / K); ++q) total[q] = S::zero();
+        for (int64_t l = 0; l < whole; l += S::W)
+            for (int64_t f = begin; f + line <= end; f += line) {
+                const T* in = a.data + l * a.stride + f;
+                const T* y = MASK ? a.y + l * a.y_stride + f : nullptr;
+                for (int i = 0; i < S::W; ++i) {
+                    __builtin_prefetch(in + i * a.stride + kAhead * line);
+                    if (MASK) __builtin_prefetch(y + i * a.y_stride + kAhead * line);
                 }
-                Turn<T>::transpose(v);
-                for (int i = 0; i < K; ++i) S::store(out + (f + q * K + i) * L + l, v[i]);
+                for (int q = 0; q < line / K; ++q) {
+                    V v[K];
+                    for (int i = 0; i < K; ++i) {
+                        v[i] = Turn<T>::pieces(in + i * a.stride + q * K, K * a.stride);
+                        if (MASK)
+                            v[i] = S::where_positive(Turn<T>::pieces(y + i * a.y_stride + q * K, K * a.y_stride), v[i]);
+                    }
+                    if (SUM) {
+                        V sum = v[0];
+                        for (int i = 1; i < K; ++i) sum = S::add(sum, v[i]);
+                        V& t = total[(f - begin) / K + q];
+                        t = S::add(t, sum);
+                    }
+                    Turn<T>::transpose(v);
+                    for (int i = 0; i < K; ++i) S::store(out + (f + q * K + i) * L + l, v[i]);
+                }
             }
-        }
-        if (SUM && whole)
-            for (int q = 0; q < line / K; ++q) {
+        if (SUM)
+            for (int64_t q = 0; q < lines * (line / K); ++q) {
                 T parts[S::W];
                 S::store(parts, total[q]);
-                for (int i = 0; i < S::W; ++i) sums[f + q * K + i % K] += parts[i];
+                for (int i = 0; i < S::W; ++i) sums[begin + q * K + i % K] += parts[i];
             }
-        if (l == L) continue;
-        for (int64_t i = f; i < to; ++i) {
-            for (int64_t m = l; m < lanes; ++m) {
-                T v = a.data[m * a.stride + i];
-                if (MASK && a.y[m * a.y_stride + i] <= T(0)) v = 0;
-                if (SUM) sums[i] += v;
-                out[i * L + m] = v;
+        for (int64_t f = begin; f < end; ++f) {  // what does not fill a vector or a line
+            int64_t l = f < begin + lines * line ? whole : 0;
+            if (l == L) {
+                f = begin + lines * line - 1;
+                continue;
             }
-            for (int64_t m = lanes; m < L; ++m) out[i * L + m] = 0;
+            for (; l < lanes; ++l) {
+                T v = a.data[l * a.stride + f];
+                if (MASK && a.y[l * a.y_stride + f] <= T(0)) v = 0;
+                if (SUM) sums[f] += v;
+                out[f * L + l] = v;
+            }
+            for (; l < L; ++l) out[f * L + l] = 0;
         }
     }
 }
 
-// Bring up to a line of features, scratch [features, NV vectors], back to `lanes` rows.
+// Brings an operand of the next block into the second-level cache while this one is computed: some bytes after every row
+// or column of the weight.
+struct Ahead {
+    const char *at = nullptr, *upto = nullptr;
+    int64_t rate = 0;
+
+    // Rows far apart, and more than the cache has room for, are left to be fetched when they are read.
+    template <class T>
+    Ahead(const T* data, int64_t stride, int64_t features, int64_t lanes, int64_t steps) {
+        const int64_t bytes = stride * lanes * int64_t(sizeof(T));
+        if (!data || lanes <= 0 || stride >= 2 * features || bytes >= kFarBytes) return;
+        at = upto = reinterpret_cast<const char*>(data);
+        rate = bytes / std::max<int64_t>(1, steps) + 1;
+    }
+
+    DST_INLINE void step() {
+        for (upto += rate; at < upto; at += 64) __builtin_prefetch(at, 0, 2);
+    }
+};
+
+// The same for the lines that the next group of results is written to: there are as many streams as examples, more than a
+// machine foresees. Called after the i-th of a group.
+template <class T>
+DST_INLINE void ahead_of_results(const T* out, int64_t stride, int64_t lanes, int64_t i) {
+    for (int64_t l = i * lanes / kGroup<T>; l < (i + 1) * lanes / kGroup<T>; ++l)
+        for (int64_t f = 0; f < kGroup<T>; f += kLine<T>) __builtin_prefetch(out + l * stride + f, 0, 2);
+}
+
+// Bring a group of features, scratch [features, NV vectors], back to `lanes` rows: a few rows at a time, as above.
 template <class T, int NV>
 DST_INLINE void turn_out(const T* in, int64_t lanes, int64_t features, T* out, int64_t stride) {
     using S = Simd<T>;
     using V = typename S::V;
     constexpr int64_t L = NV * S::W, line = kLine<T>;
     constexpr int K = 16 / sizeof(T);
-    int64_t l = 0;
-    if (features == line)
-        for (; l + S::W <= lanes; l += S::W)
-            for (int q = 0; q < S::W; q += K)
-                for (int64_t f = 0; f < line; f += S::W) {
+    const int64_t whole = lanes / S::W * S::W, full = features / line * line;
+    for (int64_t l = 0; l < whole; l += S::W)
+        for (int q = 0; q < S::W; q += K)
+            for (int64_t f = 0; f < full; f += line)
+                for (int64_t p = f; p < f + line; p += S::W) {
                     V v[K];
-                    for (int i = 0; i < K; ++i) v[i] = Turn<T>::pieces(in + (f + i) * L + l + q, K * L);
+                    for (int i = 0; i < K; ++i) v[i] = Turn<T>::pieces(in + (p + i) * L + l + q, K * L);
                     Turn<T>::transpose(v);
-                    for (int i = 0; i < K; ++i) S::store(out + (l + q + i) * stride + f, v[i]);
+                    for (int i = 0; i < K; ++i) S::store(out + (l + q + i) * stride + p, v[i]);
                 }
-    for (; l < lanes; ++l)
-        for (int64_t f = 0; f < features; ++f) out[l * stride + f] = in[f * L + l];
+    for (int64_t l = 0; l < lanes; ++l)
+        for (int64_t f = l < whole ? full : 0; f < features; ++f) out[l * stride + f] = in[f * L + l];
 }
 
 // ---- a compressed matrix cut into `count` runs of its indices, so that a run of the operand stays in the cache
@@ -237,19 +285,21 @@ template <class T, class I, int NV>
 void rows_block(const RowsForward<T>& a, const Cuts& cuts, int64_t first, int64_t lanes, T* scratch) {
     using S = Simd<T>;
     using V = typename S::V;
-    constexpr int64_t L = NV * S::W, line = kLine<T>;
+    constexpr int64_t L = NV * S::W, step = kGroup<T>;
     constexpr int U = NV <= 2 ? 4 : NV <= 4 ? 2 : 1;  // independent sums hide the latency of the multiply-add
-    T *x = scratch, *out = x + a.columns * L, *partial = out + line * L;
+    T *x = scratch, *out = x + a.columns * L, *partial = out + step * L;
     turn_in<T, NV, false, false>({a.x + first * a.x_stride, a.x_stride, nullptr, 0}, lanes, a.columns, x, nullptr);
     const I* indices = static_cast<const I*>(a.indices);
     const T* values = a.values;
     const T* bias = a.bias;
-    const int64_t rows = a.rows;
+    const int64_t rows = a.rows, next = std::min<int64_t>(L, a.batch - first - L);
+    Ahead ahead(a.x + (first + L) * a.x_stride, a.x_stride, a.columns, next, rows * cuts.count);
     for (int64_t k = 0; k < cuts.count; ++k) {
         const int32_t *from = cuts.from(k), *to = cuts.to(k);
         const bool last = k + 1 == cuts.count, relu = last && a.relu;
-        for (int64_t group = 0; group < rows; group += line) {
-            const int64_t size = std::min(line, rows - group);
+        for (int64_t group = 0; group < rows; group += step) {
+            const int64_t size = std::min(step, rows - group);
+            const T* results = group + step < rows ? a.y + first * a.y_stride + group + step : a.y + (first + L) * a.y_stride;
             for (int64_t i = 0; i < size; ++i) {
                 const int64_t r = group + i;
                 V sum[U][NV];
@@ -257,6 +307,8 @@ void rows_block(const RowsForward<T>& a, const Cuts& cuts, int64_t first, int64_
                     sum[0][v] = k ? S::load(partial + r * L + v * S::W) : S::set(bias ? bias[r] : T(0));
                     for (int u = 1; u < U; ++u) sum[u][v] = S::zero();
                 }
+                ahead.step();
+                if (last) ahead_of_results(results, a.y_stride, L, i);
                 int64_t j = from[r];
                 const int64_t end = to[r];
                 for (; j + U <= end; j += U)
@@ -291,30 +343,26 @@ void rows_any_block(const RowsForward<T>& a, const Cuts& cuts, int64_t first, in
     rows_block<T, I, NV>(a, cuts, first, lanes, scratch);
 }
 
-template <class T, class I, int NV>
-bool rows_forward_in(const RowsForward<T>& a, Scratch& memory) {
-    constexpr int64_t L = NV * Simd<T>::W, size = sizeof(T);
+template <class T, class I>
+bool rows_forward(const RowsForward<T>& a, Scratch& memory) {
+    if (a.batch <= 0 || a.rows <= 0) return true;
+    constexpr int64_t L = kVectors * Simd<T>::W, size = sizeof(T);
     const int64_t blocks = (a.batch + L - 1) / L;
     const int threads = int(std::min<int64_t>(std::max(1, a.threads), blocks));
     Cuts cuts = plan_cuts(a.columns, L * size, a.rows, a.pointers);
-    const int64_t each = (a.columns + kLine<T> + (cuts.count > 1 ? a.rows : 0)) * L;
+    const int64_t each = (a.columns + kGroup<T> + (cuts.count > 1 ? a.rows : 0)) * L;
     const int64_t inner = round_line((cuts.count - 1) * a.rows * 4);
     char* data = memory.lines(each * size * threads + inner);
     if (!data) return false;
     find_cuts(cuts, static_cast<const I*>(a.indices), reinterpret_cast<int32_t*>(data), a.threads);
     T* scratch = reinterpret_cast<T*>(data + inner);
     const int64_t work = (int64_t(a.pointers[a.rows]) + a.rows + a.columns) * a.batch;
-    share(blocks, threads, work, [&](int worker, int64_t i) {
-        rows_any_block<T, I, NV>(a, cuts, i * L, std::min(L, a.batch - i * L), scratch + worker * each);
+    const int64_t run = std::max<int64_t>(1, std::min<int64_t>(8, blocks / (threads * 4)));  // blocks in a row for a worker
+    share((blocks + run - 1) / run, threads, work, [&](int worker, int64_t i) {
+        for (int64_t b = i * run; b < std::min(blocks, (i + 1) * run); ++b)
+            rows_any_block<T, I, kVectors>(a, cuts, b * L, std::min(L, a.batch - b * L), scratch + worker * each);
     });
     return true;
-}
-
-template <class T, class I>
-bool rows_forward(const RowsForward<T>& a, Scratch& memory) {
-    if (a.batch <= 0 || a.rows <= 0) return true;
-    if (a.columns * int64_t(kNarrow * Simd<T>::W * sizeof(T)) <= kNearBytes) return rows_forward_in<T, I, kNarrow>(a, memory);
-    return rows_forward_in<T, I, kWide>(a, memory);
 }
 
 // ---- backward: one column of W, whose input and sum stay in registers; every vector of the output gradient is loaded once
@@ -355,8 +403,8 @@ void columns_block(const RowsBackward<T>& a, const Cuts& cuts, int64_t begin, in
                    bool fresh, T* gv, T* gb, T* scratch) {
     using S = Simd<T>;
     using V = typename S::V;
-    constexpr int64_t L = NV * S::W, line = kLine<T>;
-    T *g = scratch, *x = g + a.rows * L, *out = x + (end - begin) * L, *partial = out + line * L;
+    constexpr int64_t L = NV * S::W, step = kGroup<T>;
+    T *g = scratch, *x = g + a.rows * L, *out = x + (end - begin) * L, *partial = out + step * L;
     const Operand<T> gradient = {a.g + first * a.g_stride, a.g_stride, a.y ? a.y + first * a.y_stride : nullptr, a.y_stride};
     if (a.y && gb) turn_in<T, NV, true, true>(gradient, lanes, a.rows, g, gb);
     else if (a.y) turn_in<T, NV, true, false>(gradient, lanes, a.rows, g, nullptr);
@@ -366,11 +414,19 @@ void columns_block(const RowsBackward<T>& a, const Cuts& cuts, int64_t begin, in
     turn_in<T, NV, false, false>(input, lanes, end - begin, x, nullptr);
     const I* indices = static_cast<const I*>(a.indices);
     const T* values = a.values;
+    const int64_t next = std::min<int64_t>(L, a.batch - first - L);
+    const int64_t steps = (end - begin) * cuts.count;
+    Ahead ahead_g(a.g + (first + L) * a.g_stride, a.g_stride, a.rows, next, steps);
+    Ahead ahead_y(a.y ? a.y + (first + L) * a.y_stride : nullptr, a.y_stride, a.rows, next, steps);
+    Ahead ahead_x(a.x + (first + L) * a.x_stride + begin, a.x_stride, end - begin, next, steps);
     for (int64_t k = 0; k < cuts.count; ++k) {
         const int32_t *from = cuts.from(k), *to = cuts.to(k);
         const bool last = k + 1 == cuts.count;
-        for (int64_t group = begin; group < end; group += line) {
-            const int64_t size = std::min(line, end - group);
+        for (int64_t group = begin; group < end; group += step) {
+            const int64_t size = std::min(step, end - group);
+            const T* results = !INPUT              ? nullptr
+                               : group + step < end ? a.gx + first * a.gx_stride + group + step
+                                                    : a.gx + (first + L) * a.gx_stride + begin;
             for (int64_t i = 0; i < size; ++i) {
                 const int64_t c = group + i;
                 Column<T, NV> column;
@@ -378,6 +434,10 @@ void columns_block(const RowsBackward<T>& a, const Cuts& cuts, int64_t begin, in
                     column.x[v] = S::load(x + (c - begin) * L + v * S::W);
                     if (INPUT) column.sum[v] = k ? S::load(partial + (c - begin) * L + v * S::W) : S::zero();
                 }
+                ahead_g.step();
+                ahead_y.step();
+                ahead_x.step();
+                if (INPUT && last) ahead_of_results(results, a.gx_stride, L, i);
                 const int64_t stop = to[c];
                 int64_t j = from[c];
                 T parts[4];
@@ -417,22 +477,24 @@ void columns_any_block(const RowsBackward<T>& a, const Cuts& cuts, int64_t begin
 }
 
 // The weight's gradient is summed within slices of the batch, then over the slices in their order. How many there are
-// depends on shapes alone; more threads than slices share the columns of a slice, which changes no sum.
-constexpr int64_t kMostSlices = 32, kSliceBytes = 32 << 20;
+// depends on shapes alone; where they do not occupy the threads, several share the columns of a slice, which changes no
+// sum but transposes the output gradient once for each.
+constexpr int64_t kMostSlices = 32, kSliceBlocks = 4, kSliceBytes = kScratchBytes / 2;
 
-template <class T, class I, int NV, bool INPUT>
+template <class T, class I, bool INPUT>
 bool rows_backward_in(const RowsBackward<T>& a, Scratch& memory) {
-    constexpr int64_t L = NV * Simd<T>::W, size = sizeof(T);
+    constexpr int64_t L = kVectors * Simd<T>::W, size = sizeof(T);
     const int64_t nnz = a.pointers[a.columns], blocks = (a.batch + L - 1) / L;
-    int64_t slices = kSliceBytes / std::max<int64_t>(1, nnz * size);
-    slices = std::max<int64_t>(1, std::min({slices, blocks, kMostSlices}));
+    int64_t slices = 1;
+    while (slices < kMostSlices && slices * kSliceBlocks < blocks && 2 * slices * nnz * size <= kSliceBytes) slices *= 2;
     int threads = std::max(1, a.threads);
     const int64_t work = (2 * nnz + a.rows + 2 * a.columns) * a.batch;
     if (work <= kSerialWork) threads = 1;
-    const int64_t shares = std::max<int64_t>(1, std::min<int64_t>(a.columns, (threads + slices - 1) / slices));
+    int64_t shares = 1;
+    if (slices % threads && slices < 4 * threads) shares = std::max<int64_t>(1, std::min(a.columns, 4 * threads / slices));
     threads = int(std::min<int64_t>(threads, slices * shares));
     Cuts cuts = plan_cuts(a.rows, L * size, a.columns, a.pointers);
-    const int64_t each = (a.rows + a.columns + kLine<T> + (INPUT && cuts.count > 1 ? a.columns : 0)) * L;
+    const int64_t each = (a.rows + a.columns + kGroup<T> + (INPUT && cuts.count > 1 ? a.columns : 0)) * L;
     const int64_t inner = round_line((cuts.count - 1) * a.columns * 4), one = round_line((nnz + a.rows) * size);
     char* data = memory.lines(inner + each * size * threads + one * (slices - 1));
     if (!data) return false;
@@ -450,7 +512,7 @@ bool rows_backward_in(const RowsBackward<T>& a, Scratch& memory) {
         if (gb) std::fill(gb, gb + a.rows, T(0));
         const int64_t from = blocks * s / slices, to = blocks * (s + 1) / slices;
         for (int64_t b = from; b < to; ++b)
-            columns_any_block<T, I, NV, INPUT>(a, cuts, begin, end, b * L, std::min(L, a.batch - b * L), b == from, slice(s), gb,
+            columns_any_block<T, I, kVectors, INPUT>(a, cuts, begin, end, b * L, std::min(L, a.batch - b * L), b == from, slice(s), gb,
                                                scratch + worker * each);
     });
     if (slices == 1) return true;
@@ -475,5 +537,5 @@ bool rows_backward(const RowsBackward<T>& a, Scratch& memory) {
         if (a.gb) std::fill(a.gb, a.gb + a.rows, T(0));
         return true;
     }
-    return a.gx ? rows_backward_in<T, I, kBoth, true>(a, memory) : rows_backward_in<T, I, kOne, false>(a, memory);
+    return a.gx ? rows_backward_in<T, I, true>(a, memory) : rows_backward_in<T, I, false>(a, memory);
 }

@@ -93,7 +93,11 @@ def test_matches_dense(compiled, rows, columns, batch, dtype):
 @pytest.mark.parametrize(("rows", "columns"), [(37, 53), (2, 4500), (4500, 2)])
 def test_first_layer_needs_no_input_gradient(compiled, rows, columns, dtype):
     weight, pattern, values = make(rows, columns, 0.3, dtype)
-    x, g, bias = torch.randn(130, columns, dtype=dtype), torch.randn(130, rows, dtype=dtype), torch.randn(rows, dtype=dtype)
+    x, g, bias = (
+        torch.randn(130, columns, dtype=dtype),
+        torch.randn(130, rows, dtype=dtype),
+        torch.randn(rows, dtype=dtype),
+    )
     got = results(pattern, values, x, g, bias, True, input=False)
     assert got[1] is None
     check(got, weight, pattern, x, g, bias, True)
@@ -103,7 +107,11 @@ def test_first_layer_needs_no_input_gradient(compiled, rows, columns, dtype):
 @pytest.mark.parametrize(("rows", "columns"), [(21, 9001), (9001, 21)])
 def test_operands_larger_than_the_cache(compiled, rows, columns, dtype):
     weight, pattern, values = make(rows, columns, 0.05, dtype)
-    x, g, bias = torch.randn(70, columns, dtype=dtype), torch.randn(70, rows, dtype=dtype), torch.randn(rows, dtype=dtype)
+    x, g, bias = (
+        torch.randn(70, columns, dtype=dtype),
+        torch.randn(70, rows, dtype=dtype),
+        torch.randn(rows, dtype=dtype),
+    )
     check(results(pattern, values, x, g, bias, True), weight, pattern, x, g, bias, True)
 
 
@@ -118,7 +126,9 @@ def test_results_do_not_depend_on_threads(compiled, rows, columns, batch):
         runs = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            runs.append(results(pattern, values, x, g, bias, True) + results(pattern, values, x, g, bias, True, input=False))
+            runs.append(
+                results(pattern, values, x, g, bias, True) + results(pattern, values, x, g, bias, True, input=False)
+            )
     finally:
         torch.set_num_threads(before)
     for other in runs[1:]:
