@@ -25,8 +25,9 @@ struct dst_conv {
 
 namespace {
 
-// Bytes that the scratch of one band may take: most of a second-level cache.
-constexpr int64_t kBandBytes = 320 * 1024;
+// Bytes that the scratch of one band may take: a share of the last-level cache. Taller bands repeat fewer rows and read and
+// write images in longer streams; the rows at work are what has to fit the second-level cache.
+constexpr int64_t kBandBytes = 4096 * 1024;
 
 // Parts in which the gradients of the weights are summed, and so the most threads that a backward pass can use.
 constexpr int64_t kParts = 16;
@@ -67,12 +68,17 @@ inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t whole_lines(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
-// Elements of a plane of the scratch: an odd number of cache lines, so that the same place in successive planes falls into
-// different sets of the first-level cache.
+// A scratch holds rows, a row its channels, a channel its columns, a column one vector: what the taps of a few consecutive
+// outputs reach lies in few pages. Steps are an odd number of cache lines, so that the same place in successive rows and
+// channels falls into different sets of the first-level cache.
+struct Layout {
+    int64_t channel, row, rows;  // elements between channels, elements between rows, number of rows
+};
+
 template <class T>
-int64_t plane_size(int64_t rows, int64_t slots, int64_t lanes) {
-    const int64_t line = 64 / sizeof(T);
-    return (ceil_div(rows * slots * lanes, line) | 1) * line;
+Layout lay_out(int64_t channels, int64_t rows, int64_t slots, int64_t lanes) {
+    const int64_t line = 64 / sizeof(T), channel = ceil_div(slots * lanes, line) | 1;
+    return {channel * line, (channels * channel | 1) * line, rows};
 }
 
 // How images are cut into bands of `height` rows: lane i holds band i / batch of image i % batch.
@@ -89,7 +95,7 @@ inline Bands cut_bands(int64_t batch, int64_t rows, int64_t step, int64_t fit, i
         if (height > fit && best.height) break;
         const int64_t lanes = batch * ceil_div(rows, height), units = ceil_div(lanes, width);
         const double cost = double(ceil_div(units, parallel)) * (row_cost * double(height) + unit_cost);
-        if (best.height && cost >= least) continue;
+        if (best.height && cost > least) continue;
         best = {height, lanes, units};
         least = cost;
     }
@@ -118,7 +124,7 @@ inline Columns place_columns(int64_t width, int64_t shift, int64_t padded, int64
 
 // Taps by output channel: offsets into the scratch in elements.
 template <class I>
-std::vector<int32_t> forward_taps(const dst_conv& s, const int32_t* pointers, const I* indices, int64_t plane,
+std::vector<int32_t> forward_taps(const dst_conv& s, const int32_t* pointers, const I* indices, const Layout& x,
                                   int64_t slots, int64_t lanes) {
     const int64_t each = slots / s.stride_width;
     std::vector<int32_t> column(size_t(s.channels * s.kernel_height * s.kernel_width));
@@ -127,8 +133,8 @@ std::vector<int32_t> forward_taps(const dst_conv& s, const int32_t* pointers, co
         for (int64_t h = 0; h < s.kernel_height; ++h)
             for (int64_t w = 0; w < s.kernel_width; ++w) {
                 const int64_t across = w * s.dilation_width;
-                column[i++] = int32_t(c * plane + (h * s.dilation_height * slots + across % s.stride_width * each +
-                                                   across / s.stride_width) * lanes);
+                column[i++] = int32_t(c * x.channel + h * s.dilation_height * x.row +
+                                      (across % s.stride_width * each + across / s.stride_width) * lanes);
             }
     const int64_t n = pointers[s.outputs];
     std::vector<int32_t> taps(size_t(n), 0);
@@ -146,8 +152,8 @@ struct BackwardTaps {
 };
 
 template <class T, class I>
-BackwardTaps<T> backward_taps(const dst_conv& s, const int32_t* pointers, const I* indices, const T* values, int64_t plane,
-                              int64_t top, int64_t left, int64_t slots, int64_t lanes) {
+BackwardTaps<T> backward_taps(const dst_conv& s, const int32_t* pointers, const I* indices, const T* values,
+                              const Layout& g, int64_t top, int64_t left, int64_t lanes) {
     const int64_t n = pointers[s.channels * s.kernel_height * s.kernel_width];
     BackwardTaps<T> t;
     t.offsets.reserve(size_t(n));
@@ -164,10 +170,10 @@ BackwardTaps<T> backward_taps(const dst_conv& s, const int32_t* pointers, const 
                     for (int64_t w = 0; w < s.kernel_width; ++w) {
                         const int64_t column = across + s.pad_width - w * s.dilation_width;
                         if (column % s.stride_width) continue;
-                        const int64_t at = ((row / s.stride_height - top) * slots + column / s.stride_width - left) * lanes;
+                        const int64_t at = (row / s.stride_height - top) * g.row + (column / s.stride_width - left) * lanes;
                         const int64_t k = (c * s.kernel_height + h) * s.kernel_width + w;
                         for (int32_t j = pointers[k]; j < pointers[k + 1]; ++j) {
-                            t.offsets.push_back(int32_t(int64_t(indices[j]) * plane + at));
+                            t.offsets.push_back(int32_t(int64_t(indices[j]) * g.channel + at));
                             t.positions.push_back(j);
                             t.values.push_back(values[j]);
                         }
@@ -396,13 +402,14 @@ struct Source {
     T* images;
     int64_t planes, rows, columns, batch;
     int64_t height;  // rows between the first ones of successive bands
-    int64_t first, count;
+    int64_t first;   // of the first band
     const bool* wanted;  // rows of the scratch that are used; null: all
     Columns placed;
-    int64_t plane;  // elements of the scratch between planes
+    Layout layout;
 
     template <class Body>
     void over_rows(const Bands& bands, int64_t unit, T* spare, const Body& body) const {
+        const int64_t count = layout.rows;
         std::vector<LaneRows<T>> lanes{size_t(count)};
         std::vector<int> valid(size_t(count), 0);
         for (int64_t r = 0; r < count; ++r)
@@ -411,7 +418,7 @@ struct Source {
         for (int64_t c = 0; c < planes; ++c)
             for (int64_t r = 0; r < count; ++r) {
                 if (wanted && !wanted[r]) continue;
-                body(lanes[r].at, valid[r], c * plane + r * placed.slots * LaneRows<T>::W);
+                body(lanes[r].at, valid[r], c * layout.channel + r * layout.row);
                 lanes[r].next();
             }
     }
@@ -542,14 +549,14 @@ bool conv_forward(const ConvForward<T>& a) {
     const auto wanted = std::make_unique<bool[]>(size_t(rows));
     for (int64_t r = 0; r < bands.height; ++r)
         for (int64_t h = 0; h < s.kernel_height; ++h) wanted[r * s.stride_height + h * s.dilation_height] = true;
-    const Source<const T> x{a.x, s.channels, s.height, s.width, s.batch, bands.height * s.stride_height, -s.pad_height, rows,
-                            wanted.get(), placed, plane_size<T>(rows, placed.slots, W)};
-    const Source<T> y{a.y, s.outputs, s.out_height, s.out_width, s.batch, bands.height, 0, bands.height, nullptr,
-                      place_columns(s.out_width, 0, s.out_width, 1, W), plane_size<T>(bands.height, s.out_width, W)};
+    const Source<const T> x{a.x, s.channels, s.height, s.width, s.batch, bands.height * s.stride_height, -s.pad_height,
+                            wanted.get(), placed, lay_out<T>(s.channels, rows, placed.slots, W)};
+    const Source<T> y{a.y, s.outputs, s.out_height, s.out_width, s.batch, bands.height, 0, nullptr,
+                      place_columns(s.out_width, 0, s.out_width, 1, W), lay_out<T>(s.outputs, bands.height, s.out_width, W)};
     const std::vector<int32_t> taps =
-        forward_taps<I>(s, a.pointers, static_cast<const I*>(a.indices), x.plane, placed.slots, W);
-    const int64_t in_size = whole_lines(s.channels * x.plane * int64_t(sizeof(T)));
-    const int64_t out_size = whole_lines(s.outputs * y.plane * int64_t(sizeof(T)));
+        forward_taps<I>(s, a.pointers, static_cast<const I*>(a.indices), x.layout, placed.slots, W);
+    const int64_t in_size = x.layout.rows * x.layout.row * int64_t(sizeof(T));
+    const int64_t out_size = y.layout.rows * y.layout.row * int64_t(sizeof(T));
     const int64_t spare_size = whole_lines(std::max(s.width, s.out_width) * int64_t(sizeof(T)));
     return over_units(bands.units, a.threads, in_size + out_size + 2 * spare_size, [&](int64_t unit, char* memory) {
         T* in = reinterpret_cast<T*>(memory);
@@ -559,8 +566,8 @@ bool conv_forward(const ConvForward<T>& a) {
         pack<T>(x, bands, unit, zeros, in);
         for (int64_t r = 0; r < bands.height; ++r)
             over_strips(s.out_width, [&](int64_t from, int64_t count) {
-                conv_strips<T, kMostPositions>(a, taps.data(), in + (r * s.stride_height * placed.slots + from) * W,
-                                               out + (r * s.out_width + from) * W, y.plane, count);
+                conv_strips<T, kMostPositions>(a, taps.data(), in + r * s.stride_height * x.layout.row + from * W,
+                                               out + r * y.layout.row + from * W, y.layout.channel, count);
             });
         unpack<T>(y, bands, unit, spare, out);
     });
@@ -703,17 +710,17 @@ bool conv_backward(const ConvBackward<T>& a) {
     const Bands bands = cut_bands(s.batch, s.height, s.stride_height, (kBandBytes - halo_size) / row_size, W, row + read,
                                   read * double(halo), kParts / 2);
     const int64_t rows = rows_of(bands.height);
-    const Source<const T> g{a.g, s.outputs, s.out_height, s.out_width, s.batch, bands.height / s.stride_height, top, rows,
-                            nullptr, placed, plane_size<T>(rows, placed.slots, W)};
-    const int64_t plane = plane_size<T>(bands.height, split.slots, W);
-    const Source<const T> x{a.x, s.channels, s.height, s.width, s.batch, bands.height, 0, bands.height, nullptr, split, plane};
-    const Source<T> gx{a.gx, s.channels, s.height, s.width, s.batch, bands.height, 0, bands.height, nullptr, split, plane};
-    const BackwardTaps<T> taps = backward_taps<T, I>(s, a.pointers, static_cast<const I*>(a.indices), a.values, g.plane, top,
-                                                     left, placed.slots, W);
+    const Source<const T> g{a.g, s.outputs, s.out_height, s.out_width, s.batch, bands.height / s.stride_height, top, nullptr,
+                            placed, lay_out<T>(s.outputs, rows, placed.slots, W)};
+    const Layout layout = lay_out<T>(s.channels, bands.height, split.slots, W);
+    const Source<const T> x{a.x, s.channels, s.height, s.width, s.batch, bands.height, 0, nullptr, split, layout};
+    const Source<T> gx{a.gx, s.channels, s.height, s.width, s.batch, bands.height, 0, nullptr, split, layout};
+    const BackwardTaps<T> taps = backward_taps<T, I>(s, a.pointers, static_cast<const I*>(a.indices), a.values, g.layout, top,
+                                                     left, W);
     const int64_t parts = std::min(kParts, bands.units);
     std::vector<T> sums(size_t(parts * n), T(0));
-    const int64_t g_size = whole_lines(s.outputs * g.plane * int64_t(sizeof(T)));
-    const int64_t x_size = whole_lines(s.channels * plane * int64_t(sizeof(T))), gx_size = a.gx ? x_size : 0;
+    const int64_t g_size = rows * g.layout.row * int64_t(sizeof(T));
+    const int64_t x_size = layout.rows * layout.row * int64_t(sizeof(T)), gx_size = a.gx ? x_size : 0;
     const int64_t spare_size = whole_lines(std::max(s.width, s.out_width) * int64_t(sizeof(T)));
     const int64_t size = g_size + x_size + gx_size + 2 * spare_size;
     const bool done = over_units(parts, a.threads, size, [&](int64_t part, char* memory) {
@@ -729,11 +736,11 @@ bool conv_backward(const ConvBackward<T>& a) {
                 for (int64_t q = 0; q < std::min(s.stride_width, s.width); ++q) {
                     const int64_t phase = r % s.stride_height * s.stride_width + q;
                     over_strips(ceil_div(s.width - q, s.stride_width), [&](int64_t at, int64_t count) {
-                        const int64_t slot = (r * split.slots + q * (split.slots / s.stride_width) + at) * W;
+                        const int64_t slot = r * layout.row + (q * (split.slots / s.stride_width) + at) * W;
                         conv_back_strips<T, kMostPositions>(
                             {taps.pointers.data() + phase * (s.channels + 1), taps.offsets.data(), taps.values.data(),
-                             sums.data() + part * n, g_scratch + (r / s.stride_height * placed.slots + at) * W,
-                             x_scratch + slot, a.gx ? gx_scratch + slot : nullptr, s.channels, plane}, count);
+                             sums.data() + part * n, g_scratch + r / s.stride_height * g.layout.row + at * W,
+                             x_scratch + slot, a.gx ? gx_scratch + slot : nullptr, s.channels, layout.channel}, count);
                     });
                 }
             if (a.gx) unpack<T>(gx, bands, unit, spare, gx_scratch);
