@@ -29,6 +29,12 @@ namespace {
 // write images in longer streams; the rows at work are what has to fit the second-level cache.
 constexpr int64_t kBandBytes = 4096 * 1024;
 
+// Bytes of the scratch that the taps of one block reach from one strip of outputs: half a first-level cache.
+constexpr int64_t kBlockBytes = 16 * 1024;
+
+// Outputs of a strip: sums that fit into the registers.
+constexpr int kMostPositions = 8;
+
 // Parts in which the gradients of the weights are summed, and so the most threads that a backward pass can use.
 constexpr int64_t kParts = 16;
 
@@ -122,65 +128,117 @@ inline Columns place_columns(int64_t width, int64_t shift, int64_t padded, int64
     return c;
 }
 
-// Taps by output channel: offsets into the scratch in elements.
-template <class I>
-std::vector<int32_t> forward_taps(const dst_conv& s, const int32_t* pointers, const I* indices, const Layout& x,
-                                  int64_t slots, int64_t lanes) {
-    const int64_t each = slots / s.stride_width;
-    std::vector<int32_t> column(size_t(s.channels * s.kernel_height * s.kernel_width));
-    size_t i = 0;
-    for (int64_t c = 0; c < s.channels; ++c)
-        for (int64_t h = 0; h < s.kernel_height; ++h)
-            for (int64_t w = 0; w < s.kernel_width; ++w) {
-                const int64_t across = w * s.dilation_width;
-                column[i++] = int32_t(c * x.channel + h * s.dilation_height * x.row +
-                                      (across % s.stride_width * each + across / s.stride_width) * lanes);
-            }
-    const int64_t n = pointers[s.outputs];
-    std::vector<int32_t> taps(size_t(n), 0);
-    for (int64_t j = 0; j < n; ++j) taps[j] = column[indices[j]];
-    return taps;
-}
+// Taps of one output channel (backward: input channel) within one block.
+struct Segment {
+    int32_t channel, count;
+};
 
-// Taps by phase (the remainders of an input position modulo the strides), then by input channel.
+// Taps in the order in which they are used: by list, by block of the channels they read (whose reach stays in the
+// first-level cache), by segment. Within a block segments come by their number of taps, so that the processor predicts
+// where a loop over a segment ends. The first block has a segment for every channel.
 template <class T>
-struct BackwardTaps {
-    std::vector<int32_t> pointers;   // [phases, channels + 1]
+struct Taps {
+    int64_t blocks;
+    std::vector<int32_t> segment_starts, tap_starts;  // [lists * blocks + 1]
+    std::vector<Segment> segments;
     std::vector<int32_t> offsets;    // into the scratch, in elements
     std::vector<int32_t> positions;  // in the values
     std::vector<T> values;
 };
 
+// Blocks of the channels read, each of which reaches `bytes` from a strip.
+inline int64_t block_size(int64_t channels, int64_t bytes) {
+    const int64_t blocks = std::max<int64_t>(1, (channels * bytes + kBlockBytes / 2) / kBlockBytes);
+    return std::max<int64_t>(1, ceil_div(channels, blocks));
+}
+
+// `each(f)` calls f(list, block, channel, offset, position) for every tap, twice in the same order.
+template <class T, class Each>
+Taps<T> order_taps(int64_t lists, int64_t blocks, int64_t channels, int64_t n, const T* values, const Each& each) {
+    Taps<T> t;
+    t.blocks = blocks;
+    std::vector<int32_t> next(size_t(lists * blocks * channels), 0);
+    each([&](int64_t list, int64_t block, int64_t channel, int64_t, int64_t) { ++next[(list * blocks + block) * channels + channel]; });
+    t.offsets.resize(size_t(n));
+    t.positions.resize(size_t(n));
+    t.values.resize(size_t(n));
+    int32_t taps = 0;
+    for (int64_t i = 0; i < lists * blocks; ++i) {
+        const size_t start = t.segments.size();
+        t.segment_starts.push_back(int32_t(start));
+        t.tap_starts.push_back(taps);
+        int32_t* counts = next.data() + i * channels;
+        for (int64_t c = 0; c < channels; ++c)
+            if (counts[c] || i % blocks == 0) t.segments.push_back({int32_t(c), counts[c]});
+        std::stable_sort(t.segments.begin() + int64_t(start), t.segments.end(),
+                         [](const Segment& a, const Segment& b) { return a.count < b.count; });
+        for (size_t k = start; k < t.segments.size(); ++k) {
+            counts[t.segments[k].channel] = taps;
+            taps += t.segments[k].count;
+        }
+    }
+    t.segment_starts.push_back(int32_t(t.segments.size()));
+    t.tap_starts.push_back(taps);
+    each([&](int64_t list, int64_t block, int64_t channel, int64_t offset, int64_t position) {
+        const int32_t at = next[(list * blocks + block) * channels + channel]++;
+        t.offsets[at] = int32_t(offset);
+        t.positions[at] = int32_t(position);
+        t.values[at] = values[position];
+    });
+    return t;
+}
+
 template <class T, class I>
-BackwardTaps<T> backward_taps(const dst_conv& s, const int32_t* pointers, const I* indices, const T* values,
-                              const Layout& g, int64_t top, int64_t left, int64_t lanes) {
+Taps<T> forward_taps(const dst_conv& s, const int32_t* pointers, const I* indices, const T* values, const Layout& x,
+                     int64_t slots, int64_t lanes) {
+    const int64_t each = slots / s.stride_width, area = s.kernel_height * s.kernel_width;
+    const int64_t reach = std::min(slots, std::min(s.stride_width, s.kernel_width) * kMostPositions +
+                                              (s.kernel_width - 1) * s.dilation_width);
+    const int64_t size = block_size(s.channels, s.kernel_height * reach * lanes * int64_t(sizeof(T)));
+    struct Column {
+        int32_t offset, block;
+    };
+    std::vector<Column> columns;
+    columns.reserve(size_t(s.channels * area));
+    for (int64_t c = 0; c < s.channels; ++c)
+        for (int64_t h = 0; h < s.kernel_height; ++h)
+            for (int64_t w = 0; w < s.kernel_width; ++w) {
+                const int64_t across = w * s.dilation_width;
+                columns.push_back({int32_t(c * x.channel + h * s.dilation_height * x.row +
+                                           (across % s.stride_width * each + across / s.stride_width) * lanes),
+                                   int32_t(c / size)});
+            }
+    return order_taps<T>(1, std::max<int64_t>(1, ceil_div(s.channels, size)), s.outputs, pointers[s.outputs], values, [&](const auto& f) {
+        for (int64_t o = 0; o < s.outputs; ++o)
+            for (int32_t j = pointers[o]; j < pointers[o + 1]; ++j) f(0, columns[indices[j]].block, o, columns[indices[j]].offset, j);
+    });
+}
+
+// One list for each phase: the remainders of an input position modulo the strides.
+template <class T, class I>
+Taps<T> backward_taps(const dst_conv& s, const int32_t* pointers, const I* indices, const T* values, const Layout& g,
+                      int64_t top, int64_t left, int64_t lanes) {
     const int64_t n = pointers[s.channels * s.kernel_height * s.kernel_width];
-    BackwardTaps<T> t;
-    t.offsets.reserve(size_t(n));
-    t.positions.reserve(size_t(n));
-    t.values.reserve(size_t(n));
-    for (int64_t down = 0; down < s.stride_height; ++down)
-        for (int64_t across = 0; across < s.stride_width; ++across)
-            for (int64_t c = 0; c <= s.channels; ++c) {
-                t.pointers.push_back(int32_t(t.offsets.size()));
-                if (c == s.channels) break;
-                for (int64_t h = 0; h < s.kernel_height; ++h) {
-                    const int64_t row = down + s.pad_height - h * s.dilation_height;
-                    if (row % s.stride_height) continue;
-                    for (int64_t w = 0; w < s.kernel_width; ++w) {
-                        const int64_t column = across + s.pad_width - w * s.dilation_width;
-                        if (column % s.stride_width) continue;
-                        const int64_t at = (row / s.stride_height - top) * g.row + (column / s.stride_width - left) * lanes;
-                        const int64_t k = (c * s.kernel_height + h) * s.kernel_width + w;
-                        for (int32_t j = pointers[k]; j < pointers[k + 1]; ++j) {
-                            t.offsets.push_back(int32_t(int64_t(indices[j]) * g.channel + at));
-                            t.positions.push_back(j);
-                            t.values.push_back(values[j]);
-                        }
-                    }
+    const int64_t reach = kMostPositions + ceil_div((s.kernel_width - 1) * s.dilation_width, s.stride_width);
+    const int64_t size = block_size(s.outputs, ceil_div(s.kernel_height, s.stride_height) * reach * lanes * int64_t(sizeof(T)));
+    return order_taps<T>(s.stride_height * s.stride_width, ceil_div(s.outputs, size), s.channels, n, values, [&](const auto& f) {
+        for (int64_t c = 0; c < s.channels; ++c)
+            for (int64_t h = 0; h < s.kernel_height; ++h) {
+                const int64_t down = floor_div(s.pad_height - h * s.dilation_height, s.stride_height);
+                const int64_t row = s.pad_height - h * s.dilation_height - down * s.stride_height;
+                for (int64_t w = 0; w < s.kernel_width; ++w) {
+                    const int64_t right = floor_div(s.pad_width - w * s.dilation_width, s.stride_width);
+                    const int64_t column = s.pad_width - w * s.dilation_width - right * s.stride_width;
+                    // An input of this phase meets the tap when its remainder and the tap's add up to a multiple of the stride.
+                    const int64_t phase_row = row ? s.stride_height - row : 0, phase_column = column ? s.stride_width - column : 0;
+                    const int64_t at = (down + (row > 0) - top) * g.row + (right + (column > 0) - left) * lanes;
+                    const int64_t k = (c * s.kernel_height + h) * s.kernel_width + w;
+                    for (int32_t j = pointers[k]; j < pointers[k + 1]; ++j)
+                        f(phase_row * s.stride_width + phase_column, int64_t(indices[j]) / size, c,
+                          int64_t(indices[j]) * g.channel + at, j);
                 }
             }
-    return t;
+    });
 }
 
 }  // namespace
@@ -438,63 +496,84 @@ void pack(const Source<const T>& s, const Bands& bands, int64_t unit, const T* z
     });
 }
 
-// Bring a unit's rows back from the scratch.
+// Bring a unit's rows back from the scratch, through a ReLU where asked for.
 template <class T>
-void unpack(const Source<T>& s, const Bands& bands, int64_t unit, T* spare, const T* scratch) {
+void unpack(const Source<T>& s, const Bands& bands, int64_t unit, T* spare, const T* scratch, bool relu) {
+    using S = Simd<T>;
     const int32_t* offsets = s.placed.offsets.data();
     s.over_rows(bands, unit, spare, [&](T* const* lanes, int valid, int64_t at) {
         const T* from = scratch + at;
-        if (valid)
-            write_lanes<T>(lanes, s.placed.first, s.placed.last, [&](int64_t i) { return Simd<T>::load(from + offsets[i]); });
+        if (!valid) return;
+        const int64_t first = s.placed.first, last = s.placed.last;
+        if (relu) write_lanes<T>(lanes, first, last, [&](int64_t i) { return S::positive(S::load(from + offsets[i])); });
+        else write_lanes<T>(lanes, first, last, [&](int64_t i) { return S::load(from + offsets[i]); });
     });
 }
 
-constexpr int kMostPositions = 8;
+// Segments of one block of taps: their number, their taps.
+template <class T>
+struct Block {
+    const Segment* segments;
+    int64_t count;
+    const int32_t* offsets;
+    const T* values;
 
-// NV consecutive positions of a row of the output, for all channels.
+    Block(const Taps<T>& taps, int64_t list, int64_t block) {
+        const int64_t i = list * taps.blocks + block;
+        segments = taps.segments.data() + taps.segment_starts[i];
+        count = taps.segment_starts[i + 1] - taps.segment_starts[i];
+        offsets = taps.offsets.data() + taps.tap_starts[i];
+        values = taps.values.data() + taps.tap_starts[i];
+    }
+};
+
+// Add a block's taps to NV consecutive positions of a row of the output, `step` elements from channel to channel. The
+// first block starts from the bias.
 template <class T, int NV>
-void conv_strip(const ConvForward<T>& a, const int32_t* taps, const T* in, T* out, int64_t plane) {
+void conv_strip(const Block<T>& block, const T* in, T* out, int64_t step, bool first, const T* bias) {
     using S = Simd<T>;
     using V = typename S::V;
     constexpr int U = NV <= 2 ? 4 : NV <= 4 ? 2 : 1;  // independent sums hide the latency of the multiply-add
-    const int32_t* pointers = a.pointers;
-    const T *values = a.values, *bias = a.bias;
-    const bool relu = a.relu;
-    const int64_t outputs = a.s.outputs;
-    int64_t j = pointers[0];
-    for (int64_t o = 0; o < outputs; ++o) {
+    const int32_t* offsets = block.offsets;
+    const T* values = block.values;
+    for (const Segment *s = block.segments, *last = s + block.count; s < last; ++s) {
+        T* to = out + s->channel * step;
         V sum[U][NV];
-        const V start = S::set(bias ? bias[o] : T(0));
-        for (int k = 0; k < NV; ++k) {
-            sum[0][k] = start;
-            for (int u = 1; u < U; ++u) sum[u][k] = S::zero();
+        if (first) {
+            const V start = S::set(bias ? bias[s->channel] : T(0));
+            for (int k = 0; k < NV; ++k) sum[0][k] = start;
+        } else {
+            for (int k = 0; k < NV; ++k) sum[0][k] = S::load(to + k * S::W);
         }
-        const int64_t end = pointers[o + 1];
-        for (; j + U <= end; j += U)
+        for (int u = 1; u < U; ++u)
+            for (int k = 0; k < NV; ++k) sum[u][k] = S::zero();
+        int64_t j = 0;
+        const int64_t count = s->count;
+        for (; j + U <= count; j += U)
             for (int u = 0; u < U; ++u) {
-                const T* row = in + taps[j + u];
+                const T* row = in + offsets[j + u];
                 const V w = S::set(values[j + u]);
                 for (int k = 0; k < NV; ++k) sum[u][k] = S::fma(w, S::load(row + k * S::W), sum[u][k]);
             }
-        for (; j < end; ++j) {
-            const T* row = in + taps[j];
+        for (; j < count; ++j) {
+            const T* row = in + offsets[j];
             const V w = S::set(values[j]);
             for (int k = 0; k < NV; ++k) sum[0][k] = S::fma(w, S::load(row + k * S::W), sum[0][k]);
         }
+        offsets += count;
+        values += count;
         for (int k = 0; k < NV; ++k) {
             for (int u = 1; u < U; ++u) sum[0][k] = S::add(sum[0][k], sum[u][k]);
-            if (relu) sum[0][k] = S::positive(sum[0][k]);
-            S::store(out + k * S::W, sum[0][k]);
+            S::store(to + k * S::W, sum[0][k]);
         }
-        out += plane;
     }
 }
 
 template <class T, int NV>
-void conv_strips(const ConvForward<T>& a, const int32_t* taps, const T* in, T* out, int64_t plane, int64_t positions) {
+void conv_strips(int64_t positions, const Block<T>& block, const T* in, T* out, int64_t step, bool first, const T* bias) {
     if constexpr (NV > 0) {
-        if (positions != NV) return conv_strips<T, NV - 1>(a, taps, in, out, plane, positions);
-        conv_strip<T, NV>(a, taps, in, out, plane);
+        if (positions != NV) return conv_strips<T, NV - 1>(positions, block, in, out, step, first, bias);
+        conv_strip<T, NV>(block, in, out, step, first, bias);
     }
 }
 
@@ -553,8 +632,7 @@ bool conv_forward(const ConvForward<T>& a) {
                             wanted.get(), placed, lay_out<T>(s.channels, rows, placed.slots, W)};
     const Source<T> y{a.y, s.outputs, s.out_height, s.out_width, s.batch, bands.height, 0, nullptr,
                       place_columns(s.out_width, 0, s.out_width, 1, W), lay_out<T>(s.outputs, bands.height, s.out_width, W)};
-    const std::vector<int32_t> taps =
-        forward_taps<I>(s, a.pointers, static_cast<const I*>(a.indices), x.layout, placed.slots, W);
+    const Taps<T> taps = forward_taps<T, I>(s, a.pointers, static_cast<const I*>(a.indices), a.values, x.layout, placed.slots, W);
     const int64_t in_size = x.layout.rows * x.layout.row * int64_t(sizeof(T));
     const int64_t out_size = y.layout.rows * y.layout.row * int64_t(sizeof(T));
     const int64_t spare_size = whole_lines(std::max(s.width, s.out_width) * int64_t(sizeof(T)));
@@ -565,11 +643,13 @@ bool conv_forward(const ConvForward<T>& a) {
         T* spare = reinterpret_cast<T*>(memory + in_size + out_size + spare_size);
         pack<T>(x, bands, unit, zeros, in);
         for (int64_t r = 0; r < bands.height; ++r)
-            over_strips(s.out_width, [&](int64_t from, int64_t count) {
-                conv_strips<T, kMostPositions>(a, taps.data(), in + r * s.stride_height * x.layout.row + from * W,
-                                               out + r * y.layout.row + from * W, y.layout.channel, count);
-            });
-        unpack<T>(y, bands, unit, spare, out);
+            for (int64_t b = 0; b < taps.blocks; ++b)
+                over_strips(s.out_width, [&](int64_t from, int64_t count) {
+                    conv_strips<T, kMostPositions>(count, Block<T>(taps, 0, b),
+                                                   in + r * s.stride_height * x.layout.row + from * W,
+                                                   out + r * y.layout.row + from * W, y.layout.channel, b == 0, a.bias);
+                });
+        unpack<T>(y, bands, unit, spare, out, a.relu);
     });
 }
 
@@ -577,85 +657,76 @@ bool conv_forward(const ConvForward<T>& a) {
 // output gradient feeds the input gradient (times the weight) and the weight's own gradient (times the input)
 template <class T>
 struct Strip {
-    const int32_t* pointers;  // of the phase, [channels + 1]
-    const int32_t* offsets;
-    const T* values;
-    T* sums;  // of the weights' gradients
     const T *g, *x;
-    T* gx;  // may be null
-    int64_t channels, plane;
+    T* gx;      // may be null
+    T* sums;    // of the weights' gradients, in the order of the block's taps
+    int64_t step;  // elements between channels of x and gx
+    bool first;    // of the blocks: gx starts from zero
 };
 
-template <class T, int NV, bool INPUT>
-void conv_back_strip(const Strip<T>& a) {
+// N taps; as many at once as have room for their sums in the registers next to those of the input.
+template <class T, int NV, bool INPUT, int N>
+DST_INLINE void conv_back_taps(const int32_t* offsets, const T* values, const T* g, const T* x, typename Simd<T>::V* sum,
+                               T* sums) {
     using S = Simd<T>;
     using V = typename S::V;
-    constexpr int Q = kMostVectors >= 8 ? 4 : 2;  // taps whose sums fit into the registers next to those of the input
-    const int32_t* offsets = a.offsets;
-    const T *values = a.values, *g = a.g, *x = a.x;
-    T *sums = a.sums, *gx = a.gx;
-    int64_t j = a.pointers[0];
-    for (int64_t c = 0; c < a.channels; ++c) {
+    constexpr int Q = kMostVectors >= 8 ? 4 : 2;
+    V dot[4];
+    for (int q = 0; q < 4; ++q) dot[q] = S::zero();
+    for (int p = 0; p < N; p += Q) {
+        V w[Q];
+        const T* rows[Q];
+        for (int q = 0; q < Q && p + q < N; ++q) {
+            w[q] = S::set(values[p + q]);
+            rows[q] = g + offsets[p + q];
+        }
+        for (int k = 0; k < NV; ++k) {
+            const V in = S::load(x + k * S::W);
+            for (int q = 0; q < Q && p + q < N; ++q) {
+                const V d = S::load(rows[q] + k * S::W);
+                if (INPUT) sum[k] = S::fma(w[q], d, sum[k]);
+                dot[p + q] = S::fma(in, d, dot[p + q]);
+            }
+        }
+    }
+    T out[4];
+    S::sum4(dot[0], dot[1], dot[2], dot[3], out);
+    for (int q = 0; q < N; ++q) sums[q] += out[q];
+}
+
+template <class T, int NV, bool INPUT>
+void conv_back_strip(const Block<T>& block, const Strip<T>& a) {
+    using S = Simd<T>;
+    using V = typename S::V;
+    const int32_t* offsets = block.offsets;
+    const T *values = block.values, *g = a.g;
+    T* sums = a.sums;
+    const bool first = a.first;
+    for (const Segment *s = block.segments, *last = s + block.count; s < last; ++s) {
+        const T* x = a.x + s->channel * a.step;
+        T* gx = INPUT ? a.gx + s->channel * a.step : nullptr;
         V sum[NV];
-        for (int k = 0; k < NV; ++k) sum[k] = S::zero();
-        const int64_t end = a.pointers[c + 1];
-        for (; j + 4 <= end; j += 4) {
-            V dot[4];
-            for (int p = 0; p < 4; p += Q) {
-                V w[Q];
-                const T* rows[Q];
-                for (int q = 0; q < Q; ++q) {
-                    dot[p + q] = S::zero();
-                    w[q] = S::set(values[j + p + q]);
-                    rows[q] = g + offsets[j + p + q];
-                }
-                for (int k = 0; k < NV; ++k) {
-                    const V in = S::load(x + k * S::W);
-                    for (int q = 0; q < Q; ++q) {
-                        const V d = S::load(rows[q] + k * S::W);
-                        if (INPUT) sum[k] = S::fma(w[q], d, sum[k]);
-                        dot[p + q] = S::fma(in, d, dot[p + q]);
-                    }
-                }
-            }
-            T out[4];
-            S::sum4(dot[0], dot[1], dot[2], dot[3], out);
-            for (int q = 0; q < 4; ++q) sums[j + q] += out[q];
-        }
-        if (j < end) {
-            V dot[4];
-            const int left = int(end - j);
-            for (int q = 0; q < 4; ++q) dot[q] = S::zero();
-            for (int q = 0; q < left; ++q) {
-                const V w = S::set(values[j + q]);
-                const T* row = g + offsets[j + q];
-                V part = S::zero();
-                for (int k = 0; k < NV; ++k) {
-                    const V d = S::load(row + k * S::W);
-                    if (INPUT) sum[k] = S::fma(w, d, sum[k]);
-                    part = S::fma(S::load(x + k * S::W), d, part);
-                }
-                dot[q] = part;
-            }
-            T out[4];
-            S::sum4(dot[0], dot[1], dot[2], dot[3], out);
-            for (int q = 0; q < left; ++q) sums[j + q] += out[q];
-            j = end;
-        }
-        if (INPUT) {
+        for (int k = 0; k < NV; ++k) sum[k] = INPUT && !first ? S::load(gx + k * S::W) : S::zero();
+        int64_t left = s->count;
+        for (; left >= 4; left -= 4, offsets += 4, values += 4, sums += 4)
+            conv_back_taps<T, NV, INPUT, 4>(offsets, values, g, x, sum, sums);
+        if (left == 1) conv_back_taps<T, NV, INPUT, 1>(offsets, values, g, x, sum, sums);
+        else if (left == 2) conv_back_taps<T, NV, INPUT, 2>(offsets, values, g, x, sum, sums);
+        else if (left == 3) conv_back_taps<T, NV, INPUT, 3>(offsets, values, g, x, sum, sums);
+        offsets += left;
+        values += left;
+        sums += left;
+        if (INPUT)
             for (int k = 0; k < NV; ++k) S::store(gx + k * S::W, sum[k]);
-            gx += a.plane;
-        }
-        x += a.plane;
     }
 }
 
 template <class T, int NV>
-void conv_back_strips(const Strip<T>& a, int64_t positions) {
+void conv_back_strips(int64_t positions, const Block<T>& block, const Strip<T>& a) {
     if constexpr (NV > 0) {
-        if (positions != NV) return conv_back_strips<T, NV - 1>(a, positions);
-        if (a.gx) conv_back_strip<T, NV, true>(a);
-        else conv_back_strip<T, NV, false>(a);
+        if (positions != NV) return conv_back_strips<T, NV - 1>(positions, block, a);
+        if (a.gx) conv_back_strip<T, NV, true>(block, a);
+        else conv_back_strip<T, NV, false>(block, a);
     }
 }
 
@@ -715,7 +786,7 @@ bool conv_backward(const ConvBackward<T>& a) {
     const Layout layout = lay_out<T>(s.channels, bands.height, split.slots, W);
     const Source<const T> x{a.x, s.channels, s.height, s.width, s.batch, bands.height, 0, nullptr, split, layout};
     const Source<T> gx{a.gx, s.channels, s.height, s.width, s.batch, bands.height, 0, nullptr, split, layout};
-    const BackwardTaps<T> taps = backward_taps<T, I>(s, a.pointers, static_cast<const I*>(a.indices), a.values, g.layout, top,
+    const Taps<T> taps = backward_taps<T, I>(s, a.pointers, static_cast<const I*>(a.indices), a.values, g.layout, top,
                                                      left, W);
     const int64_t parts = std::min(kParts, bands.units);
     std::vector<T> sums(size_t(parts * n), T(0));
@@ -735,15 +806,17 @@ bool conv_backward(const ConvBackward<T>& a) {
             for (int64_t r = 0; r < bands.height; ++r)
                 for (int64_t q = 0; q < std::min(s.stride_width, s.width); ++q) {
                     const int64_t phase = r % s.stride_height * s.stride_width + q;
-                    over_strips(ceil_div(s.width - q, s.stride_width), [&](int64_t at, int64_t count) {
-                        const int64_t slot = r * layout.row + (q * (split.slots / s.stride_width) + at) * W;
-                        conv_back_strips<T, kMostPositions>(
-                            {taps.pointers.data() + phase * (s.channels + 1), taps.offsets.data(), taps.values.data(),
-                             sums.data() + part * n, g_scratch + r / s.stride_height * g.layout.row + at * W,
-                             x_scratch + slot, a.gx ? gx_scratch + slot : nullptr, s.channels, layout.channel}, count);
-                    });
+                    for (int64_t b = 0; b < taps.blocks; ++b)
+                        over_strips(ceil_div(s.width - q, s.stride_width), [&](int64_t at, int64_t count) {
+                            const int64_t slot = r * layout.row + (q * (split.slots / s.stride_width) + at) * W;
+                            conv_back_strips<T, kMostPositions>(
+                                count, Block<T>(taps, phase, b),
+                                {g_scratch + r / s.stride_height * g.layout.row + at * W, x_scratch + slot,
+                                 a.gx ? gx_scratch + slot : nullptr,
+                                 sums.data() + part * n + taps.tap_starts[phase * taps.blocks + b], layout.channel, b == 0});
+                        });
                 }
-            if (a.gx) unpack<T>(gx, bands, unit, spare, gx_scratch);
+            if (a.gx) unpack<T>(gx, bands, unit, spare, gx_scratch, false);
         }
     });
     in_parallel(n, a.threads, n * parts, [&](int64_t j) {
