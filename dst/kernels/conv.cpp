@@ -664,13 +664,25 @@ struct Strip {
     bool first;    // of the blocks: gx starts from zero
 };
 
+// Keep a vector in its register: loading it anew for every use would make loads, not arithmetic, the limit.
+template <class V>
+DST_INLINE void hold(V& v) {
+#if DST_LEVEL == 2
+    asm("" : "+v"(v));
+#elif DST_LEVEL == 1
+    asm("" : "+x"(v));
+#else
+    (void)v;
+#endif
+}
+
 // N taps; as many at once as have room for their sums in the registers next to those of the input.
 template <class T, int NV, bool INPUT, int N>
 DST_INLINE void conv_back_taps(const int32_t* offsets, const T* values, const T* g, const T* x, typename Simd<T>::V* sum,
                                T* sums) {
     using S = Simd<T>;
     using V = typename S::V;
-    constexpr int Q = kMostVectors >= 8 ? 4 : 2;
+    constexpr int Q = 4;
     V dot[4];
     for (int q = 0; q < 4; ++q) dot[q] = S::zero();
     for (int p = 0; p < N; p += Q) {
@@ -683,7 +695,8 @@ DST_INLINE void conv_back_taps(const int32_t* offsets, const T* values, const T*
         for (int k = 0; k < NV; ++k) {
             const V in = S::load(x + k * S::W);
             for (int q = 0; q < Q && p + q < N; ++q) {
-                const V d = S::load(rows[q] + k * S::W);
+                V d = S::load(rows[q] + k * S::W);
+                if (INPUT) hold(d);
                 if (INPUT) sum[k] = S::fma(w[q], d, sum[k]);
                 dot[p + q] = S::fma(in, d, dot[p + q]);
             }

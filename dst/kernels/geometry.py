@@ -41,7 +41,9 @@ class ConvShape:
         reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]
         spare = [n + 2 * p - r for n, p, r in zip(size, padding, reach, strict=True)]
         if min(spare) < 0:
-            raise ValueError(f"a kernel that spans {tuple(reach)} does not fit an input of {tuple(size)} padded by {padding}")
+            raise ValueError(
+                f"a kernel that spans {tuple(reach)} does not fit an input of {tuple(size)} padded by {padding}"
+            )
         out = [n // s + 1 for n, s in zip(spare, stride, strict=True)]
         self.output = (batch, outputs, *out)
         sizes = (batch, channels, *size, outputs, *out, *kernel, *stride, *padding, *dilation)
