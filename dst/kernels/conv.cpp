@@ -111,6 +111,7 @@ inline Bands cut_bands(int64_t batch, int64_t rows, int64_t step, int64_t fit, i
 // Where the columns of a row go in the scratch: offsets in elements of columns [first, last).
 struct Columns {
     int64_t first, last, slots;
+    bool contiguous;
     std::vector<int32_t> offsets;  // by column
 };
 
@@ -120,6 +121,7 @@ inline Columns place_columns(int64_t width, int64_t shift, int64_t padded, int64
     Columns c;
     const int64_t each = ceil_div(padded, stride);
     c.slots = each * stride;
+    c.contiguous = stride == 1;
     c.first = std::min(width, std::max<int64_t>(0, -shift));
     c.last = std::max(c.first, std::min(width, padded - shift));
     c.offsets.assign(size_t(width), 0);
@@ -379,9 +381,11 @@ struct Group {
 
 // Call put(i, vector) for the elements i of [from, to) of every lane; some may come twice.
 template <class T, class Put>
-DST_INLINE void read_lanes(const T* const* lanes, int64_t from, int64_t to, const Put& put) {
+DST_INLINE void read_lanes(const T* const* rows, int64_t from, int64_t to, const Put& put) {
     using S = Simd<T>;
     constexpr int G = Group<T>::G;
+    const T* lanes[S::W];  // a copy, which what `put` stores cannot change
+    for (int l = 0; l < S::W; ++l) lanes[l] = rows[l];
     typename S::V v[G];
     int64_t i = from;
     for (; i + G <= to; i += G) {
@@ -403,9 +407,11 @@ DST_INLINE void read_lanes(const T* const* lanes, int64_t from, int64_t to, cons
 
 // Write get(i) to the elements i of [from, to) of every lane.
 template <class T, class Get>
-DST_INLINE void write_lanes(T* const* lanes, int64_t from, int64_t to, const Get& get) {
+DST_INLINE void write_lanes(T* const* rows, int64_t from, int64_t to, const Get& get) {
     using S = Simd<T>;
     constexpr int G = Group<T>::G;
+    T* lanes[S::W];  // a copy, which the stores cannot change
+    for (int l = 0; l < S::W; ++l) lanes[l] = rows[l];
     typename S::V v[G];
     int64_t i = from;
     for (; i + G <= to; i += G) {
@@ -473,41 +479,63 @@ struct Source {
         for (int64_t r = 0; r < count; ++r)
             valid[r] = lane_rows<T>(lanes[r], images, planes, rows, columns, batch, bands, unit, height, first + r, spare);
         // Rows are the inner loop: every image is then read or written in one stream for long enough to be prefetched.
-        for (int64_t c = 0; c < planes; ++c)
+        const bool* const used = wanted;
+        const int64_t number = planes, channel = layout.channel, row = layout.row;
+        for (int64_t c = 0; c < number; ++c)
             for (int64_t r = 0; r < count; ++r) {
-                if (wanted && !wanted[r]) continue;
-                body(lanes[r].at, valid[r], c * layout.channel + r * layout.row);
+                if (used && !used[r]) continue;
+                body(lanes[r].at, valid[r], c * channel + r * row);
                 lanes[r].next();
             }
     }
 };
 
-// Bring a unit's rows into the scratch.
-template <class T>
-void pack(const Source<const T>& s, const Bands& bands, int64_t unit, const T* zeros, T* scratch) {
+// Bring a unit's rows into the scratch. CONTIGUOUS: columns keep their order there.
+template <bool CONTIGUOUS, class T>
+void pack_rows(const Source<const T>& s, const Bands& bands, int64_t unit, const T* zeros, T* scratch) {
     using S = Simd<T>;
+    const int64_t first = s.placed.first, last = s.placed.last, bytes = s.placed.slots * S::W * int64_t(sizeof(T));
     const int32_t* offsets = s.placed.offsets.data();
-    s.over_rows(bands, unit, zeros, [&](const T* const* lanes, int valid, int64_t at) {
+    if (first == last) return;
+    const int64_t shift = offsets[first] - first * S::W;
+    s.over_rows(bands, unit, zeros, [=](const T* const* lanes, int valid, int64_t at) {
         T* to = scratch + at;
         if (valid)
-            read_lanes<T>(lanes, s.placed.first, s.placed.last, [&](int64_t i, typename S::V v) { S::store(to + offsets[i], v); });
+            read_lanes<T>(lanes, first, last, [=](int64_t i, typename S::V v) {
+                S::store(to + (CONTIGUOUS ? shift + i * S::W : int64_t(offsets[i])), v);
+            });
         else
-            std::memset(to, 0, size_t(s.placed.slots * S::W) * sizeof(T));
+            std::memset(to, 0, size_t(bytes));
     });
 }
 
+template <class T>
+void pack(const Source<const T>& s, const Bands& bands, int64_t unit, const T* zeros, T* scratch) {
+    if (s.placed.contiguous) pack_rows<true, T>(s, bands, unit, zeros, scratch);
+    else pack_rows<false, T>(s, bands, unit, zeros, scratch);
+}
+
 // Bring a unit's rows back from the scratch, through a ReLU where asked for.
+template <bool CONTIGUOUS, bool RELU, class T>
+void unpack_rows(const Source<T>& s, const Bands& bands, int64_t unit, T* spare, const T* scratch) {
+    using S = Simd<T>;
+    const int64_t columns = s.columns;
+    const int32_t* offsets = s.placed.offsets.data();
+    s.over_rows(bands, unit, spare, [=](T* const* lanes, int valid, int64_t at) {
+        const T* from = scratch + at;
+        if (valid)
+            write_lanes<T>(lanes, 0, columns, [=](int64_t i) {
+                const typename S::V v = S::load(from + (CONTIGUOUS ? i * S::W : int64_t(offsets[i])));
+                return RELU ? S::positive(v) : v;
+            });
+    });
+}
+
 template <class T>
 void unpack(const Source<T>& s, const Bands& bands, int64_t unit, T* spare, const T* scratch, bool relu) {
-    using S = Simd<T>;
-    const int32_t* offsets = s.placed.offsets.data();
-    s.over_rows(bands, unit, spare, [&](T* const* lanes, int valid, int64_t at) {
-        const T* from = scratch + at;
-        if (!valid) return;
-        const int64_t first = s.placed.first, last = s.placed.last;
-        if (relu) write_lanes<T>(lanes, first, last, [&](int64_t i) { return S::positive(S::load(from + offsets[i])); });
-        else write_lanes<T>(lanes, first, last, [&](int64_t i) { return S::load(from + offsets[i]); });
-    });
+    if (relu) unpack_rows<true, true, T>(s, bands, unit, spare, scratch);
+    else if (s.placed.contiguous) unpack_rows<true, false, T>(s, bands, unit, spare, scratch);
+    else unpack_rows<false, false, T>(s, bands, unit, spare, scratch);
 }
 
 // Segments of one block of taps: their number, their taps.
@@ -618,8 +646,8 @@ bool conv_forward(const ConvForward<T>& a) {
     const int64_t halo = (s.kernel_height - 1) * s.dilation_height + 1;
     const Columns placed = place_columns(s.width, s.pad_width, (s.out_width - 1) * s.stride_width +
                                          (s.kernel_width - 1) * s.dilation_width + 1, s.stride_width, W);
-    const double read = 3.0 * double(s.channels * placed.slots);
-    const double row = double(s.out_width) * (0.5 * double(a.pointers[s.outputs]) + 3.0 * double(s.outputs));
+    const double read = 4.0 * double(s.channels * placed.slots);
+    const double row = double(s.out_width) * (0.5 * double(a.pointers[s.outputs]) + 4.0 * double(s.outputs));
     const int64_t row_size = (s.channels * placed.slots * s.stride_height + s.outputs * s.out_width) * W * int64_t(sizeof(T));
     const int64_t halo_size = s.channels * placed.slots * (halo - s.stride_height) * W * int64_t(sizeof(T));
     const Bands bands = cut_bands(s.batch, s.out_height, 1, (kBandBytes - halo_size) / row_size, W,
@@ -784,9 +812,9 @@ bool conv_backward(const ConvBackward<T>& a) {
     const Columns placed = place_columns(s.out_width, -left, right - left + 1, 1, W);
     const Columns split = place_columns(s.width, 0, s.width, s.stride_width, W);
     const auto rows_of = [&](int64_t height) { return floor_div(height - 1 + s.pad_height, s.stride_height) - top + 1; };
-    const double read = 3.0 * double(s.outputs * placed.slots) / double(s.stride_height);
+    const double read = 4.0 * double(s.outputs * placed.slots) / double(s.stride_height);
     const double row = double(s.width) * ((a.gx ? 1.0 : 0.6) * double(n) / double(s.stride_height * s.stride_width) +
-                                          6.0 * double(s.channels));
+                                          8.0 * double(s.channels));
     const int64_t halo = (rows_of(s.stride_height) - 1) * s.stride_height;
     const int64_t row_size = (s.outputs * placed.slots + (a.gx ? 2 : 1) * s.channels * split.slots * s.stride_height) * W *
                              int64_t(sizeof(T)) / s.stride_height;
