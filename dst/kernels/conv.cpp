@@ -35,6 +35,9 @@ constexpr int64_t kBlockBytes = 16 * 1024;
 // Outputs of a strip: sums that fit into the registers.
 constexpr int kMostPositions = 8;
 
+// Elements of a scratch that 32-bit offsets reach.
+constexpr int64_t kMostElements = std::numeric_limits<int32_t>::max();
+
 // Parts in which the gradients of the weights are summed, and so the most threads that a backward pass can use.
 constexpr int64_t kParts = 16;
 
@@ -689,6 +692,7 @@ bool conv_forward(const ConvForward<T>& a) {
                             wanted.get(), placed, lay_out<T>(s.channels, rows, placed.slots, W)};
     const Source<T> y{a.y, s.outputs, s.out_height, s.out_width, s.batch, bands.height, 0, nullptr,
                       place_columns(s.out_width, 0, s.out_width, 1, W), lay_out<T>(s.outputs, bands.height, s.out_width, W)};
+    if (x.layout.rows * x.layout.row > kMostElements) return false;
     const Taps<T> taps = forward_taps<T, I>(s, a.pointers, static_cast<const I*>(a.indices), a.values, x.layout, placed.slots, W);
     const int64_t in_size = x.layout.rows * x.layout.row * int64_t(sizeof(T));
     const int64_t out_size = y.layout.rows * y.layout.row * int64_t(sizeof(T));
@@ -856,6 +860,7 @@ bool conv_backward(const ConvBackward<T>& a) {
     const Layout layout = lay_out<T>(s.channels, bands.height, split.slots, W);
     const Source<const T> x{a.x, s.channels, s.height, s.width, s.batch, bands.height, 0, nullptr, split, layout};
     const Source<T> gx{a.gx, s.channels, s.height, s.width, s.batch, bands.height, 0, nullptr, split, layout};
+    if (g.layout.rows * g.layout.row > kMostElements) return false;
     const Taps<T> taps = backward_taps<T, I>(s, a.pointers, static_cast<const I*>(a.indices), a.values, g.layout, top,
                                                      left, W);
     const int64_t parts = std::min(kParts, bands.units);
