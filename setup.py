@@ -51,6 +51,8 @@ class BuildKernels(build_ext):
 
 
 setup(
-    ext_modules=[Extension("dst.kernels._spmm", ["dst/kernels/spmm.cpp"], optional=True)],
+    ext_modules=[
+        Extension("dst.kernels._spmm", ["dst/kernels/spmm.cpp"], depends=["dst/kernels/conv.cpp"], optional=True)
+    ],
     cmdclass={"build_py": BuildWithConf, "build_ext": BuildKernels},
 )
