@@ -166,6 +166,80 @@ void check(int64_t rows, int64_t columns, int64_t batch, double density) {
     expect(count == k && std::equal(order.begin(), order.end(), indices.get()), "growth", rows, columns, batch);
 }
 
+// A convolution and its gradients against plain loops over every tap.
+template <class T, class I>
+void check_conv(const dst_conv& s, double density) {
+    const int is_double = sizeof(T) == 8, wide = sizeof(I) == 4;
+    const int64_t area = s.kernel_height * s.kernel_width, columns = s.channels * area;
+    std::vector<int32_t> starts(1, 0);
+    std::vector<I> found;
+    for (int64_t r = 0; r < s.outputs; ++r) {
+        for (int64_t c = 0; c < columns; ++c)
+            if (generator() < density * 4294967295.0) found.push_back(I(c));
+        starts.push_back(int32_t(found.size()));
+    }
+    const int64_t n = int64_t(found.size());
+    auto row_pointers = block<int32_t>(s.outputs + 1), column_pointers = block<int32_t>(columns + 1), permutation = block<int32_t>(n);
+    auto column_indices = block<I>(n), row_indices = block<I>(n);
+    std::copy(starts.begin(), starts.end(), row_pointers.get());
+    std::copy(found.begin(), found.end(), column_indices.get());
+    dst_transpose_pattern(wide, s.outputs, columns, row_pointers.get(), column_indices.get(), column_pointers.get(),
+                          row_indices.get(), permutation.get());
+    auto values = random_block<T>(n), row_values = block<T>(n);
+    dst_gather(is_double, n, permutation.get(), values.get(), row_values.get(), 1);
+    const int64_t in = s.height * s.width, out = s.out_height * s.out_width;
+    auto x = random_block<T>(s.batch * s.channels * in), g = random_block<T>(s.batch * s.outputs * out);
+    auto bias = random_block<T>(s.outputs);
+    std::vector<double> y(s.batch * s.outputs * out), gx(s.batch * s.channels * in), gv(n), gb(s.outputs);
+    for (int64_t b = 0; b < s.batch; ++b)
+        for (int64_t o = 0; o < s.outputs; ++o)
+            for (int64_t p = 0; p < out; ++p) {
+                const int64_t at = (b * s.outputs + o) * out + p;
+                y[at] = bias[o];
+                gb[o] += g[at];
+                for (int32_t j = row_pointers[o]; j < row_pointers[o + 1]; ++j) {
+                    const int64_t k = column_indices[j], h = k % area / s.kernel_width, w = k % s.kernel_width;
+                    const int64_t row = p / s.out_width * s.stride_height - s.pad_height + h * s.dilation_height;
+                    const int64_t column = p % s.out_width * s.stride_width - s.pad_width + w * s.dilation_width;
+                    if (row < 0 || row >= s.height || column < 0 || column >= s.width) continue;
+                    const int64_t from = (b * s.channels + k / area) * in + row * s.width + column;
+                    y[at] += double(row_values[j]) * double(x[from]);
+                    gx[from] += double(row_values[j]) * double(g[at]);
+                    gv[permutation[j]] += double(x[from]) * double(g[at]);
+                }
+            }
+    auto got_y = block<T>(y.size()), got_gx = block<T>(gx.size()), got_gv = block<T>(n), got_gb = block<T>(s.outputs);
+    for (int threads = 1; threads <= 3; threads += 2)
+        for (int every = 0; every < 2; ++every) {
+            dst_conv_forward(is_double, wide, &s, row_pointers.get(), column_indices.get(), row_values.get(), x.get(), got_y.get(),
+                             bias.get(), every, threads);
+            dst_conv_backward(is_double, wide, &s, column_pointers.get(), row_indices.get(), values.get(), x.get(), g.get(),
+                              every ? got_gx.get() : nullptr, got_gv.get(), every ? got_gb.get() : nullptr, threads);
+            for (size_t i = 0; i < y.size(); ++i)
+                expect(near(got_y[i], every ? std::max(y[i], 0.0) : y[i]), "convolution", s.outputs, columns, s.batch);
+            for (int64_t j = 0; j < n; ++j) expect(near(got_gv[j], gv[j]), "convolution values", s.outputs, columns, s.batch);
+        }
+    for (size_t i = 0; i < gx.size(); ++i) expect(near(got_gx[i], gx[i]), "convolution input", s.outputs, columns, s.batch);
+    for (int64_t o = 0; o < s.outputs; ++o) expect(near(got_gb[o], gb[o]), "convolution bias", s.outputs, columns, s.batch);
+}
+
+void check_convs() {
+    const int64_t images[][5] = {{0, 2, 5, 6, 3}, {1, 3, 9, 7, 4}, {3, 5, 8, 8, 3}, {9, 2, 6, 13, 7}, {17, 40, 4, 3, 2}};
+    for (const auto& i : images)
+        for (int64_t kernel : {1, 2, 3, 5})
+            for (int64_t stride : {1, 2, 3})
+                for (int64_t pad : {0, 1, 3})
+                    for (int64_t dilation : {1, 2}) {
+                        const int64_t reach = (kernel - 1) * dilation + 1;
+                        if (i[2] + 2 * pad < reach || i[3] + 2 * pad < reach) continue;
+                        const dst_conv s = {i[0], i[1], i[2], i[3], i[4], (i[2] + 2 * pad - reach) / stride + 1,
+                                            (i[3] + 2 * pad - reach) / stride + 1, kernel, kernel, stride, stride, pad, pad,
+                                            dilation, dilation};
+                        check_conv<float, uint16_t>(s, 0.3);
+                        check_conv<double, int32_t>(s, stride == 3 ? 0.0 : 0.3);
+                    }
+}
+
 }  // namespace
 
 int main() {
@@ -180,6 +254,7 @@ int main() {
                         check<double, uint16_t>(rows, columns, batch, density);
                         check<double, int32_t>(rows, columns, batch, density);
                     }
+        check_convs();
         std::printf("isa %d done\n", isa);
     }
     std::printf("%d failures\n", failures);

@@ -12,10 +12,11 @@ from typing import TypeAlias
 from dst.errors import ConfigurationError
 from dst.kernels.chain import ChainLayer, CompiledChain
 from dst.kernels.fallback import TorchKernels
+from dst.kernels.geometry import ConvShape
 from dst.kernels.native import Kernels
 from dst.kernels.pattern import Pattern
 
-__all__ = ["ChainLayer", "CompiledChain", "Engine", "Kernels", "Pattern", "TorchKernels", "engine", "load"]
+__all__ = ["ChainLayer", "CompiledChain", "ConvShape", "Engine", "Kernels", "Pattern", "TorchKernels", "engine", "load"]
 
 Engine: TypeAlias = Kernels | TorchKernels
 

@@ -25,8 +25,18 @@ struct dst_conv {
 
 namespace {
 
-// Bytes that the scratch of one band may take: most of a second-level cache.
-constexpr int64_t kBandBytes = 320 * 1024;
+// Bytes that the scratch of one band may take: a share of the last-level cache. Taller bands repeat fewer rows and read and
+// write images in longer streams; the rows at work are what has to fit the second-level cache.
+constexpr int64_t kBandBytes = 4096 * 1024;
+
+// Bytes of the scratch that the taps of one block reach from one strip of outputs: half a first-level cache.
+constexpr int64_t kBlockBytes = 16 * 1024;
+
+// Outputs of a strip: sums that fit into the registers.
+constexpr int kMostPositions = 8;
+
+// Elements of a scratch that 32-bit offsets reach.
+constexpr int64_t kMostElements = std::numeric_limits<int32_t>::max();
 
 // Parts in which the gradients of the weights are summed, and so the most threads that a backward pass can use.
 constexpr int64_t kParts = 16;
@@ -67,12 +77,17 @@ inline int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -((b - 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t whole_lines(int64_t bytes) { return ceil_div(bytes, 64) * 64; }
 
-// Elements of a plane of the scratch: an odd number of cache lines, so that the same place in successive planes falls into
-// different sets of the first-level cache.
+// A scratch holds rows, a row its channels, a channel its columns, a column one vector: what the taps of a few consecutive
+// outputs reach lies in few pages. Steps are an odd number of cache lines, so that the same place in successive rows and
+// channels falls into different sets of the first-level cache.
+struct Layout {
+    int64_t channel, row, rows;  // elements between channels, elements between rows, number of rows
+};
+
 template <class T>
-int64_t plane_size(int64_t rows, int64_t slots, int64_t lanes) {
-    const int64_t line = 64 / sizeof(T);
-    return (ceil_div(rows * slots * lanes, line) | 1) * line;
+Layout lay_out(int64_t channels, int64_t rows, int64_t slots, int64_t lanes) {
+    const int64_t line = 64 / sizeof(T), channel = ceil_div(slots * lanes, line) | 1;
+    return {channel * line, (channels * channel | 1) * line, rows};
 }
 
 // How images are cut into bands of `height` rows: lane i holds band i / batch of image i % batch.
@@ -89,7 +104,7 @@ inline Bands cut_bands(int64_t batch, int64_t rows, int64_t step, int64_t fit, i
         if (height > fit && best.height) break;
         const int64_t lanes = batch * ceil_div(rows, height), units = ceil_div(lanes, width);
         const double cost = double(ceil_div(units, parallel)) * (row_cost * double(height) + unit_cost);
-        if (best.height && cost >= least) continue;
+        if (best.height && cost > least) continue;
         best = {height, lanes, units};
         least = cost;
     }
@@ -99,6 +114,7 @@ inline Bands cut_bands(int64_t batch, int64_t rows, int64_t step, int64_t fit, i
 // Where the columns of a row go in the scratch: offsets in elements of columns [first, last).
 struct Columns {
     int64_t first, last, slots;
+    bool contiguous;
     std::vector<int32_t> offsets;  // by column
 };
 
@@ -108,6 +124,7 @@ inline Columns place_columns(int64_t width, int64_t shift, int64_t padded, int64
     Columns c;
     const int64_t each = ceil_div(padded, stride);
     c.slots = each * stride;
+    c.contiguous = stride == 1;
     c.first = std::min(width, std::max<int64_t>(0, -shift));
     c.last = std::max(c.first, std::min(width, padded - shift));
     c.offsets.assign(size_t(width), 0);
@@ -116,65 +133,117 @@ inline Columns place_columns(int64_t width, int64_t shift, int64_t padded, int64
     return c;
 }
 
-// Taps by output channel: offsets into the scratch in elements.
-template <class I>
-std::vector<int32_t> forward_taps(const dst_conv& s, const int32_t* pointers, const I* indices, int64_t plane,
-                                  int64_t slots, int64_t lanes) {
-    const int64_t each = slots / s.stride_width;
-    std::vector<int32_t> column(size_t(s.channels * s.kernel_height * s.kernel_width));
-    size_t i = 0;
-    for (int64_t c = 0; c < s.channels; ++c)
-        for (int64_t h = 0; h < s.kernel_height; ++h)
-            for (int64_t w = 0; w < s.kernel_width; ++w) {
-                const int64_t across = w * s.dilation_width;
-                column[i++] = int32_t(c * plane + (h * s.dilation_height * slots + across % s.stride_width * each +
-                                                   across / s.stride_width) * lanes);
-            }
-    const int64_t n = pointers[s.outputs];
-    std::vector<int32_t> taps(size_t(n), 0);
-    for (int64_t j = 0; j < n; ++j) taps[j] = column[indices[j]];
-    return taps;
-}
+// Taps of one output channel (backward: input channel) within one block.
+struct Segment {
+    int32_t channel, count;
+};
 
-// Taps by phase (the remainders of an input position modulo the strides), then by input channel.
+// Taps in the order in which they are used: by list, by block of the channels they read (whose reach stays in the
+// first-level cache), by segment. Within a block segments come by their number of taps, so that the processor predicts
+// where a loop over a segment ends. The first block has a segment for every channel.
 template <class T>
-struct BackwardTaps {
-    std::vector<int32_t> pointers;   // [phases, channels + 1]
+struct Taps {
+    int64_t blocks;
+    std::vector<int32_t> segment_starts, tap_starts;  // [lists * blocks + 1]
+    std::vector<Segment> segments;
     std::vector<int32_t> offsets;    // into the scratch, in elements
     std::vector<int32_t> positions;  // in the values
     std::vector<T> values;
 };
 
+// Blocks of the channels read, each of which reaches `bytes` from a strip.
+inline int64_t block_size(int64_t channels, int64_t bytes) {
+    const int64_t blocks = std::max<int64_t>(1, (channels * bytes + kBlockBytes / 2) / kBlockBytes);
+    return std::max<int64_t>(1, ceil_div(channels, blocks));
+}
+
+// `each(f)` calls f(list, block, channel, offset, position) for every tap, twice in the same order.
+template <class T, class Each>
+Taps<T> order_taps(int64_t lists, int64_t blocks, int64_t channels, int64_t n, const T* values, const Each& each) {
+    Taps<T> t;
+    t.blocks = blocks;
+    std::vector<int32_t> next(size_t(lists * blocks * channels), 0);
+    each([&](int64_t list, int64_t block, int64_t channel, int64_t, int64_t) { ++next[(list * blocks + block) * channels + channel]; });
+    t.offsets.resize(size_t(n));
+    t.positions.resize(size_t(n));
+    t.values.resize(size_t(n));
+    int32_t taps = 0;
+    for (int64_t i = 0; i < lists * blocks; ++i) {
+        const size_t start = t.segments.size();
+        t.segment_starts.push_back(int32_t(start));
+        t.tap_starts.push_back(taps);
+        int32_t* counts = next.data() + i * channels;
+        for (int64_t c = 0; c < channels; ++c)
+            if (counts[c] || i % blocks == 0) t.segments.push_back({int32_t(c), counts[c]});
+        std::stable_sort(t.segments.begin() + int64_t(start), t.segments.end(),
+                         [](const Segment& a, const Segment& b) { return a.count < b.count; });
+        for (size_t k = start; k < t.segments.size(); ++k) {
+            counts[t.segments[k].channel] = taps;
+            taps += t.segments[k].count;
+        }
+    }
+    t.segment_starts.push_back(int32_t(t.segments.size()));
+    t.tap_starts.push_back(taps);
+    each([&](int64_t list, int64_t block, int64_t channel, int64_t offset, int64_t position) {
+        const int32_t at = next[(list * blocks + block) * channels + channel]++;
+        t.offsets[at] = int32_t(offset);
+        t.positions[at] = int32_t(position);
+        t.values[at] = values[position];
+    });
+    return t;
+}
+
 template <class T, class I>
-BackwardTaps<T> backward_taps(const dst_conv& s, const int32_t* pointers, const I* indices, const T* values, int64_t plane,
-                              int64_t top, int64_t left, int64_t slots, int64_t lanes) {
+Taps<T> forward_taps(const dst_conv& s, const int32_t* pointers, const I* indices, const T* values, const Layout& x,
+                     int64_t slots, int64_t lanes) {
+    const int64_t each = slots / s.stride_width, area = s.kernel_height * s.kernel_width;
+    const int64_t reach = std::min(slots, std::min(s.stride_width, s.kernel_width) * kMostPositions +
+                                              (s.kernel_width - 1) * s.dilation_width);
+    const int64_t size = block_size(s.channels, s.kernel_height * reach * lanes * int64_t(sizeof(T)));
+    struct Column {
+        int32_t offset, block;
+    };
+    std::vector<Column> columns;
+    columns.reserve(size_t(s.channels * area));
+    for (int64_t c = 0; c < s.channels; ++c)
+        for (int64_t h = 0; h < s.kernel_height; ++h)
+            for (int64_t w = 0; w < s.kernel_width; ++w) {
+                const int64_t across = w * s.dilation_width;
+                columns.push_back({int32_t(c * x.channel + h * s.dilation_height * x.row +
+                                           (across % s.stride_width * each + across / s.stride_width) * lanes),
+                                   int32_t(c / size)});
+            }
+    return order_taps<T>(1, std::max<int64_t>(1, ceil_div(s.channels, size)), s.outputs, pointers[s.outputs], values, [&](const auto& f) {
+        for (int64_t o = 0; o < s.outputs; ++o)
+            for (int32_t j = pointers[o]; j < pointers[o + 1]; ++j) f(0, columns[indices[j]].block, o, columns[indices[j]].offset, j);
+    });
+}
+
+// One list for each phase: the remainders of an input position modulo the strides.
+template <class T, class I>
+Taps<T> backward_taps(const dst_conv& s, const int32_t* pointers, const I* indices, const T* values, const Layout& g,
+                      int64_t top, int64_t left, int64_t lanes) {
     const int64_t n = pointers[s.channels * s.kernel_height * s.kernel_width];
-    BackwardTaps<T> t;
-    t.offsets.reserve(size_t(n));
-    t.positions.reserve(size_t(n));
-    t.values.reserve(size_t(n));
-    for (int64_t down = 0; down < s.stride_height; ++down)
-        for (int64_t across = 0; across < s.stride_width; ++across)
-            for (int64_t c = 0; c <= s.channels; ++c) {
-                t.pointers.push_back(int32_t(t.offsets.size()));
-                if (c == s.channels) break;
-                for (int64_t h = 0; h < s.kernel_height; ++h) {
-                    const int64_t row = down + s.pad_height - h * s.dilation_height;
-                    if (row % s.stride_height) continue;
-                    for (int64_t w = 0; w < s.kernel_width; ++w) {
-                        const int64_t column = across + s.pad_width - w * s.dilation_width;
-                        if (column % s.stride_width) continue;
-                        const int64_t at = ((row / s.stride_height - top) * slots + column / s.stride_width - left) * lanes;
-                        const int64_t k = (c * s.kernel_height + h) * s.kernel_width + w;
-                        for (int32_t j = pointers[k]; j < pointers[k + 1]; ++j) {
-                            t.offsets.push_back(int32_t(int64_t(indices[j]) * plane + at));
-                            t.positions.push_back(j);
-                            t.values.push_back(values[j]);
-                        }
-                    }
+    const int64_t reach = kMostPositions + ceil_div((s.kernel_width - 1) * s.dilation_width, s.stride_width);
+    const int64_t size = block_size(s.outputs, ceil_div(s.kernel_height, s.stride_height) * reach * lanes * int64_t(sizeof(T)));
+    return order_taps<T>(s.stride_height * s.stride_width, ceil_div(s.outputs, size), s.channels, n, values, [&](const auto& f) {
+        for (int64_t c = 0; c < s.channels; ++c)
+            for (int64_t h = 0; h < s.kernel_height; ++h) {
+                const int64_t down = floor_div(s.pad_height - h * s.dilation_height, s.stride_height);
+                const int64_t row = s.pad_height - h * s.dilation_height - down * s.stride_height;
+                for (int64_t w = 0; w < s.kernel_width; ++w) {
+                    const int64_t right = floor_div(s.pad_width - w * s.dilation_width, s.stride_width);
+                    const int64_t column = s.pad_width - w * s.dilation_width - right * s.stride_width;
+                    // An input of this phase meets the tap when its remainder and the tap's add up to a multiple of the stride.
+                    const int64_t phase_row = row ? s.stride_height - row : 0, phase_column = column ? s.stride_width - column : 0;
+                    const int64_t at = (down + (row > 0) - top) * g.row + (right + (column > 0) - left) * lanes;
+                    const int64_t k = (c * s.kernel_height + h) * s.kernel_width + w;
+                    for (int32_t j = pointers[k]; j < pointers[k + 1]; ++j)
+                        f(phase_row * s.stride_width + phase_column, int64_t(indices[j]) / size, c,
+                          int64_t(indices[j]) * g.channel + at, j);
                 }
             }
-    return t;
+    });
 }
 
 }  // namespace
@@ -219,6 +288,10 @@ struct Group<float> {
             _mm_storeu_ps(p[q + 12] + at, _mm512_extractf32x4_ps(v[q], 3));
         }
     }
+    static DST_INLINE void store_twice(float* const* p, int64_t at, V* v) {
+        store(p, at, v);
+        store(p, at + G, v + G);
+    }
 };
 
 template <>
@@ -247,6 +320,10 @@ struct Group<double> {
             _mm_storeu_pd(p[q + 6] + at, _mm512_extractf64x2_pd(v[q], 3));
         }
     }
+    static DST_INLINE void store_twice(double* const* p, int64_t at, V* v) {
+        store(p, at, v);
+        store(p, at + G, v + G);
+    }
 };
 
 #elif DST_LEVEL == 1
@@ -274,6 +351,15 @@ struct Group<float> {
             _mm_storeu_ps(p[q + 4] + at, _mm256_extractf128_ps(v[q], 1));
         }
     }
+    // Eight elements: half as many stores.
+    static DST_INLINE void store_twice(float* const* p, int64_t at, V* v) {
+        transpose(v);
+        transpose(v + 4);
+        for (int q = 0; q < 4; ++q) {
+            _mm256_storeu_ps(p[q] + at, _mm256_permute2f128_ps(v[q], v[q + 4], 0x20));
+            _mm256_storeu_ps(p[q + 4] + at, _mm256_permute2f128_ps(v[q], v[q + 4], 0x31));
+        }
+    }
 };
 
 template <>
@@ -297,6 +383,10 @@ struct Group<double> {
             _mm_storeu_pd(p[q + 2] + at, _mm256_extractf128_pd(v[q], 1));
         }
     }
+    static DST_INLINE void store_twice(double* const* p, int64_t at, V* v) {
+        store(p, at, v);
+        store(p, at + G, v + G);
+    }
 };
 
 #else
@@ -310,14 +400,20 @@ struct Group {
     static DST_INLINE void store(T* const* p, int64_t at, V* v) {
         for (int l = 0; l < Simd<T>::W; ++l) p[l][at] = v[0][l];
     }
+    static DST_INLINE void store_twice(T* const* p, int64_t at, V* v) {
+        store(p, at, v);
+        store(p, at + G, v + G);
+    }
 };
 #endif
 
 // Call put(i, vector) for the elements i of [from, to) of every lane; some may come twice.
 template <class T, class Put>
-DST_INLINE void read_lanes(const T* const* lanes, int64_t from, int64_t to, const Put& put) {
+DST_INLINE void read_lanes(const T* const* rows, int64_t from, int64_t to, const Put& put) {
     using S = Simd<T>;
     constexpr int G = Group<T>::G;
+    const T* lanes[S::W];  // a copy, which what `put` stores cannot change
+    for (int l = 0; l < S::W; ++l) lanes[l] = rows[l];
     typename S::V v[G];
     int64_t i = from;
     for (; i + G <= to; i += G) {
@@ -339,11 +435,17 @@ DST_INLINE void read_lanes(const T* const* lanes, int64_t from, int64_t to, cons
 
 // Write get(i) to the elements i of [from, to) of every lane.
 template <class T, class Get>
-DST_INLINE void write_lanes(T* const* lanes, int64_t from, int64_t to, const Get& get) {
+DST_INLINE void write_lanes(T* const* rows, int64_t from, int64_t to, const Get& get) {
     using S = Simd<T>;
     constexpr int G = Group<T>::G;
-    typename S::V v[G];
+    T* lanes[S::W];  // a copy, which the stores cannot change
+    for (int l = 0; l < S::W; ++l) lanes[l] = rows[l];
+    typename S::V v[2 * G];
     int64_t i = from;
+    for (; i + 2 * G <= to; i += 2 * G) {
+        for (int q = 0; q < 2 * G; ++q) v[q] = get(i + q);
+        Group<T>::store_twice(lanes, i, v);
+    }
     for (; i + G <= to; i += G) {
         for (int q = 0; q < G; ++q) v[q] = get(i + q);
         Group<T>::store(lanes, i, v);
@@ -396,98 +498,142 @@ struct Source {
     T* images;
     int64_t planes, rows, columns, batch;
     int64_t height;  // rows between the first ones of successive bands
-    int64_t first, count;
+    int64_t first;   // of the first band
     const bool* wanted;  // rows of the scratch that are used; null: all
     Columns placed;
-    int64_t plane;  // elements of the scratch between planes
+    Layout layout;
 
     template <class Body>
     void over_rows(const Bands& bands, int64_t unit, T* spare, const Body& body) const {
+        const int64_t count = layout.rows;
         std::vector<LaneRows<T>> lanes{size_t(count)};
         std::vector<int> valid(size_t(count), 0);
         for (int64_t r = 0; r < count; ++r)
             valid[r] = lane_rows<T>(lanes[r], images, planes, rows, columns, batch, bands, unit, height, first + r, spare);
         // Rows are the inner loop: every image is then read or written in one stream for long enough to be prefetched.
-        for (int64_t c = 0; c < planes; ++c)
+        const bool* const used = wanted;
+        const int64_t number = planes, channel = layout.channel, row = layout.row;
+        for (int64_t c = 0; c < number; ++c)
             for (int64_t r = 0; r < count; ++r) {
-                if (wanted && !wanted[r]) continue;
-                body(lanes[r].at, valid[r], c * plane + r * placed.slots * LaneRows<T>::W);
+                if (used && !used[r]) continue;
+                body(lanes[r].at, valid[r], c * channel + r * row);
                 lanes[r].next();
             }
     }
 };
 
-// Bring a unit's rows into the scratch.
-template <class T>
-void pack(const Source<const T>& s, const Bands& bands, int64_t unit, const T* zeros, T* scratch) {
+// Bring a unit's rows into the scratch. CONTIGUOUS: columns keep their order there.
+template <bool CONTIGUOUS, class T>
+void pack_rows(const Source<const T>& s, const Bands& bands, int64_t unit, const T* zeros, T* scratch) {
     using S = Simd<T>;
+    const int64_t first = s.placed.first, last = s.placed.last, bytes = s.placed.slots * S::W * int64_t(sizeof(T));
     const int32_t* offsets = s.placed.offsets.data();
-    s.over_rows(bands, unit, zeros, [&](const T* const* lanes, int valid, int64_t at) {
+    if (first == last) return;
+    const int64_t shift = offsets[first] - first * S::W;
+    s.over_rows(bands, unit, zeros, [=](const T* const* lanes, int valid, int64_t at) {
         T* to = scratch + at;
         if (valid)
-            read_lanes<T>(lanes, s.placed.first, s.placed.last, [&](int64_t i, typename S::V v) { S::store(to + offsets[i], v); });
+            read_lanes<T>(lanes, first, last, [=](int64_t i, typename S::V v) {
+                S::store(to + (CONTIGUOUS ? shift + i * S::W : int64_t(offsets[i])), v);
+            });
         else
-            std::memset(to, 0, size_t(s.placed.slots * S::W) * sizeof(T));
+            std::memset(to, 0, size_t(bytes));
     });
 }
 
-// Bring a unit's rows back from the scratch.
 template <class T>
-void unpack(const Source<T>& s, const Bands& bands, int64_t unit, T* spare, const T* scratch) {
+void pack(const Source<const T>& s, const Bands& bands, int64_t unit, const T* zeros, T* scratch) {
+    if (s.placed.contiguous) pack_rows<true, T>(s, bands, unit, zeros, scratch);
+    else pack_rows<false, T>(s, bands, unit, zeros, scratch);
+}
+
+// Bring a unit's rows back from the scratch, through a ReLU where asked for.
+template <bool CONTIGUOUS, bool RELU, class T>
+void unpack_rows(const Source<T>& s, const Bands& bands, int64_t unit, T* spare, const T* scratch) {
+    using S = Simd<T>;
+    const int64_t columns = s.columns;
     const int32_t* offsets = s.placed.offsets.data();
-    s.over_rows(bands, unit, spare, [&](T* const* lanes, int valid, int64_t at) {
+    s.over_rows(bands, unit, spare, [=](T* const* lanes, int valid, int64_t at) {
         const T* from = scratch + at;
         if (valid)
-            write_lanes<T>(lanes, s.placed.first, s.placed.last, [&](int64_t i) { return Simd<T>::load(from + offsets[i]); });
+            write_lanes<T>(lanes, 0, columns, [=](int64_t i) {
+                const typename S::V v = S::load(from + (CONTIGUOUS ? i * S::W : int64_t(offsets[i])));
+                return RELU ? S::positive(v) : v;
+            });
     });
 }
 
-constexpr int kMostPositions = 8;
+template <class T>
+void unpack(const Source<T>& s, const Bands& bands, int64_t unit, T* spare, const T* scratch, bool relu) {
+    if (relu) unpack_rows<true, true, T>(s, bands, unit, spare, scratch);
+    else if (s.placed.contiguous) unpack_rows<true, false, T>(s, bands, unit, spare, scratch);
+    else unpack_rows<false, false, T>(s, bands, unit, spare, scratch);
+}
 
-// NV consecutive positions of a row of the output, for all channels.
+// Segments of one block of taps: their number, their taps.
+template <class T>
+struct Block {
+    const Segment* segments;
+    int64_t count;
+    const int32_t* offsets;
+    const T* values;
+
+    Block(const Taps<T>& taps, int64_t list, int64_t block) {
+        const int64_t i = list * taps.blocks + block;
+        segments = taps.segments.data() + taps.segment_starts[i];
+        count = taps.segment_starts[i + 1] - taps.segment_starts[i];
+        offsets = taps.offsets.data() + taps.tap_starts[i];
+        values = taps.values.data() + taps.tap_starts[i];
+    }
+};
+
+// Add a block's taps to NV consecutive positions of a row of the output, `step` elements from channel to channel. The
+// first block starts from the bias.
 template <class T, int NV>
-void conv_strip(const ConvForward<T>& a, const int32_t* taps, const T* in, T* out, int64_t plane) {
+void conv_strip(const Block<T>& block, const T* in, T* out, int64_t step, bool first, const T* bias) {
     using S = Simd<T>;
     using V = typename S::V;
     constexpr int U = NV <= 2 ? 4 : NV <= 4 ? 2 : 1;  // independent sums hide the latency of the multiply-add
-    const int32_t* pointers = a.pointers;
-    const T *values = a.values, *bias = a.bias;
-    const bool relu = a.relu;
-    const int64_t outputs = a.s.outputs;
-    int64_t j = pointers[0];
-    for (int64_t o = 0; o < outputs; ++o) {
+    const int32_t* offsets = block.offsets;
+    const T* values = block.values;
+    for (const Segment *s = block.segments, *last = s + block.count; s < last; ++s) {
+        T* to = out + s->channel * step;
         V sum[U][NV];
-        const V start = S::set(bias ? bias[o] : T(0));
-        for (int k = 0; k < NV; ++k) {
-            sum[0][k] = start;
-            for (int u = 1; u < U; ++u) sum[u][k] = S::zero();
+        if (first) {
+            const V start = S::set(bias ? bias[s->channel] : T(0));
+            for (int k = 0; k < NV; ++k) sum[0][k] = start;
+        } else {
+            for (int k = 0; k < NV; ++k) sum[0][k] = S::load(to + k * S::W);
         }
-        const int64_t end = pointers[o + 1];
-        for (; j + U <= end; j += U)
+        for (int u = 1; u < U; ++u)
+            for (int k = 0; k < NV; ++k) sum[u][k] = S::zero();
+        int64_t j = 0;
+        const int64_t count = s->count;
+        for (; j + U <= count; j += U)
             for (int u = 0; u < U; ++u) {
-                const T* row = in + taps[j + u];
+                const T* row = in + offsets[j + u];
                 const V w = S::set(values[j + u]);
                 for (int k = 0; k < NV; ++k) sum[u][k] = S::fma(w, S::load(row + k * S::W), sum[u][k]);
             }
-        for (; j < end; ++j) {
-            const T* row = in + taps[j];
+        for (; j < count; ++j) {
+            const T* row = in + offsets[j];
             const V w = S::set(values[j]);
             for (int k = 0; k < NV; ++k) sum[0][k] = S::fma(w, S::load(row + k * S::W), sum[0][k]);
         }
+        offsets += count;
+        values += count;
         for (int k = 0; k < NV; ++k) {
             for (int u = 1; u < U; ++u) sum[0][k] = S::add(sum[0][k], sum[u][k]);
-            if (relu) sum[0][k] = S::positive(sum[0][k]);
-            S::store(out + k * S::W, sum[0][k]);
+            S::store(to + k * S::W, sum[0][k]);
         }
-        out += plane;
     }
 }
 
 template <class T, int NV>
-void conv_strips(const ConvForward<T>& a, const int32_t* taps, const T* in, T* out, int64_t plane, int64_t positions) {
+void conv_strips(int64_t positions, const Block<T>& block, const T* in, T* out, int64_t step, bool first, const T* bias) {
     if constexpr (NV > 0) {
-        if (positions != NV) return conv_strips<T, NV - 1>(a, taps, in, out, plane, positions);
-        conv_strip<T, NV>(a, taps, in, out, plane);
+        if (positions != NV) return conv_strips<T, NV - 1>(positions, block, in, out, step, first, bias);
+        conv_strip<T, NV>(block, in, out, step, first, bias);
     }
 }
 
@@ -531,8 +677,8 @@ bool conv_forward(const ConvForward<T>& a) {
     const int64_t halo = (s.kernel_height - 1) * s.dilation_height + 1;
     const Columns placed = place_columns(s.width, s.pad_width, (s.out_width - 1) * s.stride_width +
                                          (s.kernel_width - 1) * s.dilation_width + 1, s.stride_width, W);
-    const double read = 3.0 * double(s.channels * placed.slots);
-    const double row = double(s.out_width) * (0.5 * double(a.pointers[s.outputs]) + 3.0 * double(s.outputs));
+    const double read = 4.0 * double(s.channels * placed.slots);
+    const double row = double(s.out_width) * (0.5 * double(a.pointers[s.outputs]) + 4.0 * double(s.outputs));
     const int64_t row_size = (s.channels * placed.slots * s.stride_height + s.outputs * s.out_width) * W * int64_t(sizeof(T));
     const int64_t halo_size = s.channels * placed.slots * (halo - s.stride_height) * W * int64_t(sizeof(T));
     const Bands bands = cut_bands(s.batch, s.out_height, 1, (kBandBytes - halo_size) / row_size, W,
@@ -541,14 +687,14 @@ bool conv_forward(const ConvForward<T>& a) {
     const auto wanted = std::make_unique<bool[]>(size_t(rows));
     for (int64_t r = 0; r < bands.height; ++r)
         for (int64_t h = 0; h < s.kernel_height; ++h) wanted[r * s.stride_height + h * s.dilation_height] = true;
-    const Source<const T> x{a.x, s.channels, s.height, s.width, s.batch, bands.height * s.stride_height, -s.pad_height, rows,
-                            wanted.get(), placed, plane_size<T>(rows, placed.slots, W)};
-    const Source<T> y{a.y, s.outputs, s.out_height, s.out_width, s.batch, bands.height, 0, bands.height, nullptr,
-                      place_columns(s.out_width, 0, s.out_width, 1, W), plane_size<T>(bands.height, s.out_width, W)};
-    const std::vector<int32_t> taps =
-        forward_taps<I>(s, a.pointers, static_cast<const I*>(a.indices), x.plane, placed.slots, W);
-    const int64_t in_size = whole_lines(s.channels * x.plane * int64_t(sizeof(T)));
-    const int64_t out_size = whole_lines(s.outputs * y.plane * int64_t(sizeof(T)));
+    const Source<const T> x{a.x, s.channels, s.height, s.width, s.batch, bands.height * s.stride_height, -s.pad_height,
+                            wanted.get(), placed, lay_out<T>(s.channels, rows, placed.slots, W)};
+    const Source<T> y{a.y, s.outputs, s.out_height, s.out_width, s.batch, bands.height, 0, nullptr,
+                      place_columns(s.out_width, 0, s.out_width, 1, W), lay_out<T>(s.outputs, bands.height, s.out_width, W)};
+    if (x.layout.rows * x.layout.row > kMostElements) return false;
+    const Taps<T> taps = forward_taps<T, I>(s, a.pointers, static_cast<const I*>(a.indices), a.values, x.layout, placed.slots, W);
+    const int64_t in_size = x.layout.rows * x.layout.row * int64_t(sizeof(T));
+    const int64_t out_size = y.layout.rows * y.layout.row * int64_t(sizeof(T));
     const int64_t spare_size = whole_lines(std::max(s.width, s.out_width) * int64_t(sizeof(T)));
     return over_units(bands.units, a.threads, in_size + out_size + 2 * spare_size, [&](int64_t unit, char* memory) {
         T* in = reinterpret_cast<T*>(memory);
@@ -557,11 +703,13 @@ bool conv_forward(const ConvForward<T>& a) {
         T* spare = reinterpret_cast<T*>(memory + in_size + out_size + spare_size);
         pack<T>(x, bands, unit, zeros, in);
         for (int64_t r = 0; r < bands.height; ++r)
-            over_strips(s.out_width, [&](int64_t from, int64_t count) {
-                conv_strips<T, kMostPositions>(a, taps.data(), in + (r * s.stride_height * placed.slots + from) * W,
-                                               out + (r * s.out_width + from) * W, y.plane, count);
-            });
-        unpack<T>(y, bands, unit, spare, out);
+            for (int64_t b = 0; b < taps.blocks; ++b)
+                over_strips(s.out_width, [&](int64_t from, int64_t count) {
+                    conv_strips<T, kMostPositions>(count, Block<T>(taps, 0, b),
+                                                   in + r * s.stride_height * x.layout.row + from * W,
+                                                   out + r * y.layout.row + from * W, y.layout.channel, b == 0, a.bias);
+                });
+        unpack<T>(y, bands, unit, spare, out, a.relu);
     });
 }
 
@@ -569,85 +717,89 @@ bool conv_forward(const ConvForward<T>& a) {
 // output gradient feeds the input gradient (times the weight) and the weight's own gradient (times the input)
 template <class T>
 struct Strip {
-    const int32_t* pointers;  // of the phase, [channels + 1]
-    const int32_t* offsets;
-    const T* values;
-    T* sums;  // of the weights' gradients
     const T *g, *x;
-    T* gx;  // may be null
-    int64_t channels, plane;
+    T* gx;      // may be null
+    T* sums;    // of the weights' gradients, in the order of the block's taps
+    int64_t step;  // elements between channels of x and gx
+    bool first;    // of the blocks: gx starts from zero
 };
 
-template <class T, int NV, bool INPUT>
-void conv_back_strip(const Strip<T>& a) {
+// Keep a vector in its register: loading it anew for every use would make loads, not arithmetic, the limit.
+template <class V>
+DST_INLINE void hold(V& v) {
+#if DST_LEVEL == 2
+    asm("" : "+v"(v));
+#elif DST_LEVEL == 1
+    asm("" : "+x"(v));
+#else
+    (void)v;
+#endif
+}
+
+// N taps; as many at once as have room for their sums in the registers next to those of the input.
+template <class T, int NV, bool INPUT, int N>
+DST_INLINE void conv_back_taps(const int32_t* offsets, const T* values, const T* g, const T* x, typename Simd<T>::V* sum,
+                               T* sums) {
     using S = Simd<T>;
     using V = typename S::V;
-    constexpr int Q = kMostVectors >= 8 ? 4 : 2;  // taps whose sums fit into the registers next to those of the input
-    const int32_t* offsets = a.offsets;
-    const T *values = a.values, *g = a.g, *x = a.x;
-    T *sums = a.sums, *gx = a.gx;
-    int64_t j = a.pointers[0];
-    for (int64_t c = 0; c < a.channels; ++c) {
+    constexpr int Q = 4;
+    V dot[4];
+    for (int q = 0; q < 4; ++q) dot[q] = S::zero();
+    for (int p = 0; p < N; p += Q) {
+        V w[Q];
+        const T* rows[Q];
+        for (int q = 0; q < Q && p + q < N; ++q) {
+            w[q] = S::set(values[p + q]);
+            rows[q] = g + offsets[p + q];
+        }
+        for (int k = 0; k < NV; ++k) {
+            const V in = S::load(x + k * S::W);
+            for (int q = 0; q < Q && p + q < N; ++q) {
+                V d = S::load(rows[q] + k * S::W);
+                if (INPUT) hold(d);
+                if (INPUT) sum[k] = S::fma(w[q], d, sum[k]);
+                dot[p + q] = S::fma(in, d, dot[p + q]);
+            }
+        }
+    }
+    T out[4];
+    S::sum4(dot[0], dot[1], dot[2], dot[3], out);
+    for (int q = 0; q < N; ++q) sums[q] += out[q];
+}
+
+template <class T, int NV, bool INPUT>
+void conv_back_strip(const Block<T>& block, const Strip<T>& a) {
+    using S = Simd<T>;
+    using V = typename S::V;
+    const int32_t* offsets = block.offsets;
+    const T *values = block.values, *g = a.g;
+    T* sums = a.sums;
+    const bool first = a.first;
+    for (const Segment *s = block.segments, *last = s + block.count; s < last; ++s) {
+        const T* x = a.x + s->channel * a.step;
+        T* gx = INPUT ? a.gx + s->channel * a.step : nullptr;
         V sum[NV];
-        for (int k = 0; k < NV; ++k) sum[k] = S::zero();
-        const int64_t end = a.pointers[c + 1];
-        for (; j + 4 <= end; j += 4) {
-            V dot[4];
-            for (int p = 0; p < 4; p += Q) {
-                V w[Q];
-                const T* rows[Q];
-                for (int q = 0; q < Q; ++q) {
-                    dot[p + q] = S::zero();
-                    w[q] = S::set(values[j + p + q]);
-                    rows[q] = g + offsets[j + p + q];
-                }
-                for (int k = 0; k < NV; ++k) {
-                    const V in = S::load(x + k * S::W);
-                    for (int q = 0; q < Q; ++q) {
-                        const V d = S::load(rows[q] + k * S::W);
-                        if (INPUT) sum[k] = S::fma(w[q], d, sum[k]);
-                        dot[p + q] = S::fma(in, d, dot[p + q]);
-                    }
-                }
-            }
-            T out[4];
-            S::sum4(dot[0], dot[1], dot[2], dot[3], out);
-            for (int q = 0; q < 4; ++q) sums[j + q] += out[q];
-        }
-        if (j < end) {
-            V dot[4];
-            const int left = int(end - j);
-            for (int q = 0; q < 4; ++q) dot[q] = S::zero();
-            for (int q = 0; q < left; ++q) {
-                const V w = S::set(values[j + q]);
-                const T* row = g + offsets[j + q];
-                V part = S::zero();
-                for (int k = 0; k < NV; ++k) {
-                    const V d = S::load(row + k * S::W);
-                    if (INPUT) sum[k] = S::fma(w, d, sum[k]);
-                    part = S::fma(S::load(x + k * S::W), d, part);
-                }
-                dot[q] = part;
-            }
-            T out[4];
-            S::sum4(dot[0], dot[1], dot[2], dot[3], out);
-            for (int q = 0; q < left; ++q) sums[j + q] += out[q];
-            j = end;
-        }
-        if (INPUT) {
+        for (int k = 0; k < NV; ++k) sum[k] = INPUT && !first ? S::load(gx + k * S::W) : S::zero();
+        int64_t left = s->count;
+        for (; left >= 4; left -= 4, offsets += 4, values += 4, sums += 4)
+            conv_back_taps<T, NV, INPUT, 4>(offsets, values, g, x, sum, sums);
+        if (left == 1) conv_back_taps<T, NV, INPUT, 1>(offsets, values, g, x, sum, sums);
+        else if (left == 2) conv_back_taps<T, NV, INPUT, 2>(offsets, values, g, x, sum, sums);
+        else if (left == 3) conv_back_taps<T, NV, INPUT, 3>(offsets, values, g, x, sum, sums);
+        offsets += left;
+        values += left;
+        sums += left;
+        if (INPUT)
             for (int k = 0; k < NV; ++k) S::store(gx + k * S::W, sum[k]);
-            gx += a.plane;
-        }
-        x += a.plane;
     }
 }
 
 template <class T, int NV>
-void conv_back_strips(const Strip<T>& a, int64_t positions) {
+void conv_back_strips(int64_t positions, const Block<T>& block, const Strip<T>& a) {
     if constexpr (NV > 0) {
-        if (positions != NV) return conv_back_strips<T, NV - 1>(a, positions);
-        if (a.gx) conv_back_strip<T, NV, true>(a);
-        else conv_back_strip<T, NV, false>(a);
+        if (positions != NV) return conv_back_strips<T, NV - 1>(positions, block, a);
+        if (a.gx) conv_back_strip<T, NV, true>(block, a);
+        else conv_back_strip<T, NV, false>(block, a);
     }
 }
 
@@ -692,9 +844,9 @@ bool conv_backward(const ConvBackward<T>& a) {
     const Columns placed = place_columns(s.out_width, -left, right - left + 1, 1, W);
     const Columns split = place_columns(s.width, 0, s.width, s.stride_width, W);
     const auto rows_of = [&](int64_t height) { return floor_div(height - 1 + s.pad_height, s.stride_height) - top + 1; };
-    const double read = 3.0 * double(s.outputs * placed.slots) / double(s.stride_height);
+    const double read = 4.0 * double(s.outputs * placed.slots) / double(s.stride_height);
     const double row = double(s.width) * ((a.gx ? 1.0 : 0.6) * double(n) / double(s.stride_height * s.stride_width) +
-                                          6.0 * double(s.channels));
+                                          8.0 * double(s.channels));
     const int64_t halo = (rows_of(s.stride_height) - 1) * s.stride_height;
     const int64_t row_size = (s.outputs * placed.slots + (a.gx ? 2 : 1) * s.channels * split.slots * s.stride_height) * W *
                              int64_t(sizeof(T)) / s.stride_height;
@@ -702,17 +854,18 @@ bool conv_backward(const ConvBackward<T>& a) {
     const Bands bands = cut_bands(s.batch, s.height, s.stride_height, (kBandBytes - halo_size) / row_size, W, row + read,
                                   read * double(halo), kParts / 2);
     const int64_t rows = rows_of(bands.height);
-    const Source<const T> g{a.g, s.outputs, s.out_height, s.out_width, s.batch, bands.height / s.stride_height, top, rows,
-                            nullptr, placed, plane_size<T>(rows, placed.slots, W)};
-    const int64_t plane = plane_size<T>(bands.height, split.slots, W);
-    const Source<const T> x{a.x, s.channels, s.height, s.width, s.batch, bands.height, 0, bands.height, nullptr, split, plane};
-    const Source<T> gx{a.gx, s.channels, s.height, s.width, s.batch, bands.height, 0, bands.height, nullptr, split, plane};
-    const BackwardTaps<T> taps = backward_taps<T, I>(s, a.pointers, static_cast<const I*>(a.indices), a.values, g.plane, top,
-                                                     left, placed.slots, W);
+    const Source<const T> g{a.g, s.outputs, s.out_height, s.out_width, s.batch, bands.height / s.stride_height, top, nullptr,
+                            placed, lay_out<T>(s.outputs, rows, placed.slots, W)};
+    const Layout layout = lay_out<T>(s.channels, bands.height, split.slots, W);
+    const Source<const T> x{a.x, s.channels, s.height, s.width, s.batch, bands.height, 0, nullptr, split, layout};
+    const Source<T> gx{a.gx, s.channels, s.height, s.width, s.batch, bands.height, 0, nullptr, split, layout};
+    if (g.layout.rows * g.layout.row > kMostElements) return false;
+    const Taps<T> taps = backward_taps<T, I>(s, a.pointers, static_cast<const I*>(a.indices), a.values, g.layout, top,
+                                                     left, W);
     const int64_t parts = std::min(kParts, bands.units);
     std::vector<T> sums(size_t(parts * n), T(0));
-    const int64_t g_size = whole_lines(s.outputs * g.plane * int64_t(sizeof(T)));
-    const int64_t x_size = whole_lines(s.channels * plane * int64_t(sizeof(T))), gx_size = a.gx ? x_size : 0;
+    const int64_t g_size = rows * g.layout.row * int64_t(sizeof(T));
+    const int64_t x_size = layout.rows * layout.row * int64_t(sizeof(T)), gx_size = a.gx ? x_size : 0;
     const int64_t spare_size = whole_lines(std::max(s.width, s.out_width) * int64_t(sizeof(T)));
     const int64_t size = g_size + x_size + gx_size + 2 * spare_size;
     const bool done = over_units(parts, a.threads, size, [&](int64_t part, char* memory) {
@@ -727,15 +880,17 @@ bool conv_backward(const ConvBackward<T>& a) {
             for (int64_t r = 0; r < bands.height; ++r)
                 for (int64_t q = 0; q < std::min(s.stride_width, s.width); ++q) {
                     const int64_t phase = r % s.stride_height * s.stride_width + q;
-                    over_strips(ceil_div(s.width - q, s.stride_width), [&](int64_t at, int64_t count) {
-                        const int64_t slot = (r * split.slots + q * (split.slots / s.stride_width) + at) * W;
-                        conv_back_strips<T, kMostPositions>(
-                            {taps.pointers.data() + phase * (s.channels + 1), taps.offsets.data(), taps.values.data(),
-                             sums.data() + part * n, g_scratch + (r / s.stride_height * placed.slots + at) * W,
-                             x_scratch + slot, a.gx ? gx_scratch + slot : nullptr, s.channels, plane}, count);
-                    });
+                    for (int64_t b = 0; b < taps.blocks; ++b)
+                        over_strips(ceil_div(s.width - q, s.stride_width), [&](int64_t at, int64_t count) {
+                            const int64_t slot = r * layout.row + (q * (split.slots / s.stride_width) + at) * W;
+                            conv_back_strips<T, kMostPositions>(
+                                count, Block<T>(taps, phase, b),
+                                {g_scratch + r / s.stride_height * g.layout.row + at * W, x_scratch + slot,
+                                 a.gx ? gx_scratch + slot : nullptr,
+                                 sums.data() + part * n + taps.tap_starts[phase * taps.blocks + b], layout.channel, b == 0});
+                        });
                 }
-            if (a.gx) unpack<T>(gx, bands, unit, spare, gx_scratch);
+            if (a.gx) unpack<T>(gx, bands, unit, spare, gx_scratch, false);
         }
     });
     in_parallel(n, a.threads, n * parts, [&](int64_t j) {

@@ -21,6 +21,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -625,22 +626,30 @@ int64_t dst_rows_backward(int is_double, int wide, int64_t rows, int64_t columns
 // Convolve NCHW images with a weight by rows; `bias` may be null. Returns 0, or 1 without memory for scratch.
 int dst_conv_forward(int is_double, int wide, const dst_conv* shape, const int32_t* pointers, const void* indices,
                      const void* values, const void* x, void* y, const void* bias, int relu, int threads) {
-    if (is_double)
-        return !run_conv_forward<double>({*shape, pointers, indices, (const double*)values, (const double*)x, (double*)y,
-                                          (const double*)bias, relu != 0, threads}, wide);
-    return !run_conv_forward<float>({*shape, pointers, indices, (const float*)values, (const float*)x, (float*)y,
-                                     (const float*)bias, relu != 0, threads}, wide);
+    try {
+        if (is_double)
+            return !run_conv_forward<double>({*shape, pointers, indices, (const double*)values, (const double*)x, (double*)y,
+                                              (const double*)bias, relu != 0, threads}, wide);
+        return !run_conv_forward<float>({*shape, pointers, indices, (const float*)values, (const float*)x, (float*)y,
+                                         (const float*)bias, relu != 0, threads}, wide);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
 }
 
 // The gradients of the input (where `gx` is given), of the values by columns, and of the bias (where `gb` is given).
 // Returns 0, or 1 without memory for scratch.
 int dst_conv_backward(int is_double, int wide, const dst_conv* shape, const int32_t* pointers, const void* indices,
                       const void* values, const void* x, const void* g, void* gx, void* gv, void* gb, int threads) {
-    if (is_double)
-        return !run_conv_backward<double>({*shape, pointers, indices, (const double*)values, (const double*)x,
-                                           (const double*)g, (double*)gx, (double*)gv, (double*)gb, threads}, wide);
-    return !run_conv_backward<float>({*shape, pointers, indices, (const float*)values, (const float*)x, (const float*)g,
-                                      (float*)gx, (float*)gv, (float*)gb, threads}, wide);
+    try {
+        if (is_double)
+            return !run_conv_backward<double>({*shape, pointers, indices, (const double*)values, (const double*)x,
+                                               (const double*)g, (double*)gx, (double*)gv, (double*)gb, threads}, wide);
+        return !run_conv_backward<float>({*shape, pointers, indices, (const float*)values, (const float*)x, (const float*)g,
+                                          (float*)gx, (float*)gv, (float*)gb, threads}, wide);
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
 }
 
 void dst_gather(int is_double, int64_t n, const int32_t* permutation, const void* from, void* to, int threads) {
