@@ -45,6 +45,7 @@ def prepare(
     include: Iterable[Selector] | None = None,
     exclude: Iterable[Selector] | None = None,
     batch_size: int | None = None,
+    example: Any = None,
     state: Mapping[str, Any] | None = None,
     process_group: ProcessGroup | None = None,
 ) -> nn.Module:
@@ -69,7 +70,10 @@ def prepare(
         seed: Seed of the first mask. Must be the seed of the ``Sparsifier``, and the same on all ranks.
         include: See ``Sparsifier``.
         exclude: See ``Sparsifier``.
-        batch_size: Batch size of the measurement for ``"auto"`` (times positions, for sequences); 128 by default.
+        batch_size: Batch size of the measurement for ``"auto"``, without an example (times positions, for sequences); 128
+            by default.
+        example: A batch of inputs for ``"auto"``: a tensor, or a tuple or dict of arguments. The model is called with it
+            once, to see the shapes that its layers compute. The model must not be on the meta device.
         state: A ``Sparsifier.state_dict()`` to resume from. ``"auto"`` then takes its decisions from the state, because
             measurements differ between runs.
         process_group: The processes that train this model together, by default all.
@@ -91,6 +95,7 @@ def prepare(
             include=include,
             exclude=exclude,
             batch_size=batch_size,
+            example=example,
             state=state,
             group=process_group,
         )

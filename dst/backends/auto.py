@@ -3,135 +3,31 @@
 from __future__ import annotations
 
 import logging
-import math
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
+from dst.backends import timing
 from dst.backends.csr_support import is_supported
 from dst.backends.prepare import prepare as prepare_csr
 from dst.backends.swap import dense_module, exchange, sparse_module
+from dst.backends.timing import Case, Measure, Timing, case_of, input_shapes
 from dst.errors import StateError
 from dst.method import Method
-from dst.nn import SparseConv2d, SparseLinear
+from dst.nn import SparseLinear
 from dst.topology.layers import Selector, SparseLayer
 from dst.topology.sharding import from_first, rank
 
 logger = logging.getLogger(__name__)
 
-BATCH_SIZE = 128
-"""Default batch size of measurements."""
+MARGIN = 1.1
+"""csr is chosen above this speedup of the layer alone. Within the model, other work shares caches and memory with it."""
 
-_POSITIONS = 256  # per image under a 1×1 convolution; the image size is not known yet
-_ROWS = 4096
-_WEIGHTS = 1 << 24  # larger layers are scaled down
-_REPEATS = 7
-_SWEEP = 8 << 20
 _DECIDED = "_dst_storage_is_decided"
-
-
-@dataclass(frozen=True)
-class Case:
-    """A layer whose forward and backward pass is measured.
-
-    Attributes:
-        kind: The type of the dense module, ``nn.Linear`` or ``nn.Conv2d`` (1×1).
-        inputs: Input features or channels.
-        outputs: Output features or channels.
-        active: Number of non-zeros.
-        batch_size: Batch size.
-        dtype: dtype of the weights.
-    """
-
-    kind: type[nn.Module]
-    inputs: int
-    outputs: int
-    active: int
-    batch_size: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds per forward and backward pass.
-
-    Attributes:
-        dense: Time of the dense layer.
-        sparse: Time of the layer that stores only non-zeros.
-    """
-
-    dense: float
-    sparse: float
-
-    @property
-    def ratio(self) -> float:
-        """Speedup of the sparse layer. csr is chosen above 1."""
-        return self.dense / max(self.sparse, 1e-12)
-
-
-Measure: TypeAlias = Callable[[Case], Timing]
-
-
-def case_of(module: nn.Linear | nn.Conv2d, active: int, batch_size: int | None) -> Case:
-    """The case of a dense module with ``active`` active weights."""
-    outputs, inputs = module.weight.shape[:2]
-    kind = nn.Conv2d if isinstance(module, nn.Conv2d) else nn.Linear
-    return Case(kind, inputs, outputs, active, batch_size or BATCH_SIZE, module.weight.dtype)
-
-
-def measure(case: Case) -> Timing:
-    """Time a dense and a sparse layer alternately, with cold caches. Returns the medians of seven runs.
-
-    Takes a few tenths of a second for a layer of a million weights. Layers with more than 16 million weights are scaled
-    down at the same proportions and density. A 1×1 convolution is measured on images of 16×16. Does not change global
-    random state.
-    """
-    weights = case.inputs * case.outputs
-    scale = min(1.0, math.sqrt(_WEIGHTS / weights))
-    inputs, outputs = max(1, int(case.inputs * scale)), max(1, int(case.outputs * scale))
-    active = max(1, round(case.active * inputs * outputs / weights))
-    generator = torch.Generator().manual_seed(0)
-    dense: nn.Module
-    sparse: nn.Module
-    with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        if case.kind is nn.Conv2d:
-            images = max(1, min(case.batch_size, _ROWS // _POSITIONS))
-            shape: tuple[int, ...] = (images, inputs, 16, 16)
-            dense = nn.Conv2d(inputs, outputs, 1, dtype=case.dtype)
-            positions = SparseLinear.random(inputs, outputs, active, generator).pattern.flat()
-            sparse = SparseConv2d(inputs, outputs, positions, dtype=case.dtype, generator=generator)
-        else:
-            shape = (case.batch_size, inputs)
-            dense = nn.Linear(inputs, outputs, dtype=case.dtype)
-            sparse = SparseLinear.random(inputs, outputs, active, generator, dtype=case.dtype)
-        x = torch.randn(shape, generator=generator).to(case.dtype)
-        gradient = torch.randn((shape[0], outputs, *shape[2:]), generator=generator).to(case.dtype)
-        sweep = torch.zeros(_SWEEP)
-    times: dict[nn.Module, list[float]] = {dense: [], sparse: []}
-    for _ in range(_REPEATS + 1):
-        for module, taken in times.items():
-            sweep.add_(1)
-            taken.append(_step(module, x, gradient))
-    return Timing(statistics.median(times[dense][1:]), statistics.median(times[sparse][1:]))
-
-
-def _step(module: nn.Module, x: Tensor, gradient: Tensor) -> float:
-    with torch.enable_grad():
-        module.zero_grad()
-        x = x.requires_grad_()
-        x.grad = None
-        # With a single thread, its CPU time is not affected by other processes.
-        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-        start = clock()
-        module(x).backward(gradient)
-        return clock() - start
 
 
 class Chooser:
@@ -141,25 +37,30 @@ class Chooser:
         batch_size: Batch size, ``BATCH_SIZE`` by default.
         measure: The measurement.
         group: The process group. Rank 0 measures.
+        shapes: Dense module to the shape of its input, where it is known.
     """
 
     def __init__(
-        self, batch_size: int | None = None, measure: Measure | None = None, group: ProcessGroup | None = None
+        self,
+        batch_size: int | None = None,
+        measure: Measure | None = None,
+        group: ProcessGroup | None = None,
+        shapes: Mapping[nn.Module, tuple[int, ...]] | None = None,
     ) -> None:
-        self._batch_size, self._measure, self._group = batch_size, measure, group
+        self._batch_size, self._measure, self._group, self._shapes = batch_size, measure, group, shapes or {}
         self._known: dict[Case, Timing] = {}
         self.reasons: dict[str, str] = {}
 
     def __call__(self, layer: SparseLayer, module: nn.Linear | nn.Conv2d, active: int) -> bool:
         """Whether to store only the ``active`` weights of a dense module."""
-        case = case_of(module, active, self._batch_size)
+        case = case_of(module, active, self._batch_size, self._shapes.get(module))
         if case not in self._known:
-            mine = (self._measure or measure)(case) if rank(self._group) == 0 else None
+            mine = (self._measure or timing.measure)(case) if rank(self._group) == 0 else None
             dense, sparse = from_first([0.0, 0.0] if mine is None else [mine.dense, mine.sparse], self._group)
             self._known[case] = Timing(dense, sparse)
         ratio = self._known[case].ratio
-        self.reasons[layer.label] = f"{ratio:.2g} × dense speed, measured at batch {case.batch_size}"
-        return ratio > 1
+        self.reasons[layer.label] = f"{ratio:.2g} × dense speed, measured on {case}"
+        return ratio > MARGIN
 
 
 def prepare(
@@ -170,6 +71,7 @@ def prepare(
     include: Iterable[Selector] | None,
     exclude: Iterable[Selector] | None,
     batch_size: int | None = None,
+    example: Any = None,
     state: Mapping[str, Any] | None = None,
     group: ProcessGroup | None = None,
 ) -> nn.Module:
@@ -179,7 +81,8 @@ def prepare(
     if reason := method.needs_inactive_weights():
         report(f"backend=auto: all layers masked ({method.name} needs inactive weights: {reason})", group)
         return model
-    chooser = Chooser(batch_size, group=group)
+    shapes = None if example is None or state is not None else input_shapes(model, example)
+    chooser = Chooser(batch_size, group=group, shapes=shapes)
     outcome: dict[str, tuple[str, str]] = {}
 
     def choose(layer: SparseLayer, module: nn.Linear | nn.Conv2d, active: int) -> bool:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from omegaconf import DictConfig
+from torch import Tensor
 
 from dst.cli.build import Parts
 from dst.cli.loggers import MetricsFile
@@ -88,6 +90,16 @@ def fit(parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_t
     return _fit_once(parts, cfg, folder, resume, make_trainer)
 
 
+def _batch(parts: Parts, cfg: DictConfig) -> Tensor | None:
+    """A batch of zeros of the size that is trained with; ``None`` without a batch size."""
+    size = cfg.data.get("batch_size")
+    if not isinstance(size, int):
+        return None
+    if isinstance(parts.example, Tensor):
+        return parts.example[:1].expand(size, *parts.example.shape[1:])
+    return torch.zeros(size, *parts.example)
+
+
 def _fit_once(
     parts: Parts, cfg: DictConfig, folder: Path, resume: Path | None, make_trainer: TrainerFactory
 ) -> Outcome:
@@ -98,6 +110,7 @@ def _fit_once(
         exclude=cfg.exclude,
         seed=cfg.seed,
         compress_gradients=cfg.compress_gradients,
+        example=_batch(parts, cfg),
     )
     # Two are kept: if the last is damaged (a full disk, a bad copy), resume=previous takes the one before it.
     saver = ModelCheckpoint(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from dst.backends.auto import Chooser, is_decided
 from dst.backends.csr_support import unsupported_reasons
+from dst.backends.timing import input_shapes
 from dst.engine.coverage import left_dense
 from dst.method import Method, check_method
 from dst.nn import SparseLinear
@@ -67,6 +69,7 @@ def plan(
     include: Iterable[Selector] | None = None,
     exclude: Iterable[Selector] | None = None,
     batch_size: int | None = None,
+    example: Any = None,
 ) -> Plan:
     """List what a method would make sparse in a model, without changing it (the model may be on the meta device).
 
@@ -76,6 +79,7 @@ def plan(
         include: As for ``Sparsifier``.
         exclude: As for ``Sparsifier``.
         batch_size: As for ``dst.prepare``; only ``backend="auto"`` measures.
+        example: As for ``dst.prepare``.
 
     Returns:
         One row per weight with two dimensions or more, sparse ones first.
@@ -88,7 +92,8 @@ def plan(
     counts = layer_counts(method, layers, method.density)
     pattern = method.pattern.for_density(method.density) if method.density < 1 else method.pattern
     decided: list[int | None] = [None] * len(layers) if counts is None else list(counts)
-    where = _Where(model, method, layers, batch_size)
+    shapes = input_shapes(model, example) if example is not None and method.backend == "auto" else None
+    where = _Where(model, method, layers, Chooser(batch_size, shapes=shapes))
     rows = []
     for layer, count in zip(layers, decided, strict=True):
         storage, note = where(layer, count)
@@ -102,7 +107,7 @@ def plan(
 class _Where:
     """Finds the backend of each layer, and the reason."""
 
-    def __init__(self, model: nn.Module, method: Method, layers: Sequence[SparseLayer], batch_size: int | None) -> None:
+    def __init__(self, model: nn.Module, method: Method, layers: Sequence[SparseLayer], choose: Chooser) -> None:
         self._backend, self._measured = method.backend, method.backend == "auto"
         self._unsupported = unsupported_reasons(model, layers) if method.backend in ("csr", "auto") else {}
         self._everywhere = ""
@@ -110,7 +115,7 @@ class _Where:
             self._everywhere = method.needs_inactive_weights() or ""
             self._chosen = is_decided(model)
         self._modules = dict(model.named_modules())
-        self._choose = Chooser(batch_size)
+        self._choose = choose
 
     def __call__(self, layer: SparseLayer, count: int | None) -> tuple[str, str]:
         if count == layer.weights:

@@ -60,6 +60,8 @@ class SparseTraining(Callback):
         seed: Seed of all random choices.
         compress_gradients: Under DDP, send only the gradients of active weights between processes; see
             ``dst.engine.gradient_compression.SparseAllReduce``.
+        example: A batch of inputs that ``backend="auto"`` measures with, see ``dst.prepare``; by default the module's
+            ``example_input_array``.
 
     Attributes:
         sparsifier: The ``Sparsifier``; ``None`` before the start of training.
@@ -78,6 +80,7 @@ class SparseTraining(Callback):
         exclude: Iterable[Selector] | None = None,
         seed: int = 0,
         compress_gradients: bool = False,
+        example: Any = None,
     ) -> None:
         super().__init__()
         check_method(method)
@@ -87,6 +90,7 @@ class SparseTraining(Callback):
         self.exclude = None if exclude is None else list(exclude)
         self.seed = seed
         self.compress_gradients = compress_gradients
+        self.example = example
         self.sparsifier: Sparsifier | None = None
         self.communication: SparseAllReduce | None = None
         self._pending_state: dict[str, Any] | None = None
@@ -129,6 +133,7 @@ class SparseTraining(Callback):
             include=self.include,
             exclude=self.exclude,
             batch_size=batch_size if isinstance(batch_size, int) else None,
+            example=pl_module.example_input_array if self.example is None else self.example,
         )
         if self.method.backend == "auto":
             # Lightning loads a checkpoint's weights after this hook and before it creates optimizers.
