@@ -144,7 +144,7 @@ def case_of(
     image = (shape[-2], shape[-1]) if shape else _IMAGE
     sparse = sparse_module("", module, torch.empty(0, dtype=torch.int64), 0)
     geometry = tuple(getattr(sparse, name) for name in ("kernel_size", "stride", "padding", "dilation"))
-    return Case(nn.Conv2d, inputs, outputs, active, images, module.weight.dtype, image, geometry)  # type: ignore[arg-type]
+    return Case(nn.Conv2d, inputs, outputs, active, images, module.weight.dtype, image, geometry)
 
 
 def measure(case: Case) -> Timing:

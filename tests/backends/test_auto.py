@@ -16,9 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import dst
 from dst import methods
 from dst.allocation import Global, Uniform
-from dst.backends import auto
-from dst.backends.auto import Case, Chooser, Timing
-from dst.errors import StateError
+from dst.backends import auto, timing
+from dst.backends.auto import Chooser
+from dst.backends.timing import Case, Timing
+from dst.errors import ConfigurationError, StateError
 from dst.init import Magnitude, Snip
 from dst.lightning import SparseTraining
 from dst.nn import FeatureMajorLinear, SparseConv2d, SparseLinear
@@ -36,7 +37,7 @@ def times(monkeypatch):
             cases.append(case)
             return Timing(ratio(case), 1.0)
 
-        monkeypatch.setattr(auto, "measure", measure)
+        monkeypatch.setattr(timing, "measure", measure)
         return cases
 
     return pretend
@@ -77,9 +78,9 @@ def test_layers_that_are_faster_sparse_become_sparse(times, capsys):
     assert len(cases) == 3
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "backend=auto: first.weight masked (0.5 × dense speed, measured at batch 32)",
-        "backend=auto: second.weight csr (3.1 × dense speed, measured at batch 32)",
-        "backend=auto: head.weight masked (0.5 × dense speed, measured at batch 32)",
+        "backend=auto: first.weight masked (0.5 × dense speed, measured on 32 rows)",
+        "backend=auto: second.weight csr (3.1 × dense speed, measured on 32 rows)",
+        "backend=auto: head.weight masked (0.5 × dense speed, measured on 32 rows)",
     ]
     # What is decided stays, whatever times are now.
     times(lambda case: 9.0)
@@ -100,12 +101,32 @@ def test_a_tie_stays_masked_and_is_said_in_the_log_where_there_is_one(times, cap
     assert sparse_layers(dst.prepare(model, rigl())) == []
 
 
+def test_layers_are_measured_on_the_shapes_that_they_see(times):
+    cases = times(lambda case: 2.0)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 8, 3, stride=2, padding=1), nn.Dropout(), nn.Conv2d(8, 8, 1), nn.Flatten(2), nn.Linear(20, 12)
+    ).train()
+    state = torch.get_rng_state()
+    dst.prepare(model, rigl(), example=torch.zeros(5, 2, 8, 10))
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training and model[1].training
+    assert [(c.kind, c.batch_size, c.image) for c in cases] == [
+        (nn.Conv2d, 5, (8, 10)),
+        (nn.Conv2d, 5, (4, 5)),
+        (nn.Linear, 40, None),
+    ]
+    assert cases[0].geometry == ((3, 3), (2, 2), (1, 1), (1, 1))
+    with pytest.raises(ConfigurationError, match="cannot be called with the example"):
+        dst.prepare(nn.Sequential(nn.Linear(4, 3)), rigl(), example=torch.zeros(5, 7))
+
+
 def test_equal_layers_are_measured_once(times):
     cases = times(lambda case: 2.0)
     model = nn.Sequential(*(nn.Linear(20, 20) for _ in range(4)), nn.Linear(20, 5))
     dst.prepare(model, rigl())
     assert [(c.inputs, c.outputs) for c in cases] == [(20, 20), (20, 5)]
-    assert all(c.batch_size == auto.BATCH_SIZE for c in cases)
+    assert all(c.batch_size == timing.BATCH_SIZE for c in cases)
 
 
 @pytest.mark.parametrize("fast", [(), (25,), (40, 4), (40, 25, 4)])
@@ -160,7 +181,7 @@ def test_the_first_process_decides(monkeypatch):
     chooser = Chooser(measure=lambda case: pytest.fail("measured on the second process"))
     layer = dst.topology.layers.find_layers(nn.Linear(3, 4))[0][0]
     assert chooser(layer, nn.Linear(3, 4), 2)
-    assert chooser.reasons == {"weight": "5 × dense speed, measured at batch 128"}
+    assert chooser.reasons == {"weight": "5 × dense speed, measured on 128 rows"}
 
 
 def test_the_plan_shows_what_was_measured_and_changes_nothing(times):
@@ -168,11 +189,12 @@ def test_the_plan_shows_what_was_measured_and_changes_nothing(times):
     with torch.device("meta"):
         model = nn.ModuleDict({"mixed": Mixed(), "point": nn.Conv2d(8, 16, 1)})
     rows = {row.name: (row.storage, row.note) for row in dst.plan(model, rigl(), batch_size=7).rows}
-    assert rows["point.weight"] == ("csr", "2.5 × dense speed, measured at batch 7")
-    assert rows["mixed.head.weight"] == ("csr", "2.5 × dense speed, measured at batch 7")
-    assert rows["mixed.hidden.weight"] == ("masked", "0.25 × dense speed, measured at batch 7")
-    assert rows["mixed.conv.weight"][0] == rows["mixed.tied_a.weight"][0] == "masked"
-    assert len(cases) == 3
+    assert rows["point.weight"] == ("csr", "2.5 × dense speed, measured on 7 images of 16×16")
+    assert rows["mixed.head.weight"] == ("csr", "2.5 × dense speed, measured on 7 rows")
+    assert rows["mixed.hidden.weight"] == ("masked", "0.25 × dense speed, measured on 7 rows")
+    assert rows["mixed.conv.weight"][0] == "csr"
+    assert rows["mixed.tied_a.weight"][0] == "masked"
+    assert len(cases) == 4
     assert sparse_layers(model) == []
     scored = methods.rigl(0.2, init=Magnitude(), allocation=Global(), backend="auto")
     assert {r.storage for r in dst.plan(net(), scored).rows} == {"auto"}
@@ -188,31 +210,33 @@ def test_the_plan_shows_what_was_measured_and_changes_nothing(times):
 @pytest.mark.parametrize("kind", [nn.Linear, nn.Conv2d])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_the_real_measurement_times_both_and_leaves_no_trace(kind, dtype, monkeypatch):
-    monkeypatch.setattr(auto, "_SWEEP", 16)
+    monkeypatch.setattr(timing, "_SWEEP", 16)
     seen = []
-    step = auto._step
+    step = timing._step
 
     def spy(module, x, gradient):
         seen.append((type(module), tuple(x.shape), x.dtype, getattr(module, "nnz", None)))
         return step(module, x, gradient)
 
-    monkeypatch.setattr(auto, "_step", spy)
+    monkeypatch.setattr(timing, "_step", spy)
     state = torch.random.get_rng_state()
-    timing = auto.measure(Case(kind, 12, 10, 17, 5, dtype))
+    geometry = ((3, 3), (2, 1), (1, 0), (1, 1)) if kind is nn.Conv2d else None
+    image = (9, 8) if kind is nn.Conv2d else None
+    found = timing.measure(Case(kind, 12, 10, 17, 5, dtype, image, geometry))
     assert torch.equal(state, torch.random.get_rng_state())
-    assert timing.dense > 0
-    assert timing.sparse > 0
-    shape = (5, 12) if kind is nn.Linear else (5, 12, 16, 16)
+    assert found.dense > 0
+    assert found.sparse > 0
+    shape = (5, 12) if kind is nn.Linear else (5, 12, 9, 8)
     sparse = SparseLinear if kind is nn.Linear else SparseConv2d
     assert set(seen) == {(kind, shape, dtype, None), (sparse, shape, dtype, 17)}
 
 
 def test_layers_larger_than_can_be_held_are_measured_in_part(monkeypatch):
-    monkeypatch.setattr(auto, "_SWEEP", 16)
-    monkeypatch.setattr(auto, "_WEIGHTS", 300)
+    monkeypatch.setattr(timing, "_SWEEP", 16)
+    monkeypatch.setattr(timing, "_WEIGHTS", 300)
     seen = set()
-    monkeypatch.setattr(auto, "_step", lambda m, x, g: seen.add((*x.shape, *g.shape, getattr(m, "nnz", None))) or 1.0)
-    assert auto.measure(Case(nn.Linear, 100, 1200, 5000, 2, torch.float32)).ratio == 1
+    monkeypatch.setattr(timing, "_step", lambda m, x, g: seen.add((*x.shape, *g.shape, getattr(m, "nnz", None))) or 1.0)
+    assert timing.measure(Case(nn.Linear, 100, 1200, 5000, 2, torch.float32)).ratio == 1
     assert seen == {(2, 5, 2, 60, None), (2, 5, 2, 60, 12)}
 
 

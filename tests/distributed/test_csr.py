@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dst
 from dst.allocation import Uniform
-from dst.backends import auto
+from dst.backends import timing
 from dst.errors import StateError
 from dst.nn import SparseLinear
 from tests.distributed.processes import run
@@ -77,13 +77,13 @@ def test_topologies_that_differ_stop_the_training() -> None:
 
 def train_auto(rank: int, world: int) -> tuple[list[str], list[torch.Tensor], list[torch.Tensor]]:
     """Train with times that differ on the processes: each would choose other layers."""
-    asked: list[auto.Case] = []
+    asked: list[timing.Case] = []
 
-    def measure(case: auto.Case) -> auto.Timing:
+    def measure(case: timing.Case) -> timing.Timing:
         asked.append(case)
-        return auto.Timing(1.0, 0.5 if (case.outputs == 19) == (rank == 0) else 2.0)
+        return timing.Timing(1.0, 0.5 if (case.outputs == 19) == (rank == 0) else 2.0)
 
-    auto.measure = measure  # this process ends with the test
+    timing.measure = measure  # this process ends with the test
     said: list[str] = []
     auto.print = lambda message, file: said.append(message)  # type: ignore[attr-defined]
     masks, weights = train(rank, world, "rigl_uniform", "auto")

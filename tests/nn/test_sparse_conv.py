@@ -1,4 +1,4 @@
-"""1×1 convolutions that store only their non-zeros."""
+"""Convolutions that store only their non-zeros."""
 
 from __future__ import annotations
 
@@ -15,16 +15,18 @@ from tests.backends.runs import CLAIMED, OPTIMIZERS, Bottleneck, Run, assert_sam
 from tests.sampling import rotated
 
 
-def pair(inputs: int, outputs: int, density: float, dtype=torch.float64, **options) -> tuple[nn.Conv2d, SparseConv2d]:
+def pair(
+    inputs: int, outputs: int, density: float, kernel=1, dtype=torch.float64, **options
+) -> tuple[nn.Conv2d, SparseConv2d]:
     """A masked convolution and the same with non-zeros alone."""
     torch.manual_seed(0)
-    conv = nn.Conv2d(inputs, outputs, 1, dtype=dtype, **options)
-    mask = torch.rand(outputs, inputs, 1, 1) < density
+    conv = nn.Conv2d(inputs, outputs, kernel, dtype=dtype, **options)
+    mask = torch.rand(conv.weight.shape) < density
     mask[0], mask[:, -1] = False, False  # an empty row and an empty column
     conv.weight.data.mul_(mask)
     positions = mask.reshape(-1).nonzero().squeeze(1)
-    stride = conv.stride
-    sparse = SparseConv2d(inputs, outputs, positions, conv.weight.detach().reshape(-1)[positions], stride=stride)
+    geometry = {name: getattr(conv, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+    sparse = SparseConv2d(inputs, outputs, positions, conv.weight.detach().reshape(-1)[positions], **geometry)
     sparse.bias.data.copy_(conv.bias.detach())
     return conv, sparse
 
@@ -53,6 +55,37 @@ def test_it_is_the_masked_convolution(shape, stride, layout):
     mask = sparse.mask()
     assert mask.shape == conv.weight.shape
     torch.testing.assert_close(sparse.to_dense(sparse.values.grad), conv.weight.grad * mask)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        (3, {"padding": 1}),
+        (3, {"padding": 1, "stride": 2}),
+        ((5, 3), {"padding": (2, 0), "dilation": (1, 2)}),
+        ((2, 4), {"stride": (2, 3), "padding": (0, 2)}),
+        (7, {"padding": 3, "stride": 2}),
+    ],
+)
+def test_any_kernel_is_the_masked_convolution(kernel, options, relu):
+    conv, sparse = pair(5, 6, 0.3, kernel, **options)
+    sparse.relu = relu
+    x = torch.randn(3, 5, 11, 9, dtype=torch.float64)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    y, z = conv(a).relu() if relu else conv(a), sparse(b)
+    torch.testing.assert_close(z, y)
+    gradient = torch.randn_like(y)
+    y.backward(gradient)
+    sparse.collect_dense_gradient()
+    z.backward(gradient)
+    torch.testing.assert_close(b.grad, a.grad)
+    torch.testing.assert_close(sparse.bias.grad, conv.bias.grad)
+    torch.testing.assert_close(sparse.to_dense(sparse.values.grad), conv.weight.grad * sparse.mask())
+    torch.testing.assert_close(sparse.dense_gradient().view(conv.weight.shape), conv.weight.grad)
+    torch.testing.assert_close(sparse.collected_gradient(), sparse.values.grad)
+    dense = sparse.to_conv()
+    torch.testing.assert_close(dense(x).relu() if relu else dense(x), y)
 
 
 def test_gradcheck():
@@ -89,7 +122,7 @@ def test_it_becomes_a_convolution_and_travels():
 def test_training_is_that_of_the_masked_backend(name, optimizer):
     masked, csr = (Run(CLAIMED[name](backend), optimizer, net=Bottleneck) for backend in ("masked", "csr"))
     found = {n for n, m in csr.model.named_modules() if isinstance(m, SparseConv2d)}
-    assert {"expand", "shortcut"} <= found <= {"reduce", "expand", "shortcut"}
+    assert {"conv", "expand", "shortcut"} <= found <= {"reduce", "conv", "expand", "shortcut", "padded"}
     masked.train(24)
     csr.train(24)
     assert csr.sparsifier.updates == 12
@@ -101,15 +134,15 @@ def test_the_plan_and_selectors_know_convolutions():
     rows = {row.name: (row.storage, row.note) for row in dst.plan(Bottleneck(), method).rows}
     assert {n for n, (storage, _) in rows.items() if storage == "csr"} == {
         "reduce.weight",
+        "conv.weight",
         "expand.weight",
         "shortcut.weight",
+        "padded.weight",
         "head.weight",
     }
-    assert rows["conv.weight"][1].startswith("3×3 convolution: with unfolding not reliably faster than dense")
-    assert rows["grouped.weight"][1].startswith("grouped 1×1 convolution")
-    assert rows["padded.weight"][1].startswith("padded 1×1 convolution")
+    assert rows["grouped.weight"][1] == "a grouped convolution has no csr kernel"
     model = dst.prepare(Bottleneck(), method, include=[nn.Conv2d])
     assert isinstance(model.expand, SparseConv2d)
-    assert not any(isinstance(m, dst.nn.SparseLinear) for m in [model.head, model.conv])
+    assert not isinstance(model.head, dst.nn.SparseLinear)
     layers, _ = dst.topology.layers.find_layers(model, include=[nn.Conv2d])
     assert {layer.label for layer in layers} == {n for n in rows if not n.startswith(("head", "norm"))}

@@ -1,0 +1,121 @@
+"""Whole training steps of the shipped models: masked, csr and auto against dense, by wall clock.
+
+All variants of a model train in one process, in turns, at torch's default number of threads; the table has ratios of median
+step times. SGD with momentum, batch 64 (MLP 128, GPT 16 sequences of 128 tokens), no topology update within the measured
+steps; the share of updates is printed for RigL every 100 steps.
+
+    python scripts/bench_models.py
+    python scripts/bench_models.py --models vit_tiny gpt --densities 0.1 --backends csr auto
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import dst
+from dst.models import GPT, MLP, WRN22_2, ResNet20, ViTTiny
+from dst.tables import aligned_table
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "resnet20": (lambda: ResNet20((3, 32, 32), 10), (64, 3, 32, 32)),
+    "wrn_22_2": (lambda: WRN22_2((3, 32, 32), 10), (64, 3, 32, 32)),
+    "vit_tiny": (lambda: ViTTiny((3, 32, 32), 10), (64, 3, 32, 32)),
+    "gpt": (lambda: GPT(65, 128), (16, 128)),
+    "mlp": (lambda: MLP((1, 28, 28), 10, width=1000, depth=3), (128, 1, 28, 28)),
+}
+
+
+def make_step(name: str, method: dst.Method | None) -> tuple[Callable[[], None], dst.Sparsifier | None]:
+    """Return a training step on fixed random data, and its sparsifier; without a method the step is plain PyTorch."""
+    build, shape = MODELS[name]
+    torch.manual_seed(0)
+    model = build()
+    inputs = torch.randint(0, 65, shape) if name == "gpt" else torch.randn(shape)
+    targets = torch.randint(0, 65, shape) if name == "gpt" else torch.randint(0, 10, shape[:1])
+    if method is not None:
+        model = dst.prepare(model, method, example=inputs)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+    sparsifier = None if method is None else dst.Sparsifier(model, optimizer, method, total_steps=100_000)
+
+    def loss() -> Tensor:
+        return nn.functional.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss().backward()
+        if sparsifier is not None:
+            sparsifier.before_step()
+        optimizer.step()
+
+    return step, sparsifier
+
+
+def timed(step: Callable[[], None]) -> float:
+    """Return the time of one step in seconds."""
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def bench(name: str, backends: list[str], densities: list[float], seconds: float) -> list[tuple[str, ...]]:
+    """Time one model; returns the rows of the table."""
+    made: dict[tuple[str, float], tuple[Callable[[], None], dst.Sparsifier | None]] = {
+        ("dense", 1.0): make_step(name, None)
+    }
+    for density in densities:
+        for backend in backends:
+            method = dst.methods.rigl(density, update_every=100, backend=backend)
+            made[backend, density] = make_step(name, method)
+    times: dict[tuple[str, float], list[float]] = {key: [] for key in made}
+    for _ in range(3):
+        for step, _ in made.values():
+            step()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times["dense", 1.0]) < 5:
+        for key, (step, _) in made.items():
+            times[key].append(timed(step))
+    dense = statistics.median(times["dense", 1.0])
+    rows = []
+    for key, (_, sparsifier) in made.items():
+        median = statistics.median(times[key])
+        ratios = sorted(a / b for a, b in zip(times["dense", 1.0], times[key], strict=True))
+        spread = f"{ratios[len(ratios) // 10]:.2f}-{ratios[-1 - len(ratios) // 10]:.2f}"
+        csr = 0 if sparsifier is None else list(sparsifier.backends.values()).count("csr")
+        layers = 0 if sparsifier is None else len(sparsifier.layers)
+        rows.append(
+            (
+                name,
+                key[0],
+                f"{key[1]:g}",
+                f"{csr} of {layers}",
+                f"{1e3 * median:.1f}",
+                f"{dense / median:.2f}",
+                spread,
+            )
+        )
+    return rows
+
+
+def main() -> None:
+    """Run the benchmark and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--backends", nargs="+", default=["masked", "csr", "auto"])
+    parser.add_argument("--densities", nargs="+", type=float, default=[0.1, 0.05])
+    parser.add_argument("--seconds", type=float, default=60, help="of measuring for each model")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    table = [("model", "backend", "density", "csr layers", "step (ms)", "× dense", "10-90%")]
+    for name in args.models:
+        rows = bench(name, args.backends, args.densities, args.seconds)
+        print(aligned_table([table[0], *rows], right={2, 3, 4, 5, 6}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
