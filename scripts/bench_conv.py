@@ -2,6 +2,7 @@
 
     python scripts/bench_conv.py                # every table, with torch's number of threads
     python scripts/bench_conv.py --threads 1 --batch 128 --repetitions 25
+    python scripts/bench_conv.py --least        # minima: on a busy machine two threads rarely run undisturbed
 
 A ratio is the quotient of two medians of wall time (with one thread: CPU time, which other processes disturb less); above
 1 the sparse side is faster. Dense backward passes give the gradients of input and weight, sparse ones those of input and
@@ -38,7 +39,13 @@ def timed(run: Callable[[], object], clock: Callable[[], float]) -> float:
     return clock() - start
 
 
-def layer(batch: int, sizes: tuple[int, ...], repetitions: int, clock: Callable[[], float]) -> None:
+def layer(
+    batch: int,
+    sizes: tuple[int, ...],
+    repetitions: int,
+    clock: Callable[[], float],
+    typical: Callable[[list[float]], float],
+) -> None:
     """Time one layer at every density and print a line for each."""
     engine = kernels.load()
     if engine is None:
@@ -69,7 +76,7 @@ def layer(batch: int, sizes: tuple[int, ...], repetitions: int, clock: Callable[
             y = functional.conv2d(x, weight, None, stride, padding)
             times["dense"][1].append(timed(lambda y=y: torch.autograd.grad(y, (x, weight), g), clock))
             times[density][1].append(timed(backward, clock))
-    medians = {key: [statistics.median(part[2:]) for part in parts] for key, parts in times.items()}
+    medians = {key: [typical(part[2:]) for part in parts] for key, parts in times.items()}
     f, b = medians["dense"]
     positions = batch * shape.output[2] * shape.output[3]
     for density, (nnz, _, _) in runs.items():
@@ -89,6 +96,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--least", action="store_true", help="minima in place of medians")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
@@ -96,7 +104,7 @@ def main() -> None:
     for name, layers in LAYERS.items():
         print(f"{name}, batch {options.batch}, {options.threads} threads: forward + backward")
         for sizes in layers:
-            layer(options.batch, sizes, options.repetitions, clock)
+            layer(options.batch, sizes, options.repetitions, clock, min if options.least else statistics.median)
 
 
 if __name__ == "__main__":

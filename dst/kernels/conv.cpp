@@ -2,13 +2,13 @@
 //
 // Layout. One vector holds the same element of as many images as it has lanes: a non-zero weight is then one scalar times
 // aligned vectors at consecutive positions of a row, whatever the size of the image, and no lane is spent on padding. A
-// band of rows is brought into this order in a scratch that fits the second-level cache, with its padding in place, so a
-// tap (channel, row, column of the kernel) is one offset into the scratch; outputs are brought back from registers. Where
-// the batch has fewer images than a vector has lanes, bands of one image take lanes too. With a stride the columns are
-// stored by their remainder, which keeps the positions that a tap reads consecutive.
+// band of rows is brought into this order in a scratch, with its padding in place, so a tap (channel, row, column of the
+// kernel) is one offset into the scratch; outputs leave through a scratch too. Where the batch has fewer images than a
+// vector has lanes, bands of one image take lanes too. With a stride the columns are stored by their remainder, which keeps
+// the positions that a tap reads consecutive.
 //
-// Every element is summed in an order that depends on shapes alone; gradients of weights are summed in a number of parts
-// that depends on shapes alone, and these in turn.
+// Every element is summed in an order that depends on sizes and pattern alone; gradients of weights are summed in a number
+// of parts that depends on sizes alone, and these in turn.
 
 #ifndef DST_ISA
 #ifndef DST_CONV_COMMON
@@ -163,7 +163,9 @@ Taps<T> order_taps(int64_t lists, int64_t blocks, int64_t channels, int64_t n, c
     Taps<T> t;
     t.blocks = blocks;
     std::vector<int32_t> next(size_t(lists * blocks * channels), 0);
-    each([&](int64_t list, int64_t block, int64_t channel, int64_t, int64_t) { ++next[(list * blocks + block) * channels + channel]; });
+    each([&](int64_t list, int64_t block, int64_t channel, int64_t, int64_t) {
+        ++next[(list * blocks + block) * channels + channel];
+    });
     t.offsets.resize(size_t(n));
     t.positions.resize(size_t(n));
     t.values.resize(size_t(n));
@@ -213,9 +215,13 @@ Taps<T> forward_taps(const dst_conv& s, const int32_t* pointers, const I* indice
                                            (across % s.stride_width * each + across / s.stride_width) * lanes),
                                    int32_t(c / size)});
             }
-    return order_taps<T>(1, std::max<int64_t>(1, ceil_div(s.channels, size)), s.outputs, pointers[s.outputs], values, [&](const auto& f) {
+    const int64_t blocks = std::max<int64_t>(1, ceil_div(s.channels, size));
+    return order_taps<T>(1, blocks, s.outputs, pointers[s.outputs], values, [&](const auto& f) {
         for (int64_t o = 0; o < s.outputs; ++o)
-            for (int32_t j = pointers[o]; j < pointers[o + 1]; ++j) f(0, columns[indices[j]].block, o, columns[indices[j]].offset, j);
+            for (int32_t j = pointers[o]; j < pointers[o + 1]; ++j) {
+                const Column& column = columns[indices[j]];
+                f(0, column.block, o, column.offset, j);
+            }
     });
 }
 
@@ -225,8 +231,9 @@ Taps<T> backward_taps(const dst_conv& s, const int32_t* pointers, const I* indic
                       int64_t top, int64_t left, int64_t lanes) {
     const int64_t n = pointers[s.channels * s.kernel_height * s.kernel_width];
     const int64_t reach = kMostPositions + ceil_div((s.kernel_width - 1) * s.dilation_width, s.stride_width);
-    const int64_t size = block_size(s.outputs, ceil_div(s.kernel_height, s.stride_height) * reach * lanes * int64_t(sizeof(T)));
-    return order_taps<T>(s.stride_height * s.stride_width, ceil_div(s.outputs, size), s.channels, n, values, [&](const auto& f) {
+    const int64_t rows = ceil_div(s.kernel_height, s.stride_height), phases = s.stride_height * s.stride_width;
+    const int64_t size = block_size(s.outputs, rows * reach * lanes * int64_t(sizeof(T)));
+    return order_taps<T>(phases, ceil_div(s.outputs, size), s.channels, n, values, [&](const auto& f) {
         for (int64_t c = 0; c < s.channels; ++c)
             for (int64_t h = 0; h < s.kernel_height; ++h) {
                 const int64_t down = floor_div(s.pad_height - h * s.dilation_height, s.stride_height);
@@ -234,8 +241,9 @@ Taps<T> backward_taps(const dst_conv& s, const int32_t* pointers, const I* indic
                 for (int64_t w = 0; w < s.kernel_width; ++w) {
                     const int64_t right = floor_div(s.pad_width - w * s.dilation_width, s.stride_width);
                     const int64_t column = s.pad_width - w * s.dilation_width - right * s.stride_width;
-                    // An input of this phase meets the tap when its remainder and the tap's add up to a multiple of the stride.
-                    const int64_t phase_row = row ? s.stride_height - row : 0, phase_column = column ? s.stride_width - column : 0;
+                    // An input meets the tap where its remainder and the tap's add up to nothing or to the stride.
+                    const int64_t phase_row = row ? s.stride_height - row : 0;
+                    const int64_t phase_column = column ? s.stride_width - column : 0;
                     const int64_t at = (down + (row > 0) - top) * g.row + (right + (column > 0) - left) * lanes;
                     const int64_t k = (c * s.kernel_height + h) * s.kernel_width + w;
                     for (int32_t j = pointers[k]; j < pointers[k + 1]; ++j)
@@ -264,8 +272,10 @@ struct Group<float> {
     using V = __m512;
     static constexpr int G = 4;
     static DST_INLINE void transpose(V* v) {
-        const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(v[0], v[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(v[0], v[1]));
-        const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(v[2], v[3])), d = _mm512_castps_pd(_mm512_unpackhi_ps(v[2], v[3]));
+        const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(v[0], v[1]));
+        const __m512d b = _mm512_castps_pd(_mm512_unpackhi_ps(v[0], v[1]));
+        const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(v[2], v[3]));
+        const __m512d d = _mm512_castps_pd(_mm512_unpackhi_ps(v[2], v[3]));
         v[0] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
         v[1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, c));
         v[2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
@@ -273,9 +283,10 @@ struct Group<float> {
     }
     static DST_INLINE void load(const float* const* p, int64_t at, V* v) {
         for (int q = 0; q < 4; ++q) {
-            const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p[q] + at)), _mm_loadu_ps(p[q + 4] + at), 1);
-            const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p[q + 8] + at)), _mm_loadu_ps(p[q + 12] + at), 1);
-            v[q] = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+            const __m256 low = _mm256_castps128_ps256(_mm_loadu_ps(p[q] + at));
+            const __m256 high = _mm256_castps128_ps256(_mm_loadu_ps(p[q + 8] + at));
+            v[q] = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_insertf128_ps(low, _mm_loadu_ps(p[q + 4] + at), 1)),
+                                      _mm256_insertf128_ps(high, _mm_loadu_ps(p[q + 12] + at), 1), 1);
         }
         transpose(v);
     }
@@ -305,9 +316,10 @@ struct Group<double> {
     }
     static DST_INLINE void load(const double* const* p, int64_t at, V* v) {
         for (int q = 0; q < 2; ++q) {
-            const __m256d low = _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(p[q] + at)), _mm_loadu_pd(p[q + 2] + at), 1);
-            const __m256d high = _mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(p[q + 4] + at)), _mm_loadu_pd(p[q + 6] + at), 1);
-            v[q] = _mm512_insertf64x4(_mm512_castpd256_pd512(low), high, 1);
+            const __m256d low = _mm256_castpd128_pd256(_mm_loadu_pd(p[q] + at));
+            const __m256d high = _mm256_castpd128_pd256(_mm_loadu_pd(p[q + 4] + at));
+            v[q] = _mm512_insertf64x4(_mm512_castpd256_pd512(_mm256_insertf128_pd(low, _mm_loadu_pd(p[q + 2] + at), 1)),
+                                      _mm256_insertf128_pd(high, _mm_loadu_pd(p[q + 6] + at), 1), 1);
         }
         transpose(v);
     }
@@ -332,8 +344,10 @@ struct Group<float> {
     using V = __m256;
     static constexpr int G = 4;
     static DST_INLINE void transpose(V* v) {
-        const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(v[0], v[1])), b = _mm256_castps_pd(_mm256_unpackhi_ps(v[0], v[1]));
-        const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(v[2], v[3])), d = _mm256_castps_pd(_mm256_unpackhi_ps(v[2], v[3]));
+        const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(v[0], v[1]));
+        const __m256d b = _mm256_castps_pd(_mm256_unpackhi_ps(v[0], v[1]));
+        const __m256d c = _mm256_castps_pd(_mm256_unpacklo_ps(v[2], v[3]));
+        const __m256d d = _mm256_castps_pd(_mm256_unpackhi_ps(v[2], v[3]));
         v[0] = _mm256_castpd_ps(_mm256_unpacklo_pd(a, c));
         v[1] = _mm256_castpd_ps(_mm256_unpackhi_pd(a, c));
         v[2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, d));
@@ -679,7 +693,8 @@ bool conv_forward(const ConvForward<T>& a) {
                                          (s.kernel_width - 1) * s.dilation_width + 1, s.stride_width, W);
     const double read = 4.0 * double(s.channels * placed.slots);
     const double row = double(s.out_width) * (0.5 * double(a.pointers[s.outputs]) + 4.0 * double(s.outputs));
-    const int64_t row_size = (s.channels * placed.slots * s.stride_height + s.outputs * s.out_width) * W * int64_t(sizeof(T));
+    const int64_t row_size =
+        (s.channels * placed.slots * s.stride_height + s.outputs * s.out_width) * W * int64_t(sizeof(T));
     const int64_t halo_size = s.channels * placed.slots * (halo - s.stride_height) * W * int64_t(sizeof(T));
     const Bands bands = cut_bands(s.batch, s.out_height, 1, (kBandBytes - halo_size) / row_size, W,
                                   row + read * double(s.stride_height), read * double(halo - s.stride_height), a.threads);
@@ -692,7 +707,8 @@ bool conv_forward(const ConvForward<T>& a) {
     const Source<T> y{a.y, s.outputs, s.out_height, s.out_width, s.batch, bands.height, 0, nullptr,
                       place_columns(s.out_width, 0, s.out_width, 1, W), lay_out<T>(s.outputs, bands.height, s.out_width, W)};
     if (x.layout.rows * x.layout.row > kMostElements) return false;
-    const Taps<T> taps = forward_taps<T, I>(s, a.pointers, static_cast<const I*>(a.indices), a.values, x.layout, placed.slots, W);
+    const Taps<T> taps =
+        forward_taps<T, I>(s, a.pointers, static_cast<const I*>(a.indices), a.values, x.layout, placed.slots, W);
     const int64_t in_size = x.layout.rows * x.layout.row * int64_t(sizeof(T));
     const int64_t out_size = y.layout.rows * y.layout.row * int64_t(sizeof(T));
     const int64_t spare_size = whole_lines(std::max(s.width, s.out_width) * int64_t(sizeof(T)));
@@ -736,30 +752,26 @@ DST_INLINE void hold(V& v) {
 #endif
 }
 
-// N taps; as many at once as have room for their sums in the registers next to those of the input.
+// N taps at once, at most four: their sums are independent, which hides the latency of the multiply-add.
 template <class T, int NV, bool INPUT, int N>
 DST_INLINE void conv_back_taps(const int32_t* offsets, const T* values, const T* g, const T* x, typename Simd<T>::V* sum,
                                T* sums) {
     using S = Simd<T>;
     using V = typename S::V;
-    constexpr int Q = 4;
-    V dot[4];
+    V dot[4], w[N];
+    const T* rows[N];
     for (int q = 0; q < 4; ++q) dot[q] = S::zero();
-    for (int p = 0; p < N; p += Q) {
-        V w[Q];
-        const T* rows[Q];
-        for (int q = 0; q < Q && p + q < N; ++q) {
-            w[q] = S::set(values[p + q]);
-            rows[q] = g + offsets[p + q];
-        }
-        for (int k = 0; k < NV; ++k) {
-            const V in = S::load(x + k * S::W);
-            for (int q = 0; q < Q && p + q < N; ++q) {
-                V d = S::load(rows[q] + k * S::W);
-                if (INPUT) hold(d);
-                if (INPUT) sum[k] = S::fma(w[q], d, sum[k]);
-                dot[p + q] = S::fma(in, d, dot[p + q]);
-            }
+    for (int q = 0; q < N; ++q) {
+        w[q] = S::set(values[q]);
+        rows[q] = g + offsets[q];
+    }
+    for (int k = 0; k < NV; ++k) {
+        const V in = S::load(x + k * S::W);
+        for (int q = 0; q < N; ++q) {
+            V d = S::load(rows[q] + k * S::W);
+            if (INPUT) hold(d);
+            if (INPUT) sum[k] = S::fma(w[q], d, sum[k]);
+            dot[q] = S::fma(in, d, dot[q]);
         }
     }
     T out[4];
