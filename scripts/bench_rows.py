@@ -3,7 +3,8 @@
     python scripts/bench_rows.py                                # every shape and density
     python scripts/bench_rows.py --densities 0.1 --only 4096x192x768 --parts
 
-A ratio is the quotient of two medians; above 1 the sparse side is faster. ``GF/s`` counts two operations for every
+A ratio is the quotient of two medians, ``best`` that of two minima: on a machine with other work the second says more. Above
+1 the sparse side is faster. With one thread CPU time is taken, which other processes disturb less than wall time. ``GF/s`` counts two operations for every
 non-zero, example and pass (output, input gradient, values' gradient). ``old`` is the same quotient for the feature-major
 kernels, given row-major tensors. ``--parts`` times forward and backward apart. Both sides start from warm caches.
 """
@@ -31,18 +32,19 @@ SHAPES = [
 ]
 
 
-def measure(functions: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
-    """Return each function's median time in seconds: called in turns for about ``seconds`` in all, after two warm-ups."""
+def measure(functions: dict[str, Callable[[], object]], seconds: float) -> tuple[dict[str, float], dict[str, float]]:
+    """Return each function's median and least time: called in turns for about ``seconds`` in all, after two warm-ups."""
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {name: [] for name in functions}
     start, turns = time.perf_counter(), 0
     while turns < 5 or time.perf_counter() - start < seconds:
         for name, function in functions.items():
-            before = time.perf_counter()
+            before = clock()
             function()
             if turns > 1:
-                times[name].append(time.perf_counter() - before)
+                times[name].append(clock() - before)
         turns += 1
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: statistics.median(t) for name, t in times.items()}, {name: min(t) for name, t in times.items()}
 
 
 def bench(batch: int, columns: int, rows: int, density: float, relu: bool, seconds: float, parts: bool) -> str:
@@ -88,10 +90,11 @@ def bench(batch: int, columns: int, rows: int, density: float, relu: bool, secon
         for name, pair in both.items()
         for part, function in zip(("forward", "backward"), pair, strict=True)
     }
-    t = measure(timed, seconds)
-    total = {name: t[f"{name} forward"] + t[f"{name} backward"] for name in both}
+    t, least = measure(timed, seconds)
+    total, best = ({name: q[f"{name} forward"] + q[f"{name} backward"] for name in both} for q in (t, least))
     line = f"{batch:5d} x {columns:4d} -> {rows:4d}  density {density:<4g}"
     line += f"  rows {total['rows'] * 1e3:7.2f} ms  dense {total['dense'] * 1e3:7.2f} ms  ratio {total['dense'] / total['rows']:5.2f}"
+    line += f"  best {best['dense'] / best['rows']:5.2f}"
     line += f"  {6e-9 * nnz * batch / total['rows']:5.1f} GF/s"
     if parts:
         for part, passes in (("forward", 2e-9), ("backward", 4e-9)):
@@ -99,7 +102,7 @@ def bench(batch: int, columns: int, rows: int, density: float, relu: bool, secon
             line += f"  {part} {dense_time / rows_time:5.2f} ({passes * nnz * batch / rows_time:5.1f} GF/s,"
             line += f" dense {passes * rows * columns * batch / dense_time:5.1f})"
     else:
-        line += f"  old {total['dense'] / total['old']:5.2f}"
+        line += f"  old {total['dense'] / total['old']:5.2f}, best {best['dense'] / best['old']:5.2f}"
     return line
 
 

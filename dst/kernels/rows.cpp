@@ -255,8 +255,9 @@ inline Cuts plan_cuts(int64_t features, int64_t bytes, int64_t lines, const int3
 
 template <class I>
 void find_cuts(Cuts& cuts, const I* indices, int32_t* inner, int threads) {
+    if (cuts.count == 1) return;
     cuts.inner = inner;
-    in_parallel(cuts.count > 1 ? cuts.lines : 0, threads, cuts.lines * cuts.count * 64, [&](int64_t i) {
+    in_parallel(cuts.lines, threads, cuts.lines * cuts.count * 64, [&](int64_t i) {
         const I *at = indices + cuts.pointers[i], *end = indices + cuts.pointers[i + 1];
         for (int64_t k = 1; k < cuts.count; ++k) {
             at = std::lower_bound(at, end, k * cuts.run, [](I index, int64_t bound) { return int64_t(index) < bound; });
