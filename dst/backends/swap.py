@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from dst.backends.csr_support import sizes_of_padding
 from dst.errors import ConfigurationError
 from dst.nn import FeatureMajorLinear, SparseConv2d, SparseLinear
-from dst.nn.layout import choose_layouts
 from dst.topology.seeding import folded_generator
 
 Dense: TypeAlias = nn.Linear | nn.Conv2d
@@ -20,7 +19,7 @@ _HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks") 
 
 
 def exchange(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Replace modules, and make the dense linear layers of a model with sparse ones feature-major.
+    """Replace modules of a model.
 
     Args:
         model: The model. It is changed in place.
@@ -33,16 +32,9 @@ def exchange(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) -> nn.Mod
         return model
     model = replace(model, swapped)
     modules = list(model.modules())
-    beside: dict[nn.Module, nn.Module] = {}
-    if any(isinstance(module, SparseLinear) for module in modules):
-        # Dense layers then read the feature-major activations of sparse ones without a copy.
-        beside = {m: FeatureMajorLinear.from_linear(m) for m in modules if type(m) is nn.Linear}
-    else:
-        beside = {m: m.to_linear() for m in modules if type(m) is FeatureMajorLinear}
     _guard_save_pretrained(model, any(isinstance(module, SparseLinear) for module in modules))
-    model = replace(model, beside)
-    choose_layouts(model)
-    return model
+    # Models that were pickled by earlier versions have feature-major layers beside sparse ones.
+    return replace(model, {m: m.to_linear() for m in modules if type(m) is FeatureMajorLinear})
 
 
 def _guard_save_pretrained(model: nn.Module, stores_non_zeros: bool) -> None:

@@ -19,8 +19,7 @@ INDICES = ("column_pointers", "row_indices", "row_pointers", "column_indices", "
 
 _library = torch.library.Library("dst", "DEF")
 _library.define(
-    "sparse_linear(Tensor x, Tensor values, Tensor? row_values, Tensor? bias, Tensor[] pattern, bool relu, "
-    "bool feature_major) -> Tensor"
+    "sparse_linear(Tensor x, Tensor values, Tensor? row_values, Tensor? bias, Tensor[] pattern, bool relu) -> Tensor"
 )
 _library.define(
     "sparse_linear_backward(Tensor g, Tensor x, Tensor values, Tensor? y, Tensor[] pattern, bool input, bool bias) "
@@ -39,11 +38,6 @@ _library.define(
 def indices_of(pattern: Pattern) -> list[Tensor]:
     """The index tensors of a pattern, in the order of ``INDICES``."""
     return [getattr(pattern, name) for name in INDICES]
-
-
-def is_feature_major(x: Tensor) -> bool:
-    """Whether ``x`` ``[batch, features]`` has unit stride over the batch, so that a feature is contiguous."""
-    return x.shape[0] > 1 and x.stride(0) == 1 and x.stride(1) >= x.shape[0]
 
 
 def _pattern(indices: Sequence[Tensor]) -> Pattern:
@@ -69,37 +63,33 @@ def _linear(
     bias: Tensor | None,
     indices: Sequence[Tensor],
     relu: bool,
-    feature_major: bool,
 ) -> Tensor:
     kernels, pattern = engine(), _pattern(indices)
     rows = _in_rows(pattern, values, row_values)
-    if not feature_major and x.shape[0] > 1 and not is_feature_major(x) and isinstance(kernels, Kernels):
+    if x.shape[0] > 1 and isinstance(kernels, Kernels):
         return kernels.rows_forward(pattern, rows, x, bias, relu)
-    y = kernels.forward(pattern, rows, kernels.feature_major(x), bias, relu)
-    return y if feature_major else y.contiguous()
+    return kernels.forward(pattern, rows, kernels.feature_major(x), bias, relu).contiguous()
 
 
 def _linear_backward(
     g: Tensor, x: Tensor, values: Tensor, y: Tensor | None, indices: Sequence[Tensor], input: bool, bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels, pattern = engine(), _pattern(indices)
-    if x.shape[0] > 1 and not is_feature_major(x) and not is_feature_major(g) and isinstance(kernels, Kernels):
+    if x.shape[0] > 1 and isinstance(kernels, Kernels):
         gx, gv, gb = kernels.rows_backward(pattern, values.contiguous(), x, g, y, input=input, bias=bias)
     else:
-        rows = None if y is None else kernels.feature_major(y).t()
+        output = None if y is None else kernels.feature_major(y).t()
         gx, gv, gb, _ = kernels.backward(
-            pattern, values.contiguous(), kernels.feature_major(x), g, rows, input=input, bias=bias
+            pattern, values.contiguous(), kernels.feature_major(x), g, output, input=input, bias=bias
         )
-        if gx is not None and not is_feature_major(x):
-            gx = gx.contiguous()
+        gx = None if gx is None else gx.contiguous()
     empty = values.new_empty(0)
     return empty if gx is None else gx, gv, empty if gb is None else gb
 
 
 @torch.library.register_fake("dst::sparse_linear", lib=_library)
-def _(x: Tensor, values: Tensor, row_values: Any, bias: Any, pattern: Any, relu: bool, feature_major: bool) -> Tensor:
-    batch, rows = x.shape[0], pattern[2].shape[0] - 1
-    return x.new_empty_strided((batch, rows), (1, batch) if feature_major else (rows, 1))
+def _(x: Tensor, values: Tensor, row_values: Any, bias: Any, pattern: Any, relu: bool) -> Tensor:
+    return x.new_empty((x.shape[0], pattern[2].shape[0] - 1))
 
 
 @torch.library.register_fake("dst::sparse_linear_backward", lib=_library)
@@ -107,12 +97,12 @@ def _(
     g: Tensor, x: Tensor, values: Tensor, y: Any, pattern: Any, input: bool, bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     empty = values.new_empty(0)
-    gx = torch.empty_like(x, memory_format=torch.preserve_format) if input else empty
+    gx = x.new_empty(x.shape) if input else empty
     return gx, torch.empty_like(values), g.new_empty(g.shape[1]) if bias else empty
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, _, bias, pattern, relu, _ = inputs
+    x, values, _, bias, pattern, relu = inputs
     ctx.save_for_backward(x, values, output if relu else None, *pattern)
     ctx.has_bias = bias is not None
 
@@ -121,7 +111,7 @@ def _linear_formula(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     x, values, y, *pattern = ctx.saved_tensors
     wants_input, wants_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[3]
     gx, gv, gb = torch.ops.dst.sparse_linear_backward(g, x, values, y, pattern, wants_input, wants_bias)
-    return gx if wants_input else None, gv, None, gb if wants_bias else None, [None] * len(pattern), None, None
+    return gx if wants_input else None, gv, None, gb if wants_bias else None, [None] * len(pattern), None
 
 
 # -- convolutions -----------------------------------------------------------------------------------------------------

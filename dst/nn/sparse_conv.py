@@ -110,19 +110,17 @@ class SparseConv2d(SparseLinear):
 
     def _compute(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         if x.dim() == 3:
-            return self._differentiable(x.unsqueeze(0), values, bias, False).squeeze(0)
-        return self._differentiable(x, values, bias, False)
+            return self._differentiable(x.unsqueeze(0), values, bias).squeeze(0)
+        return self._differentiable(x, values, bias)
 
-    def _operand(self, x: Tensor, feature_major: bool) -> Tensor:
+    def _operand(self, x: Tensor) -> Tensor:
         return x.contiguous()
 
     @property
     def _geometry(self) -> tuple[tuple[int, int], ...]:
         return self.kernel_size, self.stride, self.padding, self.dilation
 
-    def _operator(
-        self, x: Tensor, values: Tensor, rows: Tensor | None, bias: Tensor | None, feature_major: bool
-    ) -> Tensor:
+    def _operator(self, x: Tensor, values: Tensor, rows: Tensor | None, bias: Tensor | None) -> Tensor:
         indices = indices_of(self._pattern)
         return torch.ops.dst.sparse_conv2d.default(x, values, rows, bias, indices, *self._geometry, self.relu)
 
@@ -146,5 +144,5 @@ class SparseConv2d(SparseLinear):
         gradient = gradient.view(tile.shape)
         tile.add_(gradient) if add else tile.copy_(gradient)
 
-    def _chains(self, feature_major: bool) -> bool:
+    def _chains(self, x: Tensor) -> bool:
         return False

@@ -21,7 +21,7 @@ from dst.kernels.pattern import check_flat
 # Pickled models refer to FeatureMajorLinear by this module.
 from dst.nn.feature_major import FeatureMajorLinear as FeatureMajorLinear
 from dst.nn.gradient_collector import TILE_ROWS, GradientCollector, largest_gradients
-from dst.nn.operators import indices_of, is_feature_major
+from dst.nn.operators import indices_of
 from dst.nn.row_copy import RowCopy
 from dst.nn.saved_pattern import NAMES, flat_of_masked, flat_of_saved, saved_pattern
 from dst.nn.watched import CopyKey, WatchedChain, readable, unchanged, watch
@@ -29,9 +29,6 @@ from dst.topology.rewiring import without
 from dst.topology.selection import random_indices
 
 _COMPUTED = (torch.float32, torch.float64)
-
-FEATURE_MAJOR_BATCH = 1024
-"""The largest batch for which outputs are feature-major. For more rows the row-major kernels are faster."""
 
 # Called at every evaluation, so both must be fast. torch has no fast public function for the second.
 is_grad_enabled = torch.is_grad_enabled
@@ -44,12 +41,10 @@ class _Apply(torch.autograd.Function):
     """The layer's operator. The backward pass adds its pair to the layer's collector."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear, feature_major: bool
-    ) -> Tensor:
-        x, values = layer._operand(x, feature_major), values.contiguous()
+    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear) -> Tensor:
+        x, values = layer._operand(x), values.contiguous()
         rows = layer._rows.of(values, layer._pattern, layer._engine, fresh=True)
-        y = layer._operator(x, values, rows, bias, feature_major)
+        y = layer._operator(x, values, rows, bias)
         ctx.save_for_backward(x, values, y if layer.relu else None)
         # The layer may get another pattern before the backward pass.
         ctx.operator, ctx.pair = layer._backward_operator(), layer._pair
@@ -58,20 +53,20 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x, values, y = ctx.saved_tensors
         wants_input, wants_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[2]
         gx, gv, gb = ctx.operator(grads[0], x, values, y, wants_input, wants_bias)
         if ctx.collector.active:
             g = grads[0] if y is None else torch.ops.aten.threshold_backward(grads[0], y, 0)
             ctx.collector.add(*ctx.pair(x, g))
-        return gx if wants_input else None, gv, gb if wants_bias else None, None, None
+        return gx if wants_input else None, gv, gb if wants_bias else None, None
 
 
 @torch.compiler.disable
-def _apply(x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear, feature_major: bool) -> Tensor:
+def _apply(x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear) -> Tensor:
     """Run ``_Apply``; a compiled model comes here only while a layer collects its dense gradient."""
-    return cast(Tensor, _Apply.apply(x, values, bias, layer, feature_major))
+    return cast(Tensor, _Apply.apply(x, values, bias, layer))
 
 
 class SparseLinear(nn.Module):
@@ -81,9 +76,7 @@ class SparseLinear(nn.Module):
     copy in row order, which every training step refreshes. A non-zero takes at most 28 bytes with its gradient and one
     momentum (24 if both dimensions are at most 65,536). Row and column pointers add 4 bytes per row and per column.
 
-    Outputs are ordinary contiguous tensors. With ``feature_major`` they are ``[batch, out]`` tensors with strides
-    ``(1, batch)``, which element-wise operations and further sparse layers use without a copy: faster in a chain of wide
-    layers at a small batch. `dst.prepare` sets it where nothing but sparse layers and element-wise modules sees the output.
+    Inputs and outputs are ordinary row-major tensors, so what follows the layer runs as it does after ``nn.Linear``.
 
     In evaluation the copy is refreshed when autograd's version counter of `values` changes, and by `train` and `eval`.
     Call `refresh` after writing through ``values.data`` in evaluation.
@@ -95,7 +88,6 @@ class SparseLinear(nn.Module):
         values: Values of the non-zeros in the order of ``indices``. If None, drawn by `reset_parameters`.
         bias: Whether to add a bias.
         relu: Whether to apply ReLU to the output, in the same pass.
-        feature_major: Whether outputs have feature-major strides.
         dtype: float32, float64, or a 16-bit type, which computes in float32. If None, the dtype of ``values`` or torch's
             default.
         generator: Generator of the random values.
@@ -114,7 +106,6 @@ class SparseLinear(nn.Module):
 
     values: nn.Parameter
     bias: nn.Parameter | None
-    feature_major: bool = False  # layers that were pickled before it existed
 
     def __init__(
         self,
@@ -125,12 +116,10 @@ class SparseLinear(nn.Module):
         *,
         bias: bool = True,
         relu: bool = False,
-        feature_major: bool = False,
         dtype: torch.dtype | None = None,
         generator: torch.Generator | None = None,
     ):
         super().__init__()
-        self.feature_major = feature_major
         self.in_features, self.out_features, self._relu = in_features, out_features, relu
         dtype = dtype or (torch.get_default_dtype() if values is None else values.dtype)
         if not dtype.is_floating_point:
@@ -319,9 +308,7 @@ class SparseLinear(nn.Module):
         if (
             prepared is not None
             and not (is_grad_enabled() or is_autocast() or torch.compiler.is_compiling())
-            and self._chains(
-                x.shape[0] == 1 or (self.feature_major and x.dim() == 2 and x.shape[0] <= FEATURE_MAJOR_BATCH)
-            )
+            and self._chains(x)
             and unchanged(prepared.watched)
         ):
             y = prepared.chain.run(x)
@@ -357,28 +344,24 @@ class SparseLinear(nn.Module):
         """Apply the layer to ``x`` of the dtype of ``values``."""
         lead = x.shape[:-1]
         if x.dim() == 2:
-            return self._differentiable(x, values, bias, self.feature_major and x.shape[0] <= FEATURE_MAJOR_BATCH)
-        y = self._differentiable(x.reshape(-1, self.in_features), values, bias, False)
-        return y.view(*lead, self.out_features)
+            return self._differentiable(x, values, bias)
+        return self._differentiable(x.reshape(-1, self.in_features), values, bias).view(*lead, self.out_features)
 
-    def _differentiable(self, x: Tensor, values: Tensor, bias: Tensor | None, feature_major: bool) -> Tensor:
+    def _differentiable(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         if torch.compiler.is_compiling() and not self._collector.active:
-            return self._operator(x, values, None, bias, feature_major)
+            return self._operator(x, values, None, bias)
         if torch.is_grad_enabled() and (
             values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         ):
-            return _apply(x, values, bias, self, feature_major)
-        return self._evaluate(x.detach(), values.detach(), bias, feature_major)
+            return _apply(x, values, bias, self)
+        return self._evaluate(x.detach(), values.detach(), bias)
 
-    def _operand(self, x: Tensor, feature_major: bool) -> Tensor:
-        """The input as the forward and the backward pass read it."""
-        return self._engine.feature_major(x).t() if feature_major or is_feature_major(x) else x
+    def _operand(self, x: Tensor) -> Tensor:
+        """The input as both passes read it."""
+        return x
 
-    def _operator(
-        self, x: Tensor, values: Tensor, rows: Tensor | None, bias: Tensor | None, feature_major: bool
-    ) -> Tensor:
-        indices = indices_of(self._pattern)
-        return torch.ops.dst.sparse_linear.default(x, values, rows, bias, indices, self.relu, feature_major)
+    def _operator(self, x: Tensor, values: Tensor, rows: Tensor | None, bias: Tensor | None) -> Tensor:
+        return torch.ops.dst.sparse_linear.default(x, values, rows, bias, indices_of(self._pattern), self.relu)
 
     def _backward_operator(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         indices = indices_of(self._pattern)
@@ -399,22 +382,22 @@ class SparseLinear(nn.Module):
         """Compute rows ``first`` to ``last`` of the dense gradient of one collected pass into ``tile``, or add them."""
         torch.addmm(tile, g[first:last], x.t(), beta=float(add), out=tile)
 
-    def _evaluate(self, x: Tensor, values: Tensor, bias: Tensor | None, feature_major: bool) -> Tensor:
+    def _evaluate(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         # Converted values are a new tensor at every call, so their version says nothing of the weights.
         converted = values.dtype is not self.values.dtype
         y = None
-        if self._chains(feature_major or x.shape[0] == 1):
+        if self._chains(x):
             if self._chain is None or not unchanged(self._chain.watched):
                 self._chain = None if converted else self._prepared_chain()
             y = None if self._chain is None else self._chain.chain.run(x)
         if y is None:
             rows = self._rows.of(values, self._pattern, self._engine, fresh=self.training or converted)
-            y = self._operator(x, values, rows, bias, feature_major)
+            y = self._operator(x, values, rows, bias)
         return y
 
-    def _chains(self, feature_major: bool) -> bool:
-        """Whether a chain of kernels may compute the layer; its outputs are feature-major."""
-        return feature_major
+    def _chains(self, x: Tensor) -> bool:
+        """Whether a chain of one layer may compute ``x``: its call is cheaper, its output is feature-major."""
+        return x.numel() == self.in_features
 
     def _prepared_chain(self) -> WatchedChain | None:
         self._chain = None  # frees an outdated copy before the new one is made
