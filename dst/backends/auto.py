@@ -108,6 +108,11 @@ def is_decided(model: nn.Module) -> bool:
     )
 
 
+def is_restored(model: nn.Module) -> bool:
+    """Whether the backend of each layer was measured, or taken from a checkpoint."""
+    return _DECIDED in model.__dict__
+
+
 def _saved(state: Mapping[str, Any], layer: SparseLayer) -> bool:
     """Whether a sparsifier's state stores positions instead of a mask for a layer."""
     masks = state.get("masks")
@@ -119,7 +124,8 @@ def _saved(state: Mapping[str, Any], layer: SparseLayer) -> bool:
 def restore_modules(seed: int, module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """Swap a model's modules for those that a state dict was saved from; a ``load_state_dict`` pre-hook.
 
-    Measurements differ between runs, so a resumed run takes its decisions from the checkpoint.
+    Measurements differ between runs, and versions in what csr supports, so a resumed run takes its decisions from the
+    checkpoint. One that has no sparse layer at all was trained masked: its weights are loaded into the layers as they are.
 
     Args:
         seed: See ``dst.prepare``.
@@ -127,19 +133,23 @@ def restore_modules(seed: int, module: nn.Module, state_dict: Mapping[str, Any],
         state_dict: The state dict that is about to be loaded.
         prefix: Prefix of the model's names in the state dict.
     """
+    if not is_restored(module) and not any(key.endswith("column_pointers") for key in state_dict):
+        return
     exchanged: dict[nn.Module, nn.Module] = {}
     for name, child in module.named_modules():
         start = f"{prefix}{name}." if name else prefix
         saved_sparse = f"{start}column_pointers" in state_dict and f"{start}values" in state_dict
         if isinstance(child, SparseLinear) and not saved_sparse and f"{start}weight" in state_dict:
             exchanged[child] = dense_module(child)
-            report(f"backend=auto: {name}.weight masked (as in the checkpoint)")
+            report(f"{name}.weight masked (as in the checkpoint)")
         elif saved_sparse and is_supported(child):
             # The positions are placeholders: loading the state dict sets them.
             count = state_dict[f"{start}values"].numel()
             exchanged[child] = sparse_module(name, child, torch.arange(count), seed)
-            report(f"backend=auto: {name}.weight csr (as in the checkpoint)")
+            report(f"{name}.weight csr (as in the checkpoint)")
     exchange(module, exchanged)
+    if exchanged:
+        module.__dict__[_DECIDED] = True
 
 
 def report(message: str, group: ProcessGroup | None = None) -> None:

@@ -6,7 +6,7 @@ import ctypes
 from ctypes import c_int, c_int64, c_void_p
 from pathlib import Path
 
-ABI = 7
+ABI = 8
 ISA = ("portable", "avx2", "avx512")
 _SIGNATURES = {
     "dst_forward": [
@@ -19,11 +19,11 @@ _SIGNATURES = {
     ],
     "dst_rows_forward": [
         *[c_int, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64],
-        *[c_void_p, c_int64, c_int64, c_void_p, c_int, c_int],
+        *[c_void_p, c_int64, c_int64, c_void_p, c_int, c_void_p, c_int],
     ],
     "dst_rows_backward": [
         *[c_int, c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int64],
-        *[c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int],
+        *[c_void_p, c_int64, c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64, c_int],
     ],
     "dst_gradient": [c_int, c_int64, c_int64, c_void_p, c_int64, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int],
     "dst_conv_forward": [c_int, c_int, *[c_void_p] * 7, c_int, c_int],

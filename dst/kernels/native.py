@@ -163,7 +163,17 @@ class Kernels:
         )  # fmt: skip
         return gx, gv, gb, gt
 
-    def rows_forward(self, pattern: Pattern, row_values: Tensor, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    def rows_forward(
+        self,
+        pattern: Pattern,
+        row_values: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        relu: bool = False,
+        *,
+        gelu: bool = False,
+        derivative: Tensor | None = None,
+    ) -> Tensor:
         """Return ``x Wᵀ + bias`` (then ReLU) for many row-major examples.
 
         Args:
@@ -172,6 +182,8 @@ class Kernels:
             x: ``[batch, columns]``; copied unless its rows are contiguous.
             bias: ``[rows]``, contiguous, or None.
             relu: apply ReLU.
+            gelu: apply GELU.
+            derivative: receives the derivative of GELU, ``[batch, rows]``, contiguous; None if it is not needed.
 
         Returns:
             ``[batch, rows]``, contiguous.
@@ -182,14 +194,24 @@ class Kernels:
         failed = self._library.dst_rows_forward(
             x.dtype is torch.float64, pattern.wide, pattern.rows, pattern.columns, pattern.row_pointers.data_ptr(),
             pattern.column_indices.data_ptr(), row_values.data_ptr(), x.data_ptr(), x.stride(0), y.data_ptr(),
-            pattern.rows, batch, None if bias is None else bias.data_ptr(), relu, torch.get_num_threads(),
+            pattern.rows, batch, None if bias is None else bias.data_ptr(), 2 if gelu else int(relu),
+            None if derivative is None else derivative.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for the scratch of a {pattern.rows}x{pattern.columns} layer")
         return y
 
     def rows_backward(
-        self, pattern: Pattern, values: Tensor, x: Tensor, g: Tensor, y: Tensor | None, *, input: bool, bias: bool
+        self,
+        pattern: Pattern,
+        values: Tensor,
+        x: Tensor,
+        g: Tensor,
+        y: Tensor | None,
+        *,
+        input: bool,
+        bias: bool,
+        derivative: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
         """Return the gradients of input, values and bias for many row-major examples.
 
@@ -201,13 +223,15 @@ class Kernels:
             y: the output if ReLU was applied, else None.
             input: compute the gradient of the input.
             bias: compute the gradient of the bias.
+            derivative: what `rows_forward` gave for GELU; the output gradient is multiplied by it.
 
         Returns:
             Input gradient ``[batch, columns]``, contiguous, or None; values' gradient ``[nnz]``; bias gradient ``[rows]``
             or None.
         """
         x, g = _row_major(x), _row_major(g)
-        y = None if y is None else _row_major(y)
+        factor = y if derivative is None else derivative
+        factor = None if factor is None else _row_major(factor)
         batch, rows = g.shape
         gx = torch.empty(batch, pattern.columns, dtype=x.dtype) if input else None
         gv = torch.empty_like(values)
@@ -215,8 +239,8 @@ class Kernels:
         failed = self._library.dst_rows_backward(
             x.dtype is torch.float64, pattern.wide, rows, pattern.columns, pattern.column_pointers.data_ptr(),
             pattern.row_indices.data_ptr(), values.data_ptr(), x.data_ptr(), x.stride(0), g.data_ptr(), g.stride(0),
-            None if y is None else y.data_ptr(), 0 if y is None else y.stride(0),
-            None if gx is None else gx.data_ptr(), pattern.columns, gv.data_ptr(),
+            None if factor is None else factor.data_ptr(), 0 if factor is None else factor.stride(0),
+            derivative is not None, None if gx is None else gx.data_ptr(), pattern.columns, gv.data_ptr(),
             None if gb is None else gb.data_ptr(), batch, torch.get_num_threads(),
         )  # fmt: skip
         if failed:

@@ -117,14 +117,23 @@ template <class T>
 struct Operand {
     const T* data;
     int64_t stride;
-    const T* y;  // where it is not positive the operand counts as zero; read only if MASK
+    const T* y;  // read unless FACTOR is kNone
     int64_t y_stride;
 };
+
+// What an output gradient is multiplied by while it is brought in: nothing, whether the output `y` is positive (ReLU), or
+// a derivative that the forward pass has left in `y`.
+enum Factor { kNone, kPositive, kGiven };
+
+template <class T>
+DST_INLINE T factored(Factor factor, T v, T y) {
+    return factor == kNone ? v : factor == kGiven ? v * y : y <= T(0) ? T(0) : v;
+}
 
 // Bring `lanes` rows of an operand into scratch [features, NV vectors]; lanes beyond are zero. `sums` receives the sum of
 // every feature if SUM. A panel of features is walked by one vector of rows at a time: rows that lie a multiple of 4096
 // bytes apart share a set of the first-level cache, which has room for few more.
-template <class T, int NV, bool MASK, bool SUM>
+template <class T, int NV, Factor FACTOR, bool SUM>
 void turn_in(const Operand<T>& a, int64_t lanes, int64_t features, T* out, T* sums) {
     using S = Simd<T>;
     using V = typename S::V;
@@ -139,17 +148,19 @@ void turn_in(const Operand<T>& a, int64_t lanes, int64_t features, T* out, T* su
         for (int64_t l = 0; l < whole; l += S::W)
             for (int64_t f = begin; f + line <= end; f += line) {
                 const T* in = a.data + l * a.stride + f;
-                const T* y = MASK ? a.y + l * a.y_stride + f : nullptr;
+                const T* y = FACTOR ? a.y + l * a.y_stride + f : nullptr;
                 for (int i = 0; i < S::W; ++i) {
                     __builtin_prefetch(in + i * a.stride + kAhead * line);
-                    if (MASK) __builtin_prefetch(y + i * a.y_stride + kAhead * line);
+                    if (FACTOR) __builtin_prefetch(y + i * a.y_stride + kAhead * line);
                 }
                 for (int q = 0; q < line / K; ++q) {
                     V v[K];
                     for (int i = 0; i < K; ++i) {
                         v[i] = Turn<T>::pieces(in + i * a.stride + q * K, K * a.stride);
-                        if (MASK)
-                            v[i] = S::where_positive(Turn<T>::pieces(y + i * a.y_stride + q * K, K * a.y_stride), v[i]);
+                        if (FACTOR) {
+                            const V w = Turn<T>::pieces(y + i * a.y_stride + q * K, K * a.y_stride);
+                            v[i] = FACTOR == kGiven ? S::fma(w, v[i], S::zero()) : S::where_positive(w, v[i]);
+                        }
                     }
                     if (SUM) {
                         V sum = v[0];
@@ -174,13 +185,67 @@ void turn_in(const Operand<T>& a, int64_t lanes, int64_t features, T* out, T* su
                 continue;
             }
             for (; l < lanes; ++l) {
-                T v = a.data[l * a.stride + f];
-                if (MASK && a.y[l * a.y_stride + f] <= T(0)) v = 0;
+                const T v = factored(FACTOR, a.data[l * a.stride + f], FACTOR ? a.y[l * a.y_stride + f] : T(0));
                 if (SUM) sums[f] += v;
                 out[f * L + l] = v;
             }
             for (; l < L; ++l) out[f * L + l] = 0;
         }
+    }
+}
+
+template <class T, int NV, Factor FACTOR>
+void turn_in(const Operand<T>& a, int64_t lanes, int64_t features, T* out, T* sums) {
+    if (sums) turn_in<T, NV, FACTOR, true>(a, lanes, features, out, sums);
+    else turn_in<T, NV, FACTOR, false>(a, lanes, features, out, nullptr);
+}
+
+// ---- GELU, x Φ(x), with its derivative Φ(x) + x φ(x)
+inline void gelu(double* y, double* derivative, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) {
+        const double x = y[i], cdf = 0.5 * std::erfc(-x * 0.70710678118654752440);
+        if (derivative) derivative[i] = cdf + x * 0.39894228040143267794 * std::exp(-0.5 * x * x);
+        y[i] = x * cdf;
+    }
+}
+
+// In single precision the normal distribution comes from Abramowitz and Stegun, formula 7.1.26, whose error (1.5e-7) is that
+// of single precision, and shares its exponential with the density. Plain loops: compilers make vectors of them.
+inline void gelu(float* y, float* derivative, int64_t n) {
+    constexpr int64_t piece = 64;
+    float cdf[piece], density[piece];
+    for (int64_t begin = 0; begin < n; begin += piece) {
+        const int64_t size = std::min(piece, n - begin);
+        float* at = y + begin;
+        for (int64_t i = 0; i < size; ++i) {
+            const float x = at[i], a = std::fabs(x) * 0.70710678f;
+            float p = x * x * -0.72134752f;  // exp(-x²/2) = 2^p, in whole and fractional powers
+            p = p < -125.0f ? -125.0f : p;
+            const float whole = (p + 12582912.0f) - 12582912.0f, f = p - whole;
+            float e = 1.5403530e-4f;
+            e = e * f + 1.3333558e-3f;
+            e = e * f + 9.6181291e-3f;
+            e = e * f + 5.5504109e-2f;
+            e = e * f + 2.4022651e-1f;
+            e = e * f + 6.9314718e-1f;
+            e = e * f + 1.0f;
+            const int32_t bits = (int32_t(whole) + 127) << 23;
+            float power;
+            std::memcpy(&power, &bits, sizeof power);
+            e *= power;
+            const float t = 1.0f / (1.0f + 0.3275911f * a);
+            float q = 1.061405429f;
+            q = q * t - 1.453152027f;
+            q = q * t + 1.421413741f;
+            q = q * t - 0.284496736f;
+            q = q * t + 0.254829592f;
+            q *= 0.5f * t * e;
+            cdf[i] = x < 0.0f ? q : 1.0f - q;
+            density[i] = 0.39894228f * e;
+        }
+        if (derivative)
+            for (int64_t i = 0; i < size; ++i) derivative[begin + i] = cdf[i] + at[i] * density[i];
+        for (int64_t i = 0; i < size; ++i) at[i] *= cdf[i];
     }
 }
 
@@ -288,8 +353,8 @@ void rows_block(const RowsForward<T>& a, const Cuts& cuts, int64_t first, int64_
     using V = typename S::V;
     constexpr int64_t L = NV * S::W, step = kGroup<T>;
     constexpr int U = NV <= 2 ? 4 : NV <= 4 ? 2 : 1;  // independent sums hide the latency of the multiply-add
-    T *x = scratch, *out = x + a.columns * L, *partial = out + step * L;
-    turn_in<T, NV, false, false>({a.x + first * a.x_stride, a.x_stride, nullptr, 0}, lanes, a.columns, x, nullptr);
+    T *x = scratch, *out = x + a.columns * L, *slope = out + step * L, *partial = slope + (a.derivative ? step * L : 0);
+    turn_in<T, NV, kNone, false>({a.x + first * a.x_stride, a.x_stride, nullptr, 0}, lanes, a.columns, x, nullptr);
     const I* indices = static_cast<const I*>(a.indices);
     const T* values = a.values;
     const T* bias = a.bias;
@@ -297,7 +362,7 @@ void rows_block(const RowsForward<T>& a, const Cuts& cuts, int64_t first, int64_
     Ahead ahead(a.x + (first + L) * a.x_stride, a.x_stride, a.columns, next, rows * cuts.count);
     for (int64_t k = 0; k < cuts.count; ++k) {
         const int32_t *from = cuts.from(k), *to = cuts.to(k);
-        const bool last = k + 1 == cuts.count, relu = last && a.relu;
+        const bool last = k + 1 == cuts.count, relu = last && a.activation == kRelu, bent = last && a.activation == kGelu;
         for (int64_t group = 0; group < rows; group += step) {
             const int64_t size = std::min(step, rows - group);
             const T* results = group + step < rows ? a.y + first * a.y_stride + group + step : a.y + (first + L) * a.y_stride;
@@ -331,7 +396,9 @@ void rows_block(const RowsForward<T>& a, const Cuts& cuts, int64_t first, int64_
                     S::store(y + v * S::W, s);
                 }
             }
+            if (bent) gelu(out, a.derivative ? slope : nullptr, size * L);
             if (last) turn_out<T, NV>(out, lanes, size, a.y + first * a.y_stride + group, a.y_stride);
+            if (bent && a.derivative) turn_out<T, NV>(slope, lanes, size, a.derivative + first * rows + group, rows);
         }
     }
 }
@@ -351,7 +418,7 @@ bool rows_forward(const RowsForward<T>& a, Scratch& memory) {
     const int64_t blocks = (a.batch + L - 1) / L;
     const int threads = int(std::min<int64_t>(std::max(1, a.threads), blocks));
     Cuts cuts = plan_cuts(a.columns, L * size, a.rows, a.pointers);
-    const int64_t each = (a.columns + kGroup<T> + (cuts.count > 1 ? a.rows : 0)) * L;
+    const int64_t each = (a.columns + (a.derivative ? 2 : 1) * kGroup<T> + (cuts.count > 1 ? a.rows : 0)) * L;
     const int64_t inner = round_line((cuts.count - 1) * a.rows * 4);
     char* data = memory.lines(each * size * threads + inner);
     if (!data) return false;
@@ -407,12 +474,11 @@ void columns_block(const RowsBackward<T>& a, const Cuts& cuts, int64_t begin, in
     constexpr int64_t L = NV * S::W, step = kGroup<T>;
     T *g = scratch, *x = g + a.rows * L, *out = x + (end - begin) * L, *partial = out + step * L;
     const Operand<T> gradient = {a.g + first * a.g_stride, a.g_stride, a.y ? a.y + first * a.y_stride : nullptr, a.y_stride};
-    if (a.y && gb) turn_in<T, NV, true, true>(gradient, lanes, a.rows, g, gb);
-    else if (a.y) turn_in<T, NV, true, false>(gradient, lanes, a.rows, g, nullptr);
-    else if (gb) turn_in<T, NV, false, true>(gradient, lanes, a.rows, g, gb);
-    else turn_in<T, NV, false, false>(gradient, lanes, a.rows, g, nullptr);
+    if (a.y && a.derivative) turn_in<T, NV, kGiven>(gradient, lanes, a.rows, g, gb);
+    else if (a.y) turn_in<T, NV, kPositive>(gradient, lanes, a.rows, g, gb);
+    else turn_in<T, NV, kNone>(gradient, lanes, a.rows, g, gb);
     const Operand<T> input = {a.x + first * a.x_stride + begin, a.x_stride, nullptr, 0};
-    turn_in<T, NV, false, false>(input, lanes, end - begin, x, nullptr);
+    turn_in<T, NV, kNone, false>(input, lanes, end - begin, x, nullptr);
     const I* indices = static_cast<const I*>(a.indices);
     const T* values = a.values;
     const int64_t next = std::min<int64_t>(L, a.batch - first - L);

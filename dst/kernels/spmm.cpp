@@ -88,6 +88,9 @@ struct Dense {
     int threads;
 };
 
+// What is applied to the outputs of a layer.
+enum Activation { kLinear, kRelu, kGelu };
+
 // The layer over row-major examples (rows.cpp): strides are those between examples.
 template <class T>
 struct RowsForward {
@@ -101,7 +104,8 @@ struct RowsForward {
     int64_t y_stride;
     int64_t batch;
     const T* bias;
-    bool relu;
+    int activation;
+    T* derivative;  // [batch, rows], that of GELU; may be null
     int threads;
 };
 
@@ -117,6 +121,7 @@ struct RowsBackward {
     int64_t g_stride;
     const T* y;  // the output where ReLU was applied, otherwise null
     int64_t y_stride;
+    bool derivative;  // `y` is what the output gradient is multiplied by
     T* gx;  // may be null: the first layer needs no input gradient
     int64_t gx_stride;
     T* gv;
@@ -531,7 +536,7 @@ void grow_update(T* tile, int64_t n, int64_t base, const int64_t* exclude, int64
 extern "C" {
 
 // Version of this interface; the loader refuses a library built from another one.
-int dst_abi() { return 7; }
+int dst_abi() { return 8; }
 
 // Instruction set in use: 0 portable, 1 AVX2, 2 AVX-512. `dst_set_isa` lowers it for tests, and never raises it above what
 // the machine supports.
@@ -588,36 +593,40 @@ void dst_gradient(int is_double, int64_t features, int64_t batch, const void* g,
 }
 
 // A layer over row-major examples, as dst_forward and dst_backward are over feature-major ones; worth it where there are
-// many. Strides lie between examples. The backward pass zeroes the output gradient where `y` is given and not positive,
-// `gx` and `gb` may be null, `gv` is in column order. Both return 0, or 1 without memory for scratch.
+// many. Strides lie between examples. `activation` is 0 for none, 1 for ReLU, 2 for GELU, whose derivative is written to
+// `derivative` if that is given. The backward pass multiplies the output gradient by `y` if that is a derivative, and
+// otherwise zeroes it where `y` is given and not positive; `gx` and `gb` may be null, `gv` is in column order. Both return
+// 0, or 1 without memory for scratch.
 int64_t dst_rows_forward(int is_double, int wide, int64_t rows, int64_t columns, const int32_t* pointers, const void* indices,
                          const void* values, const void* x, int64_t x_stride, void* y, int64_t y_stride, int64_t batch,
-                         const void* bias, int relu, int threads) {
+                         const void* bias, int activation, void* derivative, int threads) {
     Scratch& memory = rows_scratch();
     bool done;
     if (is_double)
         done = run_rows_forward<double>({rows, columns, pointers, indices, (const double*)values, (const double*)x, x_stride,
-                                         (double*)y, y_stride, batch, (const double*)bias, relu != 0, threads}, wide, memory);
+                                         (double*)y, y_stride, batch, (const double*)bias, activation, (double*)derivative, threads},
+                                        wide, memory);
     else
         done = run_rows_forward<float>({rows, columns, pointers, indices, (const float*)values, (const float*)x, x_stride,
-                                        (float*)y, y_stride, batch, (const float*)bias, relu != 0, threads}, wide, memory);
+                                        (float*)y, y_stride, batch, (const float*)bias, activation, (float*)derivative, threads},
+                                       wide, memory);
     memory.trim();
     return !done;
 }
 
 int64_t dst_rows_backward(int is_double, int wide, int64_t rows, int64_t columns, const int32_t* pointers,
                           const void* indices, const void* values, const void* x, int64_t x_stride, const void* g,
-                          int64_t g_stride, const void* y, int64_t y_stride, void* gx, int64_t gx_stride, void* gv, void* gb,
-                          int64_t batch, int threads) {
+                          int64_t g_stride, const void* y, int64_t y_stride, int derivative, void* gx, int64_t gx_stride, void* gv,
+                          void* gb, int64_t batch, int threads) {
     Scratch& memory = rows_scratch();
     bool done;
     if (is_double)
         done = run_rows_backward<double>({rows, columns, pointers, indices, (const double*)values, (const double*)x, x_stride,
-                                          (const double*)g, g_stride, (const double*)y, y_stride, (double*)gx, gx_stride,
+                                          (const double*)g, g_stride, (const double*)y, y_stride, derivative != 0, (double*)gx, gx_stride,
                                           (double*)gv, (double*)gb, batch, threads}, wide, memory);
     else
         done = run_rows_backward<float>({rows, columns, pointers, indices, (const float*)values, (const float*)x, x_stride,
-                                         (const float*)g, g_stride, (const float*)y, y_stride, (float*)gx, gx_stride,
+                                         (const float*)g, g_stride, (const float*)y, y_stride, derivative != 0, (float*)gx, gx_stride,
                                          (float*)gv, (float*)gb, batch, threads}, wide, memory);
     memory.trim();
     return !done;

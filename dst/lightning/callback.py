@@ -135,7 +135,7 @@ class SparseTraining(Callback):
             batch_size=batch_size if isinstance(batch_size, int) else None,
             example=pl_module.example_input_array if self.example is None else self.example,
         )
-        if self.method.backend == "auto":
+        if self.method.backend in ("csr", "auto"):
             # Lightning loads a checkpoint's weights after this hook and before it creates optimizers.
             self._following = pl_module.register_load_state_dict_pre_hook(partial(auto.restore_modules, self.seed))
 

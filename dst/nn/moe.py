@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from dst.errors import ConfigurationError
+from dst.nn.sparse_linear import SparseLinear
 
 
 class FeedForward(nn.Module):
@@ -31,6 +32,8 @@ class FeedForward(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Map tokens (…, width) to (…, width)."""
+        if isinstance(self.expand, SparseLinear):  # computes GELU in its own pass
+            return self.project(self.expand(tokens, gelu=True))
         return self.project(functional.gelu(self.expand(tokens)))
 
 

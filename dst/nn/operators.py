@@ -6,11 +6,12 @@ for tracing, and an autograd formula. A pattern travels as its five index tensor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from dst.kernels import Kernels, Pattern, engine
 from dst.kernels.geometry import ConvShape
@@ -22,8 +23,12 @@ _library.define(
     "sparse_linear(Tensor x, Tensor values, Tensor? row_values, Tensor? bias, Tensor[] pattern, bool relu) -> Tensor"
 )
 _library.define(
-    "sparse_linear_backward(Tensor g, Tensor x, Tensor values, Tensor? y, Tensor[] pattern, bool input, bool bias) "
-    "-> (Tensor, Tensor, Tensor)"
+    "sparse_linear_gelu(Tensor x, Tensor values, Tensor? row_values, Tensor? bias, Tensor[] pattern, bool derivative) "
+    "-> (Tensor, Tensor)"
+)
+_library.define(
+    "sparse_linear_backward(Tensor g, Tensor x, Tensor values, Tensor? y, Tensor? derivative, Tensor[] pattern, bool input, "
+    "bool bias) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "sparse_conv2d(Tensor x, Tensor values, Tensor? row_values, Tensor? bias, Tensor[] pattern, int[2] kernel, "
@@ -71,13 +76,43 @@ def _linear(
     return kernels.forward(pattern, rows, kernels.feature_major(x), bias, relu).contiguous()
 
 
+def _linear_gelu(
+    x: Tensor,
+    values: Tensor,
+    row_values: Tensor | None,
+    bias: Tensor | None,
+    indices: Sequence[Tensor],
+    derivative: bool,
+) -> tuple[Tensor, Tensor]:
+    """The output after GELU, and the derivative of GELU that the backward pass multiplies by (empty if not wanted)."""
+    kernels, pattern = engine(), _pattern(indices)
+    rows = _in_rows(pattern, values, row_values)
+    if isinstance(kernels, Kernels):
+        slope = x.new_empty(x.shape[0], pattern.rows) if derivative else None
+        y = kernels.rows_forward(pattern, rows, x, bias, gelu=True, derivative=slope)
+        return y, x.new_empty(0) if slope is None else slope
+    z = kernels.forward(pattern, rows, kernels.feature_major(x), bias, False).contiguous()
+    slope = torch.ops.aten.gelu_backward(torch.ones_like(z), z) if derivative else x.new_empty(0)
+    return functional.gelu(z), slope
+
+
 def _linear_backward(
-    g: Tensor, x: Tensor, values: Tensor, y: Tensor | None, indices: Sequence[Tensor], input: bool, bias: bool
+    g: Tensor,
+    x: Tensor,
+    values: Tensor,
+    y: Tensor | None,
+    derivative: Tensor | None,
+    indices: Sequence[Tensor],
+    input: bool,
+    bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels, pattern = engine(), _pattern(indices)
     if x.shape[0] > 1 and isinstance(kernels, Kernels):
-        gx, gv, gb = kernels.rows_backward(pattern, values.contiguous(), x, g, y, input=input, bias=bias)
+        gx, gv, gb = kernels.rows_backward(
+            pattern, values.contiguous(), x, g, y, input=input, bias=bias, derivative=derivative
+        )
     else:
+        g = g if derivative is None else g * derivative
         output = None if y is None else kernels.feature_major(y).t()
         gx, gv, gb, _ = kernels.backward(
             pattern, values.contiguous(), kernels.feature_major(x), g, output, input=input, bias=bias
@@ -92,9 +127,15 @@ def _(x: Tensor, values: Tensor, row_values: Any, bias: Any, pattern: Any, relu:
     return x.new_empty((x.shape[0], pattern[2].shape[0] - 1))
 
 
+@torch.library.register_fake("dst::sparse_linear_gelu", lib=_library)
+def _(x: Tensor, values: Tensor, row_values: Any, bias: Any, pattern: Any, derivative: bool) -> tuple[Tensor, Tensor]:
+    shape = x.shape[0], pattern[2].shape[0] - 1
+    return x.new_empty(shape), x.new_empty(shape if derivative else 0)
+
+
 @torch.library.register_fake("dst::sparse_linear_backward", lib=_library)
 def _(
-    g: Tensor, x: Tensor, values: Tensor, y: Any, pattern: Any, input: bool, bias: bool
+    g: Tensor, x: Tensor, values: Tensor, y: Any, derivative: Any, pattern: Any, input: bool, bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     empty = values.new_empty(0)
     gx = x.new_empty(x.shape) if input else empty
@@ -110,7 +151,21 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linear_formula(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     x, values, y, *pattern = ctx.saved_tensors
     wants_input, wants_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[3]
-    gx, gv, gb = torch.ops.dst.sparse_linear_backward(g, x, values, y, pattern, wants_input, wants_bias)
+    gx, gv, gb = torch.ops.dst.sparse_linear_backward(g, x, values, y, None, pattern, wants_input, wants_bias)
+    return gx if wants_input else None, gv, None, gb if wants_bias else None, [None] * len(pattern), None
+
+
+def _gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, values, _, bias, pattern, _ = inputs
+    ctx.save_for_backward(x, values, output[1], *pattern)
+    ctx.mark_non_differentiable(output[1])
+    ctx.has_bias = bias is not None
+
+
+def _gelu_formula(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
+    x, values, derivative, *pattern = ctx.saved_tensors
+    wants_input, wants_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[3]
+    gx, gv, gb = torch.ops.dst.sparse_linear_backward(g, x, values, None, derivative, pattern, wants_input, wants_bias)
     return gx if wants_input else None, gv, None, gb if wants_bias else None, [None] * len(pattern), None
 
 
@@ -216,12 +271,30 @@ def _conv_formula(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     return gx if wants_input else None, gv, None, gb if wants_bias else None, none, *[None] * 5
 
 
-for _name, _function in (
-    ("sparse_linear", _linear),
-    ("sparse_linear_backward", _linear_backward),
-    ("sparse_conv2d", _conv),
-    ("sparse_conv2d_backward", _conv_backward),
-):
+_IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "sparse_linear": _linear,
+    "sparse_linear_gelu": _linear_gelu,
+    "sparse_linear_backward": _linear_backward,
+    "sparse_conv2d": _conv,
+    "sparse_conv2d_backward": _conv_backward,
+}
+for _name, _function in _IMPLEMENTATIONS.items():
     _library.impl(_name, _function, "CPU")
 torch.library.register_autograd("dst::sparse_linear", _linear_formula, setup_context=_linear_setup, lib=_library)
+torch.library.register_autograd("dst::sparse_linear_gelu", _gelu_formula, setup_context=_gelu_setup, lib=_library)
 torch.library.register_autograd("dst::sparse_conv2d", _conv_formula, setup_context=_conv_setup, lib=_library)
+
+
+def call(name: str, *args: Any) -> Any:
+    """Call an operator on CPU tensors within an autograd function.
+
+    The dispatcher costs more than a small layer computes, so it is entered only where somebody watches: a compiler, a
+    profiler or a mode such as torch's FLOP counter.
+    """
+    if torch.compiler.is_compiling() or _profiler_enabled() or _dispatch_modes():
+        return getattr(torch.ops.dst, name).default(*args)
+    return _IMPLEMENTATIONS[name](*args)
+
+
+_profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from dst.nn.operators import indices_of
+from dst.nn.operators import call, indices_of
 from dst.nn.sparse_linear import SparseLinear
 
 
@@ -108,10 +108,10 @@ class SparseConv2d(SparseLinear):
                 f"({self.in_channels}, H, W)"
             )
 
-    def _compute(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    def _compute(self, x: Tensor, values: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         if x.dim() == 3:
-            return self._differentiable(x.unsqueeze(0), values, bias).squeeze(0)
-        return self._differentiable(x, values, bias)
+            return self._differentiable(x.unsqueeze(0), values, bias, False).squeeze(0)
+        return self._differentiable(x, values, bias, False)
 
     def _operand(self, x: Tensor) -> Tensor:
         return x.contiguous()
@@ -120,17 +120,31 @@ class SparseConv2d(SparseLinear):
     def _geometry(self) -> tuple[tuple[int, int], ...]:
         return self.kernel_size, self.stride, self.padding, self.dilation
 
-    def _operator(self, x: Tensor, values: Tensor, rows: Tensor | None, bias: Tensor | None) -> Tensor:
+    def _operator(
+        self,
+        x: Tensor,
+        values: Tensor,
+        rows: Tensor | None,
+        bias: Tensor | None,
+        gelu: bool,
+        derivative: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
         indices = indices_of(self._pattern)
-        return torch.ops.dst.sparse_conv2d.default(x, values, rows, bias, indices, *self._geometry, self.relu)
+        return call("sparse_conv2d", x, values, rows, bias, indices, *self._geometry, self.relu), None
 
     def _backward_operator(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         indices, geometry = indices_of(self._pattern), self._geometry
 
         def backward(
-            g: Tensor, x: Tensor, values: Tensor, y: Tensor | None, input: bool, bias: bool
+            g: Tensor,
+            x: Tensor,
+            values: Tensor,
+            y: Tensor | None,
+            derivative: Tensor | None,
+            input: bool,
+            bias: bool,
         ) -> tuple[Tensor, Tensor, Tensor]:
-            return torch.ops.dst.sparse_conv2d_backward.default(g, x, values, y, indices, *geometry, input, bias)
+            return call("sparse_conv2d_backward", g, x, values, y, indices, *geometry, input, bias)
 
         return backward
 

@@ -21,7 +21,7 @@ from dst.kernels.pattern import check_flat
 # Pickled models refer to FeatureMajorLinear by this module.
 from dst.nn.feature_major import FeatureMajorLinear as FeatureMajorLinear
 from dst.nn.gradient_collector import TILE_ROWS, GradientCollector, largest_gradients
-from dst.nn.operators import indices_of
+from dst.nn.operators import call, indices_of
 from dst.nn.row_copy import RowCopy
 from dst.nn.saved_pattern import NAMES, flat_of_masked, flat_of_saved, saved_pattern
 from dst.nn.watched import CopyKey, WatchedChain, readable, unchanged, watch
@@ -41,11 +41,11 @@ class _Apply(torch.autograd.Function):
     """The layer's operator. The backward pass adds its pair to the layer's collector."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear, gelu: bool) -> Tensor:
         x, values = layer._operand(x), values.contiguous()
         rows = layer._rows.of(values, layer._pattern, layer._engine, fresh=True)
-        y = layer._operator(x, values, rows, bias)
-        ctx.save_for_backward(x, values, y if layer.relu else None)
+        y, derivative = layer._operator(x, values, rows, bias, gelu)
+        ctx.save_for_backward(x, values, y if layer.relu else None, derivative)
         # The layer may get another pattern before the backward pass.
         ctx.operator, ctx.pair = layer._backward_operator(), layer._pair
         ctx.collector, ctx.has_bias = layer._collector, bias is not None
@@ -53,20 +53,23 @@ class _Apply(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
-        x, values, y = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
+        (x, values, y, derivative), g = ctx.saved_tensors, grads[0]
         wants_input, wants_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[2]
-        gx, gv, gb = ctx.operator(grads[0], x, values, y, wants_input, wants_bias)
         if ctx.collector.active:
-            g = grads[0] if y is None else torch.ops.aten.threshold_backward(grads[0], y, 0)
+            if derivative is not None:
+                g, derivative = g * derivative, None
+            elif y is not None:
+                g, y = torch.ops.aten.threshold_backward(g, y, 0), None
             ctx.collector.add(*ctx.pair(x, g))
-        return gx if wants_input else None, gv, gb if wants_bias else None, None
+        gx, gv, gb = ctx.operator(g, x, values, y, derivative, wants_input, wants_bias)
+        return gx if wants_input else None, gv, gb if wants_bias else None, None, None
 
 
 @torch.compiler.disable
-def _apply(x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear) -> Tensor:
-    """Run ``_Apply``; a compiled model comes here only while a layer collects its dense gradient."""
-    return cast(Tensor, _Apply.apply(x, values, bias, layer))
+def _apply_uncompiled(x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear, gelu: bool) -> Tensor:
+    """The way of a compiled model while the layer collects its dense gradient."""
+    return cast(Tensor, _Apply.apply(x, values, bias, layer, gelu))
 
 
 class SparseLinear(nn.Module):
@@ -302,11 +305,18 @@ class SparseLinear(nn.Module):
         layer = ChainLayer(self.out_features, self.in_features, self._pattern, rows, shift, self.relu)
         return layer, cast(CopyKey, self._rows.key)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to ``(*, in_features)``."""
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """Apply the layer to ``(*, in_features)``.
+
+        Args:
+            x: The input.
+            gelu: Whether to apply GELU to the output, in the same pass. Its derivative is computed along, so the backward
+                pass needs no pass of its own for it.
+        """
         prepared = self._chain
         if (
             prepared is not None
+            and not gelu
             and not (is_grad_enabled() or is_autocast() or torch.compiler.is_compiling())
             and self._chains(x)
             and unchanged(prepared.watched)
@@ -321,7 +331,7 @@ class SparseLinear(nn.Module):
             # Compute in the dtype of the weights; only the result has the autocast dtype.
             wanted = torch.get_autocast_dtype("cpu")
             with torch.autocast("cpu", enabled=False):
-                return self.forward(x.to(values.dtype)).to(wanted)
+                return self.forward(x.to(values.dtype), gelu).to(wanted)
         wanted = x.dtype
         if x.dtype != values.dtype:
             raise ValueError(f"the input is {x.dtype}, this layer's weights are {values.dtype}")
@@ -333,43 +343,63 @@ class SparseLinear(nn.Module):
         if values.dtype not in _COMPUTED:
             values = values.float()
             bias = None if bias is None else bias.float()
-        y = self._compute(x.to(values.dtype), values, bias)
+        y = self._compute(x.to(values.dtype), values, bias, gelu)
         return y if y.dtype == wanted else y.to(wanted)
 
     def _check_input(self, x: Tensor) -> None:
         if x.shape[-1] != self.in_features:
             raise ValueError(f"the last dimension of the input is {x.shape[-1]}; this layer takes {self.in_features}")
 
-    def _compute(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    def _compute(self, x: Tensor, values: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         """Apply the layer to ``x`` of the dtype of ``values``."""
         lead = x.shape[:-1]
         if x.dim() == 2:
-            return self._differentiable(x, values, bias)
-        return self._differentiable(x.reshape(-1, self.in_features), values, bias).view(*lead, self.out_features)
+            return self._differentiable(x, values, bias, gelu)
+        return self._differentiable(x.reshape(-1, self.in_features), values, bias, gelu).view(*lead, self.out_features)
 
-    def _differentiable(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.compiler.is_compiling() and not self._collector.active:
-            return self._operator(x, values, None, bias)
+    def _differentiable(self, x: Tensor, values: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+        if torch.compiler.is_compiling():
+            if self._collector.active:
+                return _apply_uncompiled(x, values, bias, self, gelu)
+            return self._operator(x, values, None, bias, gelu, torch.is_grad_enabled())[0]
         if torch.is_grad_enabled() and (
             values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         ):
-            return _apply(x, values, bias, self)
-        return self._evaluate(x.detach(), values.detach(), bias)
+            return cast(Tensor, _Apply.apply(x, values, bias, self, gelu))
+        return self._evaluate(x.detach(), values.detach(), bias, gelu)
 
     def _operand(self, x: Tensor) -> Tensor:
         """The input as both passes read it."""
         return x
 
-    def _operator(self, x: Tensor, values: Tensor, rows: Tensor | None, bias: Tensor | None) -> Tensor:
-        return torch.ops.dst.sparse_linear.default(x, values, rows, bias, indices_of(self._pattern), self.relu)
+    def _operator(
+        self,
+        x: Tensor,
+        values: Tensor,
+        rows: Tensor | None,
+        bias: Tensor | None,
+        gelu: bool,
+        derivative: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The output, and with GELU its derivative, if it is wanted."""
+        indices = indices_of(self._pattern)
+        if gelu:
+            return call("sparse_linear_gelu", x, values, rows, bias, indices, derivative)
+        return call("sparse_linear", x, values, rows, bias, indices, self.relu), None
 
     def _backward_operator(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
         indices = indices_of(self._pattern)
 
         def backward(
-            g: Tensor, x: Tensor, values: Tensor, y: Tensor | None, input: bool, bias: bool
+            g: Tensor,
+            x: Tensor,
+            values: Tensor,
+            y: Tensor | None,
+            derivative: Tensor | None,
+            input: bool,
+            bias: bool,
         ) -> tuple[Tensor, Tensor, Tensor]:
-            return torch.ops.dst.sparse_linear_backward.default(g, x, values, y, indices, input, bias)
+            return call("sparse_linear_backward", g, x, values, y, derivative, indices, input, bias)
 
         return backward
 
@@ -382,17 +412,17 @@ class SparseLinear(nn.Module):
         """Compute rows ``first`` to ``last`` of the dense gradient of one collected pass into ``tile``, or add them."""
         torch.addmm(tile, g[first:last], x.t(), beta=float(add), out=tile)
 
-    def _evaluate(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    def _evaluate(self, x: Tensor, values: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         # Converted values are a new tensor at every call, so their version says nothing of the weights.
         converted = values.dtype is not self.values.dtype
         y = None
-        if self._chains(x):
+        if self._chains(x) and not gelu:
             if self._chain is None or not unchanged(self._chain.watched):
                 self._chain = None if converted else self._prepared_chain()
             y = None if self._chain is None else self._chain.chain.run(x)
         if y is None:
             rows = self._rows.of(values, self._pattern, self._engine, fresh=self.training or converted)
-            y = self._operator(x, values, rows, bias)
+            y = self._operator(x, values, rows, bias, gelu, False)[0]
         return y
 
     def _chains(self, x: Tensor) -> bool:
@@ -445,7 +475,7 @@ class SparseLinear(nn.Module):
         total, backward = torch.zeros_like(values), self._backward_operator()
         for pair in self.collected:
             x, g = self._pair(*pair)
-            total += backward(g, x.to(values.dtype), values, None, False, False)[1]
+            total += backward(g, x.to(values.dtype), values, None, None, False, False)[1]
         return total.to(self.values.dtype)
 
     def gradient_tiles(self, rows: int = TILE_ROWS) -> Iterator[tuple[int, Tensor]]:

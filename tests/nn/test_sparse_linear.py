@@ -435,3 +435,51 @@ def test_feature_major_head(bias):
     torch.testing.assert_close(h, g)
     assert h[0].stride() == (1, 6)
     torch.testing.assert_close(head(torch.ones(2, 4, 9).double()), dense(torch.ones(2, 4, 9).double()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("batch", [1, 5, 33, 130])
+def test_gelu_is_part_of_the_layer(batch, dtype):
+    torch.manual_seed(0)
+    layer = SparseLinear.random(37, 53, 400, dtype=dtype)
+    x = (6 * torch.randn(batch, 37, dtype=dtype)).requires_grad_()
+    y = layer(x, gelu=True)
+    exact = x.detach().double().requires_grad_()
+    weight = layer.dense_weight().double().requires_grad_()
+    wanted = torch.nn.functional.gelu(exact @ weight.t() + layer.bias.detach().double())
+    g = torch.randn_like(wanted)
+    layer.collect_dense_gradient()
+    layer(x, gelu=True).backward(g.to(dtype))
+    wanted.backward(g)
+    tolerance = {"rtol": 1e-5, "atol": 2e-5} if dtype is torch.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    torch.testing.assert_close(y.double(), wanted, **tolerance)
+    torch.testing.assert_close(x.grad.double(), exact.grad, **tolerance)
+    torch.testing.assert_close(layer.values.grad.double(), layer.from_dense(weight.grad), **tolerance)
+    torch.testing.assert_close(layer.dense_gradient().double(), weight.grad, **tolerance)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x, gelu=True).double(), wanted, **tolerance)
+
+
+def test_gelu_has_the_accuracy_of_single_precision():
+    layer = SparseLinear(1, 1, torch.zeros(1, dtype=torch.int64), torch.ones(1), bias=False)
+    x = torch.linspace(-12, 12, 20_001).unsqueeze(1).requires_grad_()
+    y = layer(x, gelu=True)
+    y.sum().backward()
+    exact = x.detach().double().requires_grad_()
+    wanted = torch.nn.functional.gelu(exact)
+    wanted.sum().backward()
+    assert float((y.detach().double() - wanted.detach()).abs().max()) < 2e-6
+    assert float((x.grad.double() - exact.grad).abs().max()) < 2e-6
+    # Far out on the left both are almost zero, and keep their sign and order of magnitude.
+    tail = (x.detach() < -3).squeeze(1)
+    torch.testing.assert_close(y.detach()[tail].double(), wanted.detach()[tail], rtol=2e-3, atol=1e-12)
+
+
+def test_a_feed_forward_network_computes_gelu_in_its_sparse_layer():
+    torch.manual_seed(0)
+    dense = dst.nn.FeedForward(12, 40).double()
+    sparse = dst.prepare(copy.deepcopy(dense), dst.methods.static(0.4, backend="csr"))
+    assert isinstance(sparse.expand, SparseLinear)
+    masked = dst.to_dense(copy.deepcopy(sparse))
+    x = torch.randn(3, 5, 12, dtype=torch.float64)
+    torch.testing.assert_close(sparse(x), masked(x))
