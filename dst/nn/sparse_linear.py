@@ -63,12 +63,6 @@ class _Apply(torch.autograd.Function):
         return gx if wants_input else None, gv, gb if wants_bias else None, None
 
 
-@torch.compiler.disable
-def _apply(x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear) -> Tensor:
-    """Run ``_Apply``; a compiled model comes here only while a layer collects its dense gradient."""
-    return cast(Tensor, _Apply.apply(x, values, bias, layer))
-
-
 class SparseLinear(nn.Module):
     """``y = x Wᵀ + b``, storing only the non-zeros of ``W``.
 
@@ -348,12 +342,15 @@ class SparseLinear(nn.Module):
         return self._differentiable(x.reshape(-1, self.in_features), values, bias).view(*lead, self.out_features)
 
     def _differentiable(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.compiler.is_compiling() and not self._collector.active:
+        if torch.compiler.is_compiling():
+            if self._collector.active:
+                # Decorating at import would import the compiler.
+                return torch.compiler.disable(_Apply.apply)(x, values, bias, self)
             return self._operator(x, values, None, bias)
         if torch.is_grad_enabled() and (
             values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         ):
-            return _apply(x, values, bias, self)
+            return cast(Tensor, _Apply.apply(x, values, bias, self))
         return self._evaluate(x.detach(), values.detach(), bias)
 
     def _operand(self, x: Tensor) -> Tensor:
