@@ -66,12 +66,6 @@ class _Apply(torch.autograd.Function):
         return gx if wants_input else None, gv, gb if wants_bias else None, None, None
 
 
-@torch.compiler.disable
-def _apply_uncompiled(x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear, gelu: bool) -> Tensor:
-    """The way of a compiled model while the layer collects its dense gradient."""
-    return cast(Tensor, _Apply.apply(x, values, bias, layer, gelu))
-
-
 class SparseLinear(nn.Module):
     """``y = x Wᵀ + b``, storing only the non-zeros of ``W``.
 
@@ -360,7 +354,8 @@ class SparseLinear(nn.Module):
     def _differentiable(self, x: Tensor, values: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         if torch.compiler.is_compiling():
             if self._collector.active:
-                return _apply_uncompiled(x, values, bias, self, gelu)
+                # Decorating at import would import the compiler.
+                return cast(Tensor, torch.compiler.disable(_Apply.apply)(x, values, bias, self, gelu))
             return self._operator(x, values, None, bias, gelu, torch.is_grad_enabled())[0]
         if torch.is_grad_enabled() and (
             values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)

