@@ -110,7 +110,8 @@ def test_layers_are_measured_on_the_shapes_that_they_see(times):
     state = torch.get_rng_state()
     dst.prepare(model, rigl(), example=torch.zeros(5, 2, 8, 10))
     assert torch.equal(state, torch.get_rng_state())
-    assert model.training and model[1].training
+    assert model.training
+    assert model[1].training
     assert [(c.kind, c.batch_size, c.image) for c in cases] == [
         (nn.Conv2d, 5, (8, 10)),
         (nn.Conv2d, 5, (4, 5)),

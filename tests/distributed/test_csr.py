@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import dst
 from dst.allocation import Uniform
-from dst.backends import timing
+from dst.backends import auto, timing
 from dst.errors import StateError
 from dst.nn import SparseLinear
 from tests.distributed.processes import run

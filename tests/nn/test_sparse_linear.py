@@ -476,7 +476,7 @@ def test_gelu_has_the_accuracy_of_single_precision():
 def test_a_feed_forward_network_computes_gelu_in_its_sparse_layer():
     torch.manual_seed(0)
     dense = dst.nn.FeedForward(12, 40).double()
-    sparse = dst.prepare(copy.deepcopy(dense), dst.methods.static(0.4, backend="csr"))
+    sparse = dst.prepare(copy.deepcopy(dense), dst.methods.rigl(0.4, backend="csr"))
     assert isinstance(sparse.expand, SparseLinear)
     masked = dst.to_dense(copy.deepcopy(sparse))
     x = torch.randn(3, 5, 12, dtype=torch.float64)
