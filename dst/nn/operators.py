@@ -1,16 +1,20 @@
 """The sparse layers as ``torch.library`` operators: ``torch.ops.dst.sparse_linear`` and ``sparse_conv2d``.
 
 Compilers, exporters, profilers and FLOP counters see one named operator per pass. Each operator has a fake implementation
-for tracing, and an autograd formula. A pattern travels as its five index tensors, in the order of ``INDICES``.
+for tracing, an autograd formula, and the operations of its non-zeros for ``torch.utils.flop_counter``. A pattern travels as
+its five index tensors, in the order of ``INDICES``. In evaluation a single example bypasses the operators, unless a dispatch
+mode is active.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from dst.kernels import Kernels, Pattern, engine
 from dst.kernels.geometry import ConvShape
@@ -53,6 +57,11 @@ def _in_rows(pattern: Pattern, values: Tensor, row_values: Tensor | None) -> Ten
     return row_values
 
 
+def _present(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """The gradient, or an empty tensor of its own: outputs of an operator may not be None, nor share memory."""
+    return like.new_empty(0) if gradient is None else gradient
+
+
 # -- linear layers ----------------------------------------------------------------------------------------------------
 
 
@@ -83,8 +92,7 @@ def _linear_backward(
             pattern, values.contiguous(), kernels.feature_major(x), g, output, input=input, bias=bias
         )
         gx = None if gx is None else gx.contiguous()
-    empty = values.new_empty(0)
-    return empty if gx is None else gx, gv, empty if gb is None else gb
+    return _present(gx, values), gv, _present(gb, values)
 
 
 @torch.library.register_fake("dst::sparse_linear", lib=_library)
@@ -96,9 +104,8 @@ def _(x: Tensor, values: Tensor, row_values: Any, bias: Any, pattern: Any, relu:
 def _(
     g: Tensor, x: Tensor, values: Tensor, y: Any, pattern: Any, input: bool, bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    empty = values.new_empty(0)
-    gx = x.new_empty(x.shape) if input else empty
-    return gx, torch.empty_like(values), g.new_empty(g.shape[1]) if bias else empty
+    gx, gb = x.new_empty(x.shape if input else 0), g.new_empty(g.shape[1] if bias else 0)
+    return gx, torch.empty_like(values), gb
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -155,8 +162,7 @@ def _conv_backward(
     gx, gv, gb = kernels.conv_backward(
         pattern, shape, values.contiguous(), x.contiguous(), g.contiguous(), input=input, bias=bias
     )
-    empty = values.new_empty(0)
-    return empty if gx is None else gx, gv, empty if gb is None else gb
+    return _present(gx, values), gv, _present(gb, values)
 
 
 def _two(sizes: Sequence[int]) -> tuple[int, int]:
@@ -197,9 +203,8 @@ def _(
     input: bool,
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    empty = values.new_empty(0)
-    gx = x.new_empty(x.shape) if input else empty
-    return gx, torch.empty_like(values), g.new_empty(g.shape[1]) if bias else empty
+    gx, gb = x.new_empty(x.shape if input else 0), g.new_empty(g.shape[1] if bias else 0)
+    return gx, torch.empty_like(values), gb
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -225,3 +230,48 @@ for _name, _function in (
     _library.impl(_name, _function, "CPU")
 torch.library.register_autograd("dst::sparse_linear", _linear_formula, setup_context=_linear_setup, lib=_library)
 torch.library.register_autograd("dst::sparse_conv2d", _conv_formula, setup_context=_conv_setup, lib=_library)
+
+
+# -- floating-point operations, from shapes ---------------------------------------------------------------------------
+
+
+@register_flop_formula(torch.ops.dst.sparse_linear)
+def _linear_flops(x: Sequence[int], values: Sequence[int], *rest: Any, **options: Any) -> int:
+    return 2 * values[0] * x[0]
+
+
+@register_flop_formula(torch.ops.dst.sparse_linear_backward)
+def _linear_backward_flops(
+    g: Sequence[int],
+    x: Sequence[int],
+    values: Sequence[int],
+    y: Any,
+    pattern: Any,
+    input: bool,
+    *rest: Any,
+    **options: Any,
+) -> int:
+    return 2 * values[0] * g[0] * (1 + input)
+
+
+@register_flop_formula(torch.ops.dst.sparse_conv2d)
+def _conv_flops(x: Sequence[int], values: Sequence[int], *rest: Any, out_shape: Sequence[int], **options: Any) -> int:
+    return 2 * values[0] * out_shape[0] * prod(out_shape[2:])
+
+
+@register_flop_formula(torch.ops.dst.sparse_conv2d_backward)
+def _conv_backward_flops(
+    g: Sequence[int],
+    x: Sequence[int],
+    values: Sequence[int],
+    y: Any,
+    pattern: Any,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    input: bool,
+    *rest: Any,
+    **options: Any,
+) -> int:
+    return 2 * values[0] * g[0] * prod(g[2:]) * (1 + input)

@@ -30,11 +30,12 @@ from dst.topology.selection import random_indices
 
 _COMPUTED = (torch.float32, torch.float64)
 
-# Called at every evaluation, so both must be fast. torch has no fast public function for the second.
+# Called at every evaluation, so all must be fast. torch has no fast public functions for the second and third.
 is_grad_enabled = torch.is_grad_enabled
 is_autocast: Callable[[], bool] = getattr(
     torch._C, "_is_any_autocast_enabled", lambda: torch.is_autocast_enabled("cpu")
 )
+dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 
 
 class _Apply(torch.autograd.Function):
@@ -342,11 +343,12 @@ class SparseLinear(nn.Module):
         return self._differentiable(x.reshape(-1, self.in_features), values, bias).view(*lead, self.out_features)
 
     def _differentiable(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        if torch.compiler.is_compiling():
-            if self._collector.active:
-                # Decorating at import would import the compiler.
-                return torch.compiler.disable(_Apply.apply)(x, values, bias, self)
-            return self._operator(x, values, None, bias)
+        compiling = torch.compiler.is_compiling()
+        if (compiling or dispatch_modes()) and not self._collector.active:
+            return self._operator(x, values, None, bias)  # tensors may be fake: neither copied nor looked up
+        if compiling:
+            # Decorating at import would import the compiler.
+            return torch.compiler.disable(_Apply.apply)(x, values, bias, self)
         if torch.is_grad_enabled() and (
             values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         ):
@@ -393,8 +395,8 @@ class SparseLinear(nn.Module):
         return y
 
     def _chains(self, x: Tensor) -> bool:
-        """Whether a chain of one layer may compute ``x``: its call is cheaper, its output is feature-major."""
-        return x.numel() == self.in_features
+        """Whether a chain of one layer may compute ``x``: a single example, and no mode that counts or traces operators."""
+        return x.numel() == self.in_features and not dispatch_modes()
 
     def _prepared_chain(self) -> WatchedChain | None:
         self._chain = None  # frees an outdated copy before the new one is made
