@@ -37,24 +37,43 @@ bool near(T a, double b) {
     return std::fabs(double(a) - b) <= (sizeof(T) == 4 ? 1e-3 : 1e-10) * (1 + std::fabs(b));
 }
 
+// A random weight matrix: its pattern and values in both orders.
+template <class T, class I>
+struct Drawn {
+    int64_t n;
+    std::unique_ptr<int32_t[]> row_pointers, column_pointers, permutation;
+    std::unique_ptr<I[]> column_indices, row_indices;
+    std::unique_ptr<T[]> values, row_values;
+
+    Drawn(int64_t rows, int64_t columns, double density) {
+        const int is_double = sizeof(T) == 8, wide = sizeof(I) == 4;
+        std::vector<int32_t> starts(1, 0);
+        std::vector<I> found;
+        for (int64_t r = 0; r < rows; ++r) {
+            for (int64_t c = 0; c < columns; ++c)
+                if (generator() < density * 4294967295.0) found.push_back(I(c));
+            starts.push_back(int32_t(found.size()));
+        }
+        n = int64_t(found.size());
+        row_pointers = block<int32_t>(rows + 1), column_pointers = block<int32_t>(columns + 1), permutation = block<int32_t>(n);
+        column_indices = block<I>(n), row_indices = block<I>(n);
+        std::copy(starts.begin(), starts.end(), row_pointers.get());
+        std::copy(found.begin(), found.end(), column_indices.get());
+        dst_transpose_pattern(wide, rows, columns, row_pointers.get(), column_indices.get(), column_pointers.get(),
+                              row_indices.get(), permutation.get());
+        values = random_block<T>(n), row_values = block<T>(n);
+        dst_gather(is_double, n, permutation.get(), values.get(), row_values.get(), 1);
+    }
+};
+
 template <class T, class I>
 void check(int64_t rows, int64_t columns, int64_t batch, double density) {
     const int is_double = sizeof(T) == 8, wide = sizeof(I) == 4;
-    std::vector<int32_t> starts(1, 0);
-    std::vector<I> found;
-    for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t c = 0; c < columns; ++c)
-            if (generator() < density * 4294967295.0) found.push_back(I(c));
-        starts.push_back(int32_t(found.size()));
-    }
-    const int64_t n = int64_t(found.size());
-    auto row_pointers = block<int32_t>(rows + 1), column_pointers = block<int32_t>(columns + 1), permutation = block<int32_t>(n);
-    auto column_indices = block<I>(n), row_indices = block<I>(n);
-    std::copy(starts.begin(), starts.end(), row_pointers.get());
-    std::copy(found.begin(), found.end(), column_indices.get());
-    dst_transpose_pattern(wide, rows, columns, row_pointers.get(), column_indices.get(), column_pointers.get(),
-                          row_indices.get(), permutation.get());
-    auto values = random_block<T>(n), row_values = block<T>(n);
+    const Drawn<T, I> w(rows, columns, density);
+    const int64_t n = w.n;
+    const auto &row_pointers = w.row_pointers, &column_pointers = w.column_pointers, &permutation = w.permutation;
+    const auto &column_indices = w.column_indices, &row_indices = w.row_indices;
+    const auto &values = w.values, &row_values = w.row_values;
     for (int threads = 1; threads <= 3; threads += 2) {
         dst_gather(is_double, n, permutation.get(), values.get(), row_values.get(), threads);
         auto x = random_block<T>(columns * batch), bias = random_block<T>(rows), y = block<T>(rows * batch);
@@ -166,27 +185,67 @@ void check(int64_t rows, int64_t columns, int64_t batch, double density) {
     expect(count == k && std::equal(order.begin(), order.end(), indices.get()), "growth", rows, columns, batch);
 }
 
+// Row-major examples with strides beyond the row, in blocks that end with the last row. The spaces between rows stay as
+// they were.
+template <class T, class I>
+void check_rows(int64_t rows, int64_t columns, int64_t batch, double density) {
+    const int is_double = sizeof(T) == 8, wide = sizeof(I) == 4;
+    const Drawn<T, I> w(rows, columns, density);
+    for (int64_t gap = 0; gap < 4; gap += 3)
+        for (int threads = 1; threads <= 3; threads += 2) {
+            const int64_t in = columns + gap, out = rows + gap, last = std::max<int64_t>(batch - 1, 0);
+            const int64_t in_size = batch ? last * in + columns : 0, out_size = batch ? last * out + rows : 0;
+            auto x = random_block<T>(in_size), g = random_block<T>(out_size), bias = random_block<T>(rows);
+            auto y = block<T>(out_size), gx = block<T>(in_size), gv = block<T>(w.n), gb = block<T>(rows);
+            for (int relu = 0; relu < 2; ++relu) {
+                std::fill_n(y.get(), out_size, T(7));
+                std::fill_n(gx.get(), in_size, T(7));
+                expect(dst_rows_forward(is_double, wide, rows, columns, w.row_pointers.get(), w.column_indices.get(),
+                                        w.row_values.get(), x.get(), in, y.get(), out, batch, relu ? bias.get() : nullptr, relu,
+                                        threads) == 0, "rows' memory", rows, columns, batch);
+                expect(dst_rows_backward(is_double, wide, rows, columns, w.column_pointers.get(), w.row_indices.get(),
+                                         w.values.get(), x.get(), in, g.get(), out, relu ? y.get() : nullptr, relu ? out : 0,
+                                         relu ? gx.get() : nullptr, in, gv.get(), relu ? gb.get() : nullptr, batch, threads) == 0,
+                       "rows' memory", rows, columns, batch);
+                std::vector<double> values_gradient(w.n), input_gradient(columns * batch), bias_gradient(rows);
+                for (int64_t b = 0; b < batch; ++b)
+                    for (int64_t r = 0; r < rows; ++r) {
+                        double sum = relu ? double(bias[r]) : 0.0;
+                        const double part = !relu || y[b * out + r] > 0 ? double(g[b * out + r]) : 0.0;
+                        for (int32_t j = w.row_pointers[r]; j < w.row_pointers[r + 1]; ++j) {
+                            const int64_t c = w.column_indices[j];
+                            sum += double(w.row_values[j]) * double(x[b * in + c]);
+                            input_gradient[b * columns + c] += double(w.row_values[j]) * part;
+                            values_gradient[w.permutation[j]] += double(x[b * in + c]) * part;
+                        }
+                        bias_gradient[r] += part;
+                        expect(near(y[b * out + r], relu ? std::max(sum, 0.0) : sum), "rows", rows, columns, batch);
+                    }
+                for (int64_t j = 0; j < w.n; ++j)
+                    expect(near(gv[j], values_gradient[j]), "rows' values", rows, columns, batch);
+                for (int64_t b = 0; b < batch; ++b)
+                    for (int64_t c = 0; c < columns; ++c)
+                        expect(relu ? near(gx[b * in + c], input_gradient[b * columns + c]) : gx[b * in + c] == 7,
+                               "rows' input", rows, columns, batch);
+                for (int64_t r = 0; relu && r < rows; ++r)
+                    expect(near(gb[r], bias_gradient[r]), "rows' bias", rows, columns, batch);
+                for (int64_t b = 0; b + 1 < batch; ++b)
+                    for (int64_t i = 0; i < gap; ++i)
+                        expect(y[b * out + rows + i] == 7 && gx[b * in + columns + i] == 7, "rows' gaps", rows, columns, batch);
+            }
+        }
+}
+
 // A convolution and its gradients against plain loops over every tap.
 template <class T, class I>
 void check_conv(const dst_conv& s, double density) {
     const int is_double = sizeof(T) == 8, wide = sizeof(I) == 4;
     const int64_t area = s.kernel_height * s.kernel_width, columns = s.channels * area;
-    std::vector<int32_t> starts(1, 0);
-    std::vector<I> found;
-    for (int64_t r = 0; r < s.outputs; ++r) {
-        for (int64_t c = 0; c < columns; ++c)
-            if (generator() < density * 4294967295.0) found.push_back(I(c));
-        starts.push_back(int32_t(found.size()));
-    }
-    const int64_t n = int64_t(found.size());
-    auto row_pointers = block<int32_t>(s.outputs + 1), column_pointers = block<int32_t>(columns + 1), permutation = block<int32_t>(n);
-    auto column_indices = block<I>(n), row_indices = block<I>(n);
-    std::copy(starts.begin(), starts.end(), row_pointers.get());
-    std::copy(found.begin(), found.end(), column_indices.get());
-    dst_transpose_pattern(wide, s.outputs, columns, row_pointers.get(), column_indices.get(), column_pointers.get(),
-                          row_indices.get(), permutation.get());
-    auto values = random_block<T>(n), row_values = block<T>(n);
-    dst_gather(is_double, n, permutation.get(), values.get(), row_values.get(), 1);
+    const Drawn<T, I> w(s.outputs, columns, density);
+    const int64_t n = w.n;
+    const auto &row_pointers = w.row_pointers, &column_pointers = w.column_pointers, &permutation = w.permutation;
+    const auto &column_indices = w.column_indices, &row_indices = w.row_indices;
+    const auto &values = w.values, &row_values = w.row_values;
     const int64_t in = s.height * s.width, out = s.out_height * s.out_width;
     auto x = random_block<T>(s.batch * s.channels * in), g = random_block<T>(s.batch * s.outputs * out);
     auto bias = random_block<T>(s.outputs);
@@ -253,7 +312,10 @@ int main() {
                         check<float, int32_t>(rows, columns, batch, density);
                         check<double, uint16_t>(rows, columns, batch, density);
                         check<double, int32_t>(rows, columns, batch, density);
+                        check_rows<float, uint16_t>(rows, columns, batch, density);
+                        check_rows<double, int32_t>(rows, columns, batch, density);
                     }
+        check_rows<float, uint16_t>(300, 160, 1000, 0.1);
         check_convs();
         std::printf("isa %d done\n", isa);
     }

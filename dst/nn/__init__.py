@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dst.nn.activations import ActivationFactory, KWinners, TopKReLU, k_winners, relu, top_k_relu, updated_duty_cycle
 from dst.nn.feature_major import FeatureMajorLinear
-from dst.nn.inference import InferenceChain, optimize_for_inference
+from dst.nn.inference import InferenceChain, InferenceModel, optimize_for_inference
 from dst.nn.moe import FeedForward, SwitchFeedForward, auxiliary_losses, load_balancing_loss
 from dst.nn.sparse_conv import SparseConv2d
 from dst.nn.sparse_linear import SparseLinear, remap
@@ -14,6 +14,7 @@ __all__ = [
     "FeatureMajorLinear",
     "FeedForward",
     "InferenceChain",
+    "InferenceModel",
     "KWinners",
     "SparseConv2d",
     "SparseLinear",

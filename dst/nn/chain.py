@@ -17,8 +17,15 @@ _DENSE = (nn.Linear, FeatureMajorLinear)
 _RELU = (torch.relu, torch.relu_, functional.relu, functional.relu_)
 
 
-class _Tracer(fx.Tracer):
+class NotAChain(ConfigurationError):
+    """The model cannot be traced or has other operations than those of a chain."""
+
+
+class Tracer(fx.Tracer):
+    """Traces a model down to its layers, of which sparse ones are part."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Whether to record a call of ``m`` instead of the operations within."""
         return isinstance(m, SparseLinear | FeatureMajorLinear) or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -33,7 +40,8 @@ class Chain:
         hooks: The dicts of forward hooks of all modules.
 
     Raises:
-        ConfigurationError: The model cannot be traced, is not a chain, or has no sparse layer.
+        NotAChain: The model cannot be traced or is not a chain.
+        ConfigurationError: The chain has no sparse layer, or sizes of its layers do not fit.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -43,11 +51,9 @@ class Chain:
         self._modules = dict(model.named_modules(remove_duplicate=False))
         try:
             # A root is never a leaf: wrap a model that is a single layer.
-            nodes = list(_Tracer().trace(nn.Sequential(model) if isinstance(model, SparseLinear) else model).nodes)
+            nodes = list(Tracer().trace(nn.Sequential(model) if isinstance(model, SparseLinear) else model).nodes)
         except Exception as error:
-            raise ConfigurationError(
-                f"{type(model).__name__} cannot be traced ({error}); optimize_for_inference takes chains of linear layers"
-            ) from error
+            raise NotAChain(f"{type(model).__name__} cannot be traced ({error})") from error
         if isinstance(model, SparseLinear):
             self._modules = {"0": model}
         self._follow(nodes)
@@ -64,18 +70,12 @@ class Chain:
 
     def _follow(self, nodes: list[fx.Node]) -> None:
         if len(nodes) < 2 or nodes[0].op != "placeholder" or nodes[-1].op != "output":
-            raise ConfigurationError("the model takes no input; optimize_for_inference takes chains of linear layers")
+            raise NotAChain("the model takes no input")
         for before, node in pairwise(nodes):
             if node.all_input_nodes != [before] or node.args[:1] != (before,):
-                raise ConfigurationError(
-                    f"{node} has an input other than {before}; optimize_for_inference takes chains of linear layers"
-                )
+                raise NotAChain(f"{node} has an input other than {before}")
             if node.op != "output" and not self._take(node):
-                target = self._modules[str(node.target)] if node.op == "call_module" else node.target
-                kind = type(target).__name__ if isinstance(target, nn.Module) else getattr(target, "__name__", target)
-                raise ConfigurationError(
-                    f"{node} is {kind}; optimize_for_inference takes linear layers, ReLU, dropout, and an initial flatten"
-                )
+                raise NotAChain(f"{node} is no operation of a chain")
 
     def _take(self, node: fx.Node) -> bool:
         """Add one operation. Return False if a chain cannot contain it."""

@@ -1,15 +1,19 @@
-"""Fast inference: a chain of sparse and dense linear layers in one call of the kernels."""
+"""Fast inference: chains of linear layers in one call of the kernels, other models with fused operations."""
 
 from __future__ import annotations
 
+import copy
+import warnings
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dst.errors import ConfigurationError
 from dst.kernels import ChainLayer, Kernels
-from dst.nn.chain import Chain
+from dst.nn.chain import Chain, NotAChain
+from dst.nn.fusion import Untraceable, fuse
 from dst.nn.sparse_linear import SparseLinear, is_autocast, is_grad_enabled
 from dst.nn.watched import Watched, WatchedChain, readable, unchanged, watch
 
@@ -112,18 +116,90 @@ class InferenceChain(nn.Module):
         self._trace()
 
 
-def optimize_for_inference(model: nn.Module) -> InferenceChain:
-    """Evaluate a model that is a chain of linear layers in one call of the kernels.
+class InferenceModel(nn.Module):
+    """A snapshot of a model with fused operations; see `optimize_for_inference`.
 
-    A chain consists of `SparseLinear`, ``nn.Linear``, ReLU (module, function or method), dropout (the identity in
-    evaluation) and an initial flatten. The model may be an ``nn.Sequential`` or any module that ``torch.fx`` can trace.
-    Results equal those of the model up to rounding. With small batches this removes call overhead, not arithmetic.
+    Attributes:
+        module: Computes the model. Its parameters are copies and need no gradient.
+        folded: Names of the batch normalisations that are folded into the layer before them.
+        relus: Names of the sparse layers that compute the ReLU after them.
+        unfused: Why nothing is fused, or None.
 
-    The result shares the model's parameters: optimizer steps, ``load_state_dict`` and topology updates take effect at the
-    next call. It falls back to the model where one call could give another result: with gradients enabled, in training
+    Shape:
+        - Input: As for the model.
+        - Output: As for the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        busy = [name or type(module).__name__ for name, module in model.named_modules() if module.training]
+        if busy:
+            raise ConfigurationError(f"{busy[0]} is in training mode; call model.eval() before optimize_for_inference")
+        if not any(isinstance(module, SparseLinear) for module in model.modules()):
+            raise ConfigurationError("the model has no sparse layer to optimize")
+        # Tensors made in inference mode have no version counter, so copies of their values could not be kept.
+        with torch.inference_mode(False):
+            module = copy.deepcopy(model)
+            module = nn.Sequential(module).eval() if isinstance(module, SparseLinear) else module
+            self.module: nn.Module = module
+            self.folded: list[str] = []
+            self.relus: list[str] = []
+            self.unfused: str | None = None
+            try:
+                self.module, self.folded, self.relus = fuse(module)
+            except Untraceable as error:
+                self.unfused = str(error)
+            self.requires_grad_(False)
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the model.
+
+        Raises:
+            ConfigurationError: Gradients are enabled.
+        """
+        if is_grad_enabled():
+            raise ConfigurationError(
+                "a model optimized for inference has no gradients; call it under torch.inference_mode() or torch.no_grad()"
+            )
+        return self.module(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> InferenceModel:
+        """Set evaluation mode.
+
+        Raises:
+            ConfigurationError: ``mode`` is True.
+        """
+        if mode:
+            raise ConfigurationError("a model optimized for inference cannot train; train the original model")
+        return super().train(False)
+
+    def extra_repr(self) -> str:
+        """Show what is fused in ``print(model)``."""
+        fused = f"folded={len(self.folded)}, relus={len(self.relus)}"
+        return fused if self.unfused is None else f"{fused}, unfused={self.unfused!r}"
+
+
+def optimize_for_inference(model: nn.Module) -> InferenceChain | InferenceModel:
+    """Prepare a model with sparse layers for fast evaluation. Results equal those of the model up to rounding.
+
+    **A chain of linear layers** is evaluated in one call of the kernels. With small batches this removes call overhead,
+    not arithmetic. A chain consists of `SparseLinear`, ``nn.Linear``, ReLU (module, function or method), dropout (the
+    identity in evaluation) and an initial flatten. The model may be an ``nn.Sequential`` or any module that ``torch.fx`` can
+    trace. The result shares the model's parameters: optimizer steps, ``load_state_dict`` and topology updates take effect at
+    the next call. It falls back to the model where one call could give another result: with gradients enabled, in training
     mode, under autocast, with 16-bit weights, with forward hooks, with a replaced layer, or without compiled kernels.
     Hooks and replaced layers are detected at the first call after ``eval`` or after a change of the weights: checking at
     every call would cost as much as a layer. Call `SparseLinear.refresh` after writing through ``values.data``.
+
+    **Any other model** becomes a snapshot: later changes of the model, its weights included, have no effect on it. Batch
+    normalisation is folded into the `SparseConv2d`, `SparseLinear`, ``nn.Conv2d`` or ``nn.Linear`` before it, and ReLU into
+    the sparse layer before it, where the layer is called once, nothing else reads its output, and neither has hooks. Batch
+    normalisation of 16-bit layers or without running statistics stays. A linear layer with folded batch normalisation takes
+    ``(batch, features)`` only. ``torch.fx`` traces the model once, so Python code that depends on anything but the inputs
+    runs then and never again. A model that cannot be traced or whose ``forward`` has optional arguments computes module
+    by module, as before; a warning and ``InferenceModel.unfused`` tell why. Transformers without batch normalisation and
+    ReLU gain nothing.
 
     The result may be called from several threads at once.
 
@@ -131,14 +207,21 @@ def optimize_for_inference(model: nn.Module) -> InferenceChain:
         model: The model, in evaluation mode. It is not changed.
 
     Returns:
-        A module to call in place of the model, under ``torch.inference_mode()`` or ``torch.no_grad()``.
+        A module to call in place of the model, under ``torch.inference_mode()`` or ``torch.no_grad()``. An `InferenceModel`
+        raises with gradients enabled, and when it is set to training mode.
 
     Raises:
-        ConfigurationError: The model is in training mode, is not a chain, or has no sparse layer.
+        ConfigurationError: The model is in training mode or has no sparse layer, or sizes of a chain do not fit.
     """
     if model.training:
         raise ConfigurationError("the model is in training mode; call model.eval() before optimize_for_inference")
-    return InferenceChain(model)
+    try:
+        return InferenceChain(model)
+    except NotAChain:
+        fused = InferenceModel(model)
+    if fused.unfused is not None:
+        warnings.warn(f"nothing is fused in {type(model).__name__}: {fused.unfused}", stacklevel=2)
+    return fused
 
 
 def _dense_layer(module: nn.Linear, relu: bool) -> ChainLayer | None:

@@ -1,20 +1,28 @@
 """The sparse layers as ``torch.library`` operators: ``torch.ops.dst.sparse_linear`` and ``sparse_conv2d``.
 
 Compilers, exporters, profilers and FLOP counters see one named operator per pass. Each operator has a fake implementation
-for tracing, and an autograd formula. A pattern travels as its five index tensors, in the order of ``INDICES``.
+for tracing, an autograd formula, and the operations of its non-zeros for ``torch.utils.flop_counter``. A pattern travels as
+its five index tensors, in the order of ``INDICES``. In evaluation a single example bypasses the operators, unless a dispatch
+mode is active.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.flop_counter import register_flop_formula
 
 from dst.kernels import Kernels, Pattern, engine
 from dst.kernels.geometry import ConvShape
+
+# torch has no public and fast functions for these two.
+dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
+_profiler_enabled: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 
 INDICES = ("column_pointers", "row_indices", "row_pointers", "column_indices", "permutation")
 
@@ -27,8 +35,8 @@ _library.define(
     "-> (Tensor, Tensor)"
 )
 _library.define(
-    "sparse_linear_backward(Tensor g, Tensor x, Tensor values, Tensor? y, Tensor? derivative, Tensor[] pattern, bool input, "
-    "bool bias) -> (Tensor, Tensor, Tensor)"
+    "sparse_linear_backward(Tensor g, Tensor x, Tensor values, Tensor? y, Tensor[] pattern, bool input, bool bias, "
+    "Tensor? derivative=None) -> (Tensor, Tensor, Tensor)"
 )
 _library.define(
     "sparse_conv2d(Tensor x, Tensor values, Tensor? row_values, Tensor? bias, Tensor[] pattern, int[2] kernel, "
@@ -56,6 +64,11 @@ def _in_rows(pattern: Pattern, values: Tensor, row_values: Tensor | None) -> Ten
     row_values = torch.empty_like(values)
     engine().refresh(pattern, values.contiguous(), row_values)
     return row_values
+
+
+def _present(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """The gradient, or an empty tensor of its own: outputs of an operator may not be None, nor share memory."""
+    return like.new_empty(0) if gradient is None else gradient
 
 
 # -- linear layers ----------------------------------------------------------------------------------------------------
@@ -101,10 +114,10 @@ def _linear_backward(
     x: Tensor,
     values: Tensor,
     y: Tensor | None,
-    derivative: Tensor | None,
     indices: Sequence[Tensor],
     input: bool,
     bias: bool,
+    derivative: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     kernels, pattern = engine(), _pattern(indices)
     if x.shape[0] > 1 and isinstance(kernels, Kernels):
@@ -118,8 +131,7 @@ def _linear_backward(
             pattern, values.contiguous(), kernels.feature_major(x), g, output, input=input, bias=bias
         )
         gx = None if gx is None else gx.contiguous()
-    empty = values.new_empty(0)
-    return empty if gx is None else gx, gv, empty if gb is None else gb
+    return _present(gx, values), gv, _present(gb, values)
 
 
 @torch.library.register_fake("dst::sparse_linear", lib=_library)
@@ -135,11 +147,17 @@ def _(x: Tensor, values: Tensor, row_values: Any, bias: Any, pattern: Any, deriv
 
 @torch.library.register_fake("dst::sparse_linear_backward", lib=_library)
 def _(
-    g: Tensor, x: Tensor, values: Tensor, y: Any, derivative: Any, pattern: Any, input: bool, bias: bool
+    g: Tensor,
+    x: Tensor,
+    values: Tensor,
+    y: Any,
+    pattern: Any,
+    input: bool,
+    bias: bool,
+    derivative: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    empty = values.new_empty(0)
-    gx = x.new_empty(x.shape) if input else empty
-    return gx, torch.empty_like(values), g.new_empty(g.shape[1]) if bias else empty
+    gx, gb = x.new_empty(x.shape if input else 0), g.new_empty(g.shape[1] if bias else 0)
+    return gx, torch.empty_like(values), gb
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -151,7 +169,7 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linear_formula(ctx: Any, g: Tensor) -> tuple[Any, ...]:
     x, values, y, *pattern = ctx.saved_tensors
     wants_input, wants_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[3]
-    gx, gv, gb = torch.ops.dst.sparse_linear_backward(g, x, values, y, None, pattern, wants_input, wants_bias)
+    gx, gv, gb = torch.ops.dst.sparse_linear_backward(g, x, values, y, pattern, wants_input, wants_bias)
     return gx if wants_input else None, gv, None, gb if wants_bias else None, [None] * len(pattern), None
 
 
@@ -165,7 +183,7 @@ def _gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 def _gelu_formula(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
     x, values, derivative, *pattern = ctx.saved_tensors
     wants_input, wants_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[3]
-    gx, gv, gb = torch.ops.dst.sparse_linear_backward(g, x, values, None, derivative, pattern, wants_input, wants_bias)
+    gx, gv, gb = torch.ops.dst.sparse_linear_backward(g, x, values, None, pattern, wants_input, wants_bias, derivative)
     return gx if wants_input else None, gv, None, gb if wants_bias else None, [None] * len(pattern), None
 
 
@@ -210,8 +228,7 @@ def _conv_backward(
     gx, gv, gb = kernels.conv_backward(
         pattern, shape, values.contiguous(), x.contiguous(), g.contiguous(), input=input, bias=bias
     )
-    empty = values.new_empty(0)
-    return empty if gx is None else gx, gv, empty if gb is None else gb
+    return _present(gx, values), gv, _present(gb, values)
 
 
 def _two(sizes: Sequence[int]) -> tuple[int, int]:
@@ -252,9 +269,8 @@ def _(
     input: bool,
     bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    empty = values.new_empty(0)
-    gx = x.new_empty(x.shape) if input else empty
-    return gx, torch.empty_like(values), g.new_empty(g.shape[1]) if bias else empty
+    gx, gb = x.new_empty(x.shape if input else 0), g.new_empty(g.shape[1] if bias else 0)
+    return gx, torch.empty_like(values), gb
 
 
 def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -291,10 +307,51 @@ def call(name: str, *args: Any) -> Any:
     The dispatcher costs more than a small layer computes, so it is entered only where somebody watches: a compiler, a
     profiler or a mode such as torch's FLOP counter.
     """
-    if torch.compiler.is_compiling() or _profiler_enabled() or _dispatch_modes():
+    if torch.compiler.is_compiling() or _profiler_enabled() or dispatch_modes():
         return getattr(torch.ops.dst, name).default(*args)
     return _IMPLEMENTATIONS[name](*args)
 
 
-_profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled
-_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+# -- floating-point operations, from shapes ---------------------------------------------------------------------------
+
+
+@register_flop_formula([torch.ops.dst.sparse_linear, torch.ops.dst.sparse_linear_gelu])
+def _linear_flops(x: Sequence[int], values: Sequence[int], *rest: Any, **options: Any) -> int:
+    return 2 * values[0] * x[0]
+
+
+@register_flop_formula(torch.ops.dst.sparse_linear_backward)
+def _linear_backward_flops(
+    g: Sequence[int],
+    x: Sequence[int],
+    values: Sequence[int],
+    y: Any,
+    pattern: Any,
+    input: bool,
+    *rest: Any,
+    **options: Any,
+) -> int:
+    return 2 * values[0] * g[0] * (1 + input)
+
+
+@register_flop_formula(torch.ops.dst.sparse_conv2d)
+def _conv_flops(x: Sequence[int], values: Sequence[int], *rest: Any, out_shape: Sequence[int], **options: Any) -> int:
+    return 2 * values[0] * out_shape[0] * prod(out_shape[2:])
+
+
+@register_flop_formula(torch.ops.dst.sparse_conv2d_backward)
+def _conv_backward_flops(
+    g: Sequence[int],
+    x: Sequence[int],
+    values: Sequence[int],
+    y: Any,
+    pattern: Any,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    input: bool,
+    *rest: Any,
+    **options: Any,
+) -> int:
+    return 2 * values[0] * g[0] * prod(g[2:]) * (1 + input)

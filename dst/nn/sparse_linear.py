@@ -21,7 +21,7 @@ from dst.kernels.pattern import check_flat
 # Pickled models refer to FeatureMajorLinear by this module.
 from dst.nn.feature_major import FeatureMajorLinear as FeatureMajorLinear
 from dst.nn.gradient_collector import TILE_ROWS, GradientCollector, largest_gradients
-from dst.nn.operators import call, indices_of
+from dst.nn.operators import call, dispatch_modes, indices_of
 from dst.nn.row_copy import RowCopy
 from dst.nn.saved_pattern import NAMES, flat_of_masked, flat_of_saved, saved_pattern
 from dst.nn.watched import CopyKey, WatchedChain, readable, unchanged, watch
@@ -352,11 +352,13 @@ class SparseLinear(nn.Module):
         return self._differentiable(x.reshape(-1, self.in_features), values, bias, gelu).view(*lead, self.out_features)
 
     def _differentiable(self, x: Tensor, values: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-        if torch.compiler.is_compiling():
-            if self._collector.active:
-                # Decorating at import would import the compiler.
-                return cast(Tensor, torch.compiler.disable(_Apply.apply)(x, values, bias, self, gelu))
+        compiling = torch.compiler.is_compiling()
+        if (compiling or dispatch_modes()) and not self._collector.active:
+            # Tensors may be fake: they are neither copied nor looked up.
             return self._operator(x, values, None, bias, gelu, torch.is_grad_enabled())[0]
+        if compiling:
+            # Decorating at import would import the compiler.
+            return cast(Tensor, torch.compiler.disable(_Apply.apply)(x, values, bias, self, gelu))
         if torch.is_grad_enabled() and (
             values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
         ):
@@ -394,7 +396,7 @@ class SparseLinear(nn.Module):
             input: bool,
             bias: bool,
         ) -> tuple[Tensor, Tensor, Tensor]:
-            return call("sparse_linear_backward", g, x, values, y, derivative, indices, input, bias)
+            return call("sparse_linear_backward", g, x, values, y, indices, input, bias, derivative)
 
         return backward
 
@@ -421,8 +423,8 @@ class SparseLinear(nn.Module):
         return y
 
     def _chains(self, x: Tensor) -> bool:
-        """Whether a chain of one layer may compute ``x``: its call is cheaper, its output is feature-major."""
-        return x.numel() == self.in_features
+        """Whether a chain of one layer may compute ``x``: a single example, and no mode that counts or traces operators."""
+        return x.numel() == self.in_features and not dispatch_modes()
 
     def _prepared_chain(self) -> WatchedChain | None:
         self._chain = None  # frees an outdated copy before the new one is made
