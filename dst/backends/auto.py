@@ -51,7 +51,7 @@ class Chooser:
         self._known: dict[Case, Timing] = {}
         self.reasons: dict[str, str] = {}
 
-    def __call__(self, layer: SparseLayer, module: nn.Linear | nn.Conv2d, active: int) -> bool:
+    def __call__(self, layer: SparseLayer, module: nn.Module, active: int) -> bool:
         """Whether to store only the ``active`` weights of a dense module."""
         case = case_of(module, active, self._batch_size, self._shapes.get(module))
         if case not in self._known:
@@ -85,7 +85,7 @@ def prepare(
     chooser = Chooser(batch_size, group=group, shapes=shapes)
     outcome: dict[str, tuple[str, str]] = {}
 
-    def choose(layer: SparseLayer, module: nn.Linear | nn.Conv2d, active: int) -> bool:
+    def choose(layer: SparseLayer, module: nn.Module, active: int) -> bool:
         sparse = chooser(layer, module, active) if state is None else _saved(state, layer)
         why = chooser.reasons.get(layer.label, "as in the checkpoint")
         outcome[layer.label] = ("csr" if sparse else "masked", why)

@@ -88,7 +88,7 @@ class Csr(Storage):
         # All ranks must take the same branch: each tile of the gradient is reduced over them.
         if grow.needs_gradient and all_agree(not module.collected, self._group):
             return None
-        active, weight = module.pattern.flat(), module.row_major(module.values)
+        active, weight = module.positions(), module.row_major(module.values)
         ranking = drop(
             LayerView(
                 weight,
@@ -173,14 +173,14 @@ class Csr(Storage):
     def _match_averages(self) -> None:
         for average in self._averages:
             for name, module in self._modules.items():
-                if not torch.equal(average[name].pattern.flat(), module.pattern.flat()):
-                    average[name].set_pattern(module.pattern.flat())
+                if not torch.equal(average[name].positions(), module.positions()):
+                    average[name].set_pattern(module.positions())
 
     def explore(self) -> None:
         """See ``Storage``."""
         for name, module in self._modules.items():
-            self._explored[name] = Explored(module.in_features * module.out_features, module.in_features)
-            self._explored[name].add(module.pattern.flat())
+            self._explored[name] = Explored(module.in_features * module.out_features, module.shape[-1])
+            self._explored[name].add(module.positions())
 
     def explored(self, layer: SparseLayer) -> float:
         """See ``Storage``."""
@@ -189,11 +189,11 @@ class Csr(Storage):
 
     def signatures(self) -> Iterable[tuple[str, Tensor]]:
         """See ``Storage``."""
-        return [(name, module.pattern.flat()) for name, module in sorted(self._modules.items())]
+        return [(name, module.positions()) for name, module in sorted(self._modules.items())]
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """See ``Storage``. Masks are sorted positions, in 32 bits if they fit; the union is one bit per position."""
-        masks = {name: narrow(m.pattern.flat(), m.in_features * m.out_features) for name, m in self._modules.items()}
+        masks = {name: narrow(m.positions(), m.in_features * m.out_features) for name, m in self._modules.items()}
         return {"masks": masks, "union": {n: x.bits.clone() for n, x in self._explored.items()}, "latent": {}}
 
     def load(self, state: Mapping[str, Mapping[str, Tensor]], step: int) -> None:
@@ -202,7 +202,7 @@ class Csr(Storage):
         for name, module in self._modules.items():
             positions = as_positions(masks[name])
             # If the model was loaded first it has these positions already, and keeps its values.
-            if not torch.equal(positions, module.pattern.flat()):
+            if not torch.equal(positions, module.positions()):
                 module.set_pattern(positions)
         self.active = {layer.label: self._modules[layer.parameter].nnz for layer in self._layers}
         self._explored = {}

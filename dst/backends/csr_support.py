@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dst.nn import FeatureMajorLinear, SparseConv2d, SparseLinear
-from dst.topology.layers import SparseLayer
+from dst.nn import FeatureMajorLinear, SparseConv1D, SparseConv2d, SparseLinear
+from dst.topology.layers import SparseLayer, is_conv1d
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SPARSE = (SparseLinear.__name__, SparseConv2d.__name__)
+_SPARSE = (SparseLinear.__name__, SparseConv1D.__name__, SparseConv2d.__name__)
 
 
 def unsupported_reasons(model: nn.Module, layers: Sequence[SparseLayer]) -> dict[str, str | None]:
@@ -58,11 +58,11 @@ def _unsupported_reason(
 
 
 def is_supported(module: nn.Module) -> bool:
-    """Whether a dense module has a sparse counterpart: a linear layer, or a convolution without groups."""
+    """Whether a dense module has a sparse counterpart: a linear layer, transformers' Conv1D, or an ungrouped convolution."""
     if type(module) is nn.Conv2d:
         return _unsupported_convolution(module) is None
     # Subclasses may use their weight differently.
-    return type(module) in (nn.Linear, FeatureMajorLinear)
+    return type(module) in (nn.Linear, FeatureMajorLinear) or (type(module).__name__ == "Conv1D" and is_conv1d(module))
 
 
 def _unsupported_convolution(module: nn.Conv2d) -> str | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dst.backends.csr_support import owners_of, unsupported_reasons
-from dst.backends.swap import Dense, exchange, sparse_module
+from dst.backends.swap import exchange, sparse_module
 from dst.errors import ConfigurationError
 from dst.method import Method
 from dst.nn import SparseLinear
@@ -25,7 +25,7 @@ def prepare(
     seed: int,
     include: Iterable[str | type[nn.Module]] | None,
     exclude: Iterable[str | type[nn.Module]] | None,
-    choose: Callable[[SparseLayer, Dense, int], bool] = lambda layer, module, active: True,
+    choose: Callable[[SparseLayer, nn.Module, int], bool] = lambda layer, module, active: True,
     keep: Callable[[SparseLayer, str, str], None] = lambda layer, storage, reason: None,
 ) -> nn.Module:
     """Swap layers for ones that store only non-zeros, with their first mask; see ``dst.prepare``.
@@ -56,7 +56,6 @@ def prepare(
             keep(layer, "masked", reason)
             continue
         dense = owners[layer.parameter][0]
-        assert isinstance(dense, (nn.Linear, nn.Conv2d))
         if choose(layer, dense, positions.numel()):
             swapped[dense] = sparse_module(layer.label, dense, positions, seed)
     return exchange(model, swapped)

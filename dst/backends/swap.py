@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor, nn
 
 from dst.backends.csr_support import sizes_of_padding
 from dst.errors import ConfigurationError
-from dst.nn import FeatureMajorLinear, SparseConv2d, SparseLinear
+from dst.nn import FeatureMajorLinear, SparseConv1D, SparseConv2d, SparseLinear
+from dst.topology.layers import is_conv1d
 from dst.topology.seeding import folded_generator
-
-Dense: TypeAlias = nn.Linear | nn.Conv2d
-"""Dense modules that have a sparse counterpart."""
 
 _HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks") and "state_dict" not in name)
 
@@ -72,8 +70,8 @@ def sparse_module(label: str, dense: nn.Module, positions: Tensor, seed: int) ->
         positions: Sorted row-major positions of the weights.
         seed: Stored as ``pattern_seed``.
     """
-    assert isinstance(dense, (nn.Linear, nn.Conv2d))
-    weight, bias, on_meta = dense.weight, dense.bias, dense.weight.device.type == "meta"
+    weight, bias = dense.get_parameter("weight"), dense._parameters["bias"]
+    on_meta = weight.device.type == "meta"
     values = None if on_meta else weight.detach().reshape(-1)[positions]
     options: dict[str, Any] = {
         "bias": bias is not None,
@@ -95,6 +93,8 @@ def sparse_module(label: str, dense: nn.Module, positions: Tensor, seed: int) ->
             dilation=two(dense.dilation),
             **options,
         )
+    elif is_conv1d(dense):
+        sparse = SparseConv1D(outputs, inputs, positions, values, dense_type=type(dense), **options)
     else:
         sparse = SparseLinear(inputs, outputs, positions, values, **options)
     if bias is not None and sparse.bias is not None:
@@ -113,12 +113,16 @@ def two(sizes: tuple[int, ...]) -> tuple[int, int]:
     return down, across
 
 
-def dense_module(sparse: SparseLinear) -> Dense:
+def dense_module(sparse: SparseLinear) -> nn.Module:
     """Create a dense module with the weights and hooks of a sparse one, and zeros elsewhere."""
-    dense = sparse.to_conv() if isinstance(sparse, SparseConv2d) else sparse.to_linear()
-    dense.weight.requires_grad_(sparse.values.requires_grad)
-    if dense.bias is not None and sparse.bias is not None:
-        dense.bias.requires_grad_(sparse.bias.requires_grad)
+    dense: nn.Module
+    if isinstance(sparse, SparseConv1D):
+        dense = sparse.to_conv1d()
+    else:
+        dense = sparse.to_conv() if isinstance(sparse, SparseConv2d) else sparse.to_linear()
+    dense.get_parameter("weight").requires_grad_(sparse.values.requires_grad)
+    if sparse.bias is not None:
+        dense.get_parameter("bias").requires_grad_(sparse.bias.requires_grad)
     for name in _HOOKS:
         dense.__dict__[name] = sparse.__dict__[name]
     return dense

@@ -17,6 +17,7 @@ from dst.backends.csr_support import is_supported
 from dst.backends.swap import sparse_module
 from dst.errors import ConfigurationError
 from dst.topology.evaluation import evaluation_mode
+from dst.topology.layers import is_conv1d
 from dst.topology.selection import random_indices
 
 BATCH_SIZE = 128
@@ -125,9 +126,7 @@ def input_shapes(model: nn.Module, example: Any) -> dict[nn.Module, tuple[int, .
     return found
 
 
-def case_of(
-    module: nn.Linear | nn.Conv2d, active: int, batch_size: int | None, shape: tuple[int, ...] | None = None
-) -> Case:
+def case_of(module: nn.Module, active: int, batch_size: int | None, shape: tuple[int, ...] | None = None) -> Case:
     """The case of a dense module with ``active`` active weights.
 
     Args:
@@ -136,15 +135,18 @@ def case_of(
         batch_size: Batch size, if there is no shape; ``BATCH_SIZE`` by default.
         shape: Shape of the module's input.
     """
-    outputs, inputs = module.weight.shape[:2]
+    weight = module.get_parameter("weight")
+    outputs, inputs = weight.shape[:2]
     if not isinstance(module, nn.Conv2d):
+        if is_conv1d(module):
+            outputs, inputs = inputs, outputs
         rows = math.prod(shape[:-1]) if shape else batch_size or BATCH_SIZE
-        return Case(nn.Linear, inputs, outputs, active, rows, module.weight.dtype)
+        return Case(nn.Linear, inputs, outputs, active, rows, weight.dtype)
     images = (shape[0] if len(shape) == 4 else 1) if shape else batch_size or BATCH_SIZE
     image = (shape[-2], shape[-1]) if shape else _IMAGE
     sparse = sparse_module("", module, torch.empty(0, dtype=torch.int64), 0)
     geometry = tuple(getattr(sparse, name) for name in ("kernel_size", "stride", "padding", "dilation"))
-    return Case(nn.Conv2d, inputs, outputs, active, images, module.weight.dtype, image, geometry)
+    return Case(nn.Conv2d, inputs, outputs, active, images, weight.dtype, image, geometry)
 
 
 def measure(case: Case) -> Timing:

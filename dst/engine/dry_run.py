@@ -131,7 +131,6 @@ class _Where:
             return "masked", "as it was prepared"
         if count is None:
             return "auto", "measured when scores have set its density"
-        assert isinstance(module, (nn.Linear, nn.Conv2d))
         sparse = self._choose(layer, module, count)
         return ("csr" if sparse else "masked"), self._choose.reasons[layer.label]
 

@@ -7,6 +7,7 @@ from dst.nn.feature_major import FeatureMajorLinear
 from dst.nn.inference import InferenceChain, InferenceModel, optimize_for_inference
 from dst.nn.moe import FeedForward, SwitchFeedForward, auxiliary_losses, load_balancing_loss
 from dst.nn.sparse_conv import SparseConv2d
+from dst.nn.sparse_conv1d import SparseConv1D
 from dst.nn.sparse_linear import SparseLinear, remap
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "InferenceChain",
     "InferenceModel",
     "KWinners",
+    "SparseConv1D",
     "SparseConv2d",
     "SparseLinear",
     "SwitchFeedForward",

@@ -40,8 +40,8 @@ def flat_of_saved(pointers: Tensor, rows: Tensor, shape: tuple[int, int]) -> Ten
     return (rows * inputs + columns).sort().values
 
 
-def flat_of_masked(dense: Tensor, present: Pattern) -> Tensor:
-    """Return the sorted flat indices of the active weights in a masked weight, as many as ``present`` has.
+def flat_of_masked(dense: Tensor, present: Tensor) -> Tensor:
+    """Return the sorted flat indices of the active weights in a masked weight, as many as ``present``.
 
     A zero in the masked weight may be an active weight. If there are fewer non-zeros than active weights, positions of
     ``present`` fill up the count. Loading the sparsifier's state afterwards sets the exact positions.
@@ -50,12 +50,11 @@ def flat_of_masked(dense: Tensor, present: Pattern) -> Tensor:
         ValueError: The weight has more non-zeros than ``present``.
     """
     found = dense.detach().reshape(-1).nonzero().squeeze(1).cpu()
-    spare = present.nnz - found.numel()
+    spare = present.numel() - found.numel()
     if spare < 0:
         raise ValueError(
-            f"saved with {found.numel()} non-zeros, this layer holds {present.nnz}; load weights of a dense model before "
+            f"saved with {found.numel()} non-zeros, this layer holds {present.numel()}; load weights of a dense model before "
             "dst.prepare"
         )
-    flat = present.flat()
-    unused = flat[~torch.isin(flat, found)][:spare]
+    unused = present[~torch.isin(present, found)][:spare]
     return torch.cat([found, unused]).sort().values

@@ -136,7 +136,7 @@ class SparseLinear(nn.Module):
             if values.shape != (self.nnz,):
                 raise ConfigurationError(f"values has shape {tuple(values.shape)}; the indices need ({self.nnz},)")
             with torch.no_grad():
-                self.values[self._pattern.permutation.to(torch.int64)] = values.to(dtype)
+                self.values[self.row_major(torch.arange(self.nnz))] = values.to(dtype)
 
     # ------------------------------------------------------------------------------------------ construction
     @classmethod
@@ -198,8 +198,13 @@ class SparseLinear(nn.Module):
                 self.bias.uniform_(-bound, bound, generator=generator)
 
     def _new_pattern(self, indices: Tensor) -> Pattern:
+        """The pattern of row-major positions in the dense weight."""
         check_flat(indices, self.out_features, self.in_features)
-        return self._engine.pattern(indices.contiguous(), self.out_features, self.in_features)
+        return self._matrix_pattern(indices)
+
+    def _matrix_pattern(self, flat: Tensor) -> Pattern:
+        """The pattern of row-major positions in the matrix ``[out, in]`` that the kernels see."""
+        return self._engine.pattern(flat.contiguous(), self.out_features, self.in_features)
 
     # ------------------------------------------------------------------------------------------ views of the weight
     @property
@@ -216,6 +221,16 @@ class SparseLinear(nn.Module):
     def shape(self) -> tuple[int, int]:
         """Shape ``(out_features, in_features)`` of the dense weight."""
         return self.out_features, self.in_features
+
+    @property
+    def _matrix_shape(self) -> tuple[int, int]:
+        """Shape of the dense weight as a matrix: its first dimension, and the others together."""
+        rows = self.shape[0]
+        return rows, self.in_features * self.out_features // max(1, rows)
+
+    def positions(self) -> Tensor:
+        """Return the sorted row-major positions of the non-zeros in the dense weight, int64 ``[nnz]``."""
+        return self._pattern.flat()
 
     def mask(self) -> Tensor:
         """Return the bool mask ``[out_features, in_features]``."""
@@ -484,7 +499,7 @@ class SparseLinear(nn.Module):
             ConfigurationError: The gradient is not being collected.
         """
         dtype = self.values.dtype if self.values.dtype in _COMPUTED else torch.float32
-        return self._collector.tiles((self.out_features, self.in_features), dtype, self._product, rows)
+        return self._collector.tiles(self._matrix_shape, dtype, self._product, rows)
 
     def dense_gradient(self) -> Tensor:
         """Return the collected dense gradient, ``[out_features, in_features]``. Materializes it: for small layers."""
@@ -515,11 +530,9 @@ class SparseLinear(nn.Module):
         Raises:
             ConfigurationError: Fewer than k positions may be chosen, or the gradient is not being collected.
         """
-        exclude = self._pattern.flat() if exclude is None else exclude.contiguous()
-        shape = self.out_features, self.in_features
-        return largest_gradients(
-            k, self.gradient_tiles(), shape, exclude, self._engine, reduce=reduce, key=key
-        )  # fmt: skip
+        exclude = self.positions() if exclude is None else exclude.contiguous()
+        tiles, shape = self.gradient_tiles(), self._matrix_shape
+        return largest_gradients(k, tiles, shape, exclude, self._engine, reduce=reduce, key=key)
 
     # ------------------------------------------------------------------------------------------ topology
     def row_major(self, entries: Tensor) -> Tensor:
@@ -528,7 +541,7 @@ class SparseLinear(nn.Module):
 
     def rewire(self, grown: Tensor, dropped: Tensor) -> Tensor:
         """Grow and drop weights, given as sorted flat indices; see `set_pattern`."""
-        return self.set_pattern(self._engine.merge(without(self._pattern.flat(), dropped), grown))
+        return self.set_pattern(self._engine.merge(without(self.positions(), dropped), grown))
 
     def set_pattern(self, indices: Tensor) -> Tensor:
         """Change the positions of the non-zeros.
@@ -573,7 +586,7 @@ class SparseLinear(nn.Module):
                 )
                 return
             try:
-                self._set_pattern(self._new_pattern(flat_of_masked(dense, self._pattern)))
+                self._set_pattern(self._new_pattern(flat_of_masked(dense, self.positions())))
             except ValueError as error:
                 error_msgs.append(f"{prefix}weight: {error}")
                 return
@@ -589,7 +602,7 @@ class SparseLinear(nn.Module):
             except ValueError as error:
                 error_msgs.append(f"{prefix}row_indices: {error}")
                 return
-            self._set_pattern(self._new_pattern(flat))
+            self._set_pattern(self._matrix_pattern(flat))
             if self.values.numel() != self.nnz:
                 self.values.grad = None
                 self.values.data = self.values.data.new_zeros(self.nnz)
@@ -617,7 +630,7 @@ class SparseLinear(nn.Module):
         derived = {"_engine", "_rows", "_collector", "_chain"}
         kept = {key: value for key, value in self.__dict__.items() if key not in derived}
         # Pickle flat indices: pickle does not support uint16 tensors, and another machine may have another engine.
-        return {**kept, "_pattern": self._pattern.flat()}
+        return {**kept, "_pattern": self.positions()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dst.errors import ConfigurationError
-from dst.nn import SparseConv2d, SparseLinear
+from dst.nn import SparseConv1D, SparseConv2d, SparseLinear
 
 Selector = str | type[nn.Module]
 """A shell-style pattern for parameter, layer or module names, or a module type."""
@@ -165,7 +165,8 @@ def _stored(name: str, owners: Sequence[tuple[str, str, nn.Module]]) -> SparseLa
     if not isinstance(module, SparseLinear) or attribute != "values":
         return None
     weight = name.removesuffix(attribute) + "weight"
-    return SparseLayer(weight, weight, type(module).__name__, module.shape)
+    output_dim = 1 if isinstance(module, SparseConv1D) else 0
+    return SparseLayer(weight, weight, type(module).__name__, module.shape, output_dim=output_dim)
 
 
 def _selectors(selectors: Iterable[Selector], name: str) -> list[Selector]:
@@ -260,6 +261,8 @@ def _selected(
 
 def _dense_type(module: SparseLinear) -> type[nn.Module]:
     """The type of the dense module that a sparse one replaces."""
+    if isinstance(module, SparseConv1D):
+        return module.dense_type
     return nn.Conv2d if isinstance(module, SparseConv2d) else nn.Linear
 
 

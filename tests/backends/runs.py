@@ -81,6 +81,35 @@ class Mixed(nn.Module):
         return self.head(self.tied_b(self.tied_a(hidden).relu()).relu())
 
 
+class Conv1D(nn.Module):
+    """As in transformers: a linear layer whose weight is [inputs, outputs]."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.randn(nx, nf) * 0.3)
+        self.bias = nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+Conv1D.__module__ = "transformers.pytorch_utils"
+
+
+class Transposed(nn.Module):
+    """Layers of transformers between linear ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Conv1D(40, 30)
+        self.second = Conv1D(25, 40)
+        self.head = nn.Linear(25, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.second(self.first(x).relu()).relu())
+
+
 class Bottleneck(nn.Module):
     """1×1, 3×3 and 1×1 convolutions with a strided shortcut, and kinds of 1×1 that csr does not support."""
 

@@ -1,4 +1,4 @@
-"""The compiled direct convolution against torch's dense one."""
+"""Sparse convolution, compiled and of the fallback, against torch's dense one."""
 
 from __future__ import annotations
 
@@ -29,6 +29,12 @@ def compiled():
     before = COMPILED.isa
     yield COMPILED
     COMPILED.isa = before
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def engine(request):
+    """Both engines: they have one interface."""
+    return kernels.TorchKernels() if request.param == "torch" else request.getfixturevalue("compiled")
 
 
 @pytest.fixture
@@ -83,15 +89,15 @@ def close(got, wanted, tolerance):
 @pytest.mark.parametrize("dilation", [(1, 1), (2, 1), (2, 2)])
 @pytest.mark.parametrize("stride", [(1, 1), (2, 2), (3, 1), (2, 3)])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_matches_dense(compiled, kernel, stride, dilation):
+def test_matches_dense(engine, kernel, stride, dilation):
     compared = 0
     for images in IMAGES:
         for padding in ((0, 0), (1, 1), (2, 0), (3, 3)):
-            made = case(compiled, images, kernel, stride, padding, dilation)
+            made = case(engine, images, kernel, stride, padding, dilation)
             if made is None:
                 continue
             shape, weights, x, g, bias = made
-            got = sparse(compiled, weights, shape, x, g, bias)
+            got = sparse(engine, weights, shape, x, g, bias)
             close(got, dense(weights, x, g, bias, stride, padding, dilation), 1e-10)
             compared += 1
     assert compared
@@ -128,19 +134,19 @@ def test_same_bits_for_every_number_of_threads(compiled, threads, isa, images):
             assert torch.equal(a, b)
 
 
-def test_relu_keeps_nan(compiled):
-    shape, weights, x, g, bias = case(compiled, (3, 5, 8, 8, 7, 0.4), (3, 3), padding=(1, 1))
+def test_relu_keeps_nan(engine):
+    shape, weights, x, g, bias = case(engine, (3, 5, 8, 8, 7, 0.4), (3, 3), padding=(1, 1))
     bias[1] = float("nan")
-    y = sparse(compiled, weights, shape, x, g, bias)[0]
-    torch.testing.assert_close(sparse(compiled, weights, shape, x, g, bias, relu=True)[0], y.relu(), equal_nan=True)
+    y = sparse(engine, weights, shape, x, g, bias)[0]
+    torch.testing.assert_close(sparse(engine, weights, shape, x, g, bias, relu=True)[0], y.relu(), equal_nan=True)
     assert y[:, 1].isnan().all()
     assert not y[:, 0].isnan().any()
 
 
-def test_infinite_values_stay_where_they_belong(compiled):
-    shape, weights, x, _, _ = case(compiled, (9, 4, 9, 9, 6, 0.3), (3, 3), padding=(1, 1))
+def test_infinite_values_stay_where_they_belong(engine):
+    shape, weights, x, _, _ = case(engine, (9, 4, 9, 9, 6, 0.3), (3, 3), padding=(1, 1))
     x[4, 2, 3, 3] = float("inf")
-    y = compiled.conv_forward(weights[1], shape, weights[3], x, None)
+    y = engine.conv_forward(weights[1], shape, weights[3], x, None)
     wanted = functional.conv2d(x.masked_fill(x.isinf(), 0), weights[0], padding=1)
     hit = torch.zeros(9, 9, dtype=torch.bool)
     hit[2:5, 2:5] = True
@@ -149,22 +155,22 @@ def test_infinite_values_stay_where_they_belong(compiled):
     torch.testing.assert_close(y[4][:, ~hit], wanted[4][:, ~hit])
 
 
-def test_nothing_optional(compiled):
-    shape, weights, x, g, bias = case(compiled, (9, 4, 13, 31, 6, 0.2), (3, 3), (2, 2), (1, 1))
+def test_nothing_optional(engine):
+    shape, weights, x, g, bias = case(engine, (9, 4, 13, 31, 6, 0.2), (3, 3), (2, 2), (1, 1))
     wanted = dense(weights, x, g, torch.zeros_like(bias), (2, 2), (1, 1), (1, 1))
-    y = compiled.conv_forward(weights[1], shape, weights[3], x, None)
-    gx, gv, gb = compiled.conv_backward(weights[1], shape, weights[2], x, g, input=False, bias=False)
+    y = engine.conv_forward(weights[1], shape, weights[3], x, None)
+    gx, gv, gb = engine.conv_backward(weights[1], shape, weights[2], x, g, input=False, bias=False)
     assert gx is None
     assert gb is None
     close((y, gv), (wanted[0], wanted[2]), 1e-10)
 
 
 @pytest.mark.parametrize("batch", [0, 3])
-def test_without_weights(compiled, batch):
+def test_without_weights(engine, batch):
     shape = ConvShape((batch, 3, 5, 6), 4, (3, 3), padding=(1, 1))
-    made = make(compiled, 4, 3, (3, 3), 0.0)
+    made = make(engine, 4, 3, (3, 3), 0.0)
     x, g = torch.randn(batch, 3, 5, 6, dtype=torch.float64), torch.randn(batch, 4, 5, 6, dtype=torch.float64)
-    y, gx, gv, gb = sparse(compiled, made, shape, x, g, torch.ones(4, dtype=torch.float64))
+    y, gx, gv, gb = sparse(engine, made, shape, x, g, torch.ones(4, dtype=torch.float64))
     assert (y == 1).all()
     assert (gx == 0).all()
     assert gv.numel() == 0

@@ -18,6 +18,7 @@ from dst.kernels import CompiledChain, TorchKernels
 from dst.kernels.native import ISA
 from dst.models import MLP
 from dst.nn import FeatureMajorLinear, InferenceModel, SparseLinear, optimize_for_inference, sparse_linear
+from tests.nn.conftest import use_engine
 
 COMPILED = kernels.load()
 needs_compiler = pytest.mark.skipif(COMPILED is None, reason="no compiler on this machine")
@@ -255,7 +256,7 @@ def test_sixteen_bit_types(dtype):
 
 
 def test_without_compiled_kernels(monkeypatch):
-    monkeypatch.setattr(sparse_linear, "engine", lambda: TorchKernels())
+    use_engine(monkeypatch, TorchKernels())
     model = network()
     check(optimize_for_inference(model), model, torch.randn(5, 17), rtol=0, atol=0)
 

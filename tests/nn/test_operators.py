@@ -13,22 +13,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dst
-from dst import kernels
-from dst.kernels import TorchKernels
-from dst.nn import SparseConv2d, SparseLinear, operators, sparse_linear
+from dst.nn import SparseConv2d, SparseLinear
 from dst.nn.operators import indices_of
 
 GEOMETRY = (3, 2), (2, 1), (1, 0), (1, 2)
-
-
-@pytest.fixture(params=["compiled", "torch"])
-def engine(request, monkeypatch):
-    chosen = kernels.load() if request.param == "compiled" else TorchKernels()
-    if chosen is None:
-        pytest.skip("no compiler on this machine")
-    for module in (sparse_linear, operators):
-        monkeypatch.setattr(module, "engine", lambda: chosen)
-    return chosen
 
 
 @pytest.fixture

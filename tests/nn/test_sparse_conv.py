@@ -14,6 +14,8 @@ from dst.nn import SparseConv2d
 from tests.backends.runs import CLAIMED, OPTIMIZERS, Bottleneck, Run, assert_same
 from tests.sampling import rotated
 
+pytestmark = pytest.mark.usefixtures("engine")
+
 
 def pair(
     inputs: int, outputs: int, density: float, kernel=1, dtype=torch.float64, **options

@@ -11,21 +11,11 @@ import torch
 from torch import nn
 
 import dst
-from dst import kernels
 from dst.errors import ConfigurationError
-from dst.kernels import TorchKernels
-from dst.nn import sparse_linear
 from dst.nn.sparse_linear import FeatureMajorLinear, SparseLinear, remap
 from dst.topology.selection import random_indices, tie_order
 
-
-@pytest.fixture(params=["compiled", "torch"], autouse=True)
-def engine(request, monkeypatch):
-    chosen = kernels.load() if request.param == "compiled" else TorchKernels()
-    if chosen is None:
-        pytest.skip("no compiler on this machine")
-    monkeypatch.setattr(sparse_linear, "engine", lambda: chosen)
-    return chosen
+pytestmark = pytest.mark.usefixtures("engine")
 
 
 def pair(inputs, outputs, density=0.4, dtype=torch.float64, **options):

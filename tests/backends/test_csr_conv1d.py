@@ -1,0 +1,135 @@
+"""The ``Conv1D`` of transformers, storing only its non-zeros, against the masked backend."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+import dst
+from dst import methods
+from dst.allocation import Uniform
+from dst.backends import auto, timing
+from dst.nn import SparseConv1D
+from tests.backends import runs
+from tests.backends.runs import CLAIMED, DENSITY, EVERY, OPTIMIZERS, STEPS, Conv1D, Run, Transposed, assert_same, saved
+from tests.sampling import rotated
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer"),
+    rotated(
+        ["rigl", "rigl_with_step", "rigl_no_regrowth", "rigl_rescaled", "rigl_by_magnitude", "set", "gradient_drop"],
+        OPTIMIZERS,
+    ),
+)
+def test_trains_as_a_masked_one(name, optimizer):
+    masked, csr = (Run(CLAIMED[name](backend), optimizer, net=Transposed) for backend in ("masked", "csr"))
+    assert isinstance(csr.model.first, SparseConv1D)
+    assert_same(masked, csr)
+    masked.train(STEPS)
+    csr.train(STEPS)
+    assert csr.sparsifier.updates == STEPS // EVERY
+    assert_same(masked, csr)
+    assert masked.sparsifier.layer_table() == csr.sparsifier.layer_table()
+    assert masked.sparsifier.exploration_rate == csr.sparsifier.exploration_rate
+
+
+def test_accumulated_gradients():
+    masked, csr = (Run(CLAIMED["rigl"](b), net=Transposed).train(STEPS // 2, 4) for b in ("masked", "csr"))
+    assert_same(masked, csr)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_resumed_run_is_identical(optimizer):
+    whole = Run(CLAIMED["rigl"]("csr"), optimizer, net=Transposed).train(20)
+    half = saved(Run(CLAIMED["rigl"]("csr"), optimizer, net=Transposed).train(9))
+    rest = Run(CLAIMED["rigl"]("csr"), optimizer, net=Transposed)
+    rest.model.load_state_dict(half["model"])
+    rest.optimizer.load_state_dict(half["optimizer"])
+    rest.sparsifier.load_state_dict(half["dst"])
+    assert_same(whole, rest.train(11), tolerance=0)
+
+
+@pytest.mark.parametrize(("before", "after"), [("masked", "csr"), ("csr", "masked")])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_run_continues_with_the_other_backend(before, after, optimizer):
+    first = Run(CLAIMED["rigl"](before), optimizer, net=Transposed).train(9)
+    second = Run(CLAIMED["rigl"](after), optimizer, net=Transposed)
+    if after == "csr":
+        second.model.load_state_dict(first.model.state_dict())
+        second.sparsifier.load_state_dict(saved(first)["dst"])
+        state = dst.sparse_optimizer_state(second.model, second.optimizer, first.optimizer.state_dict())
+    else:
+        weights = dst.dense_state_dict(first.model)
+        assert {n: w.shape for n, w in weights.items()} == {n: w.shape for n, w in second.model.state_dict().items()}
+        second.model.load_state_dict(weights)
+        second.sparsifier.load_state_dict(saved(first)["dst"])
+        state = dst.dense_optimizer_state(first.model, first.optimizer)
+    second.optimizer.load_state_dict(state)
+    assert_same(first, second, tolerance=0)
+    assert_same(first.train(10), second.train(10))
+
+
+def test_it_becomes_the_dense_layer_again():
+    csr = Run(CLAIMED["rigl"]("csr"), net=Transposed).train(9)
+    x = torch.randn(5, 30, dtype=torch.float64)
+    expected, weights = csr.model(x), dst.dense_state_dict(csr.model)
+    model = dst.to_dense(copy.deepcopy(csr.model))
+    assert type(model.first) is Conv1D
+    assert (model.first.nf, model.first.nx) == (40, 30)
+    assert list(weights) == list(model.state_dict())
+    assert all(torch.equal(weights[n], w) for n, w in model.state_dict().items())
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies(again, monkeypatch):
+    # pickle looks the class up by its module
+    for name in ("transformers", "transformers.pytorch_utils"):
+        monkeypatch.setitem(sys.modules, name, runs)
+    model = Run(CLAIMED["rigl"]("csr"), net=Transposed).train(3).model
+    x = torch.randn(2, 3, 30, dtype=torch.float64)
+    copied = again(model)
+    assert torch.equal(copied(x), model(x))
+    assert torch.equal(copied.first.positions(), model.first.positions())
+
+
+def test_positions_have_the_layout_of_the_dense_weight():
+    mask = torch.rand(7, 5, generator=torch.Generator().manual_seed(0)) < 0.4
+    positions = mask.reshape(-1).nonzero().squeeze(1)
+    values = torch.arange(1.0, positions.numel() + 1)
+    layer = SparseConv1D(7, 5, positions, values, dense_type=Conv1D)
+    assert torch.equal(layer.positions(), positions)
+    assert torch.equal(layer.mask(), mask)
+    dense = torch.zeros(7, 5)
+    dense[mask] = values
+    assert torch.equal(layer.dense_weight(), dense)
+    x, (layer.bias.data, *_) = torch.randn(4, 3, 7), (torch.randn(5),)
+    torch.testing.assert_close(layer(x), x @ dense + layer.bias)
+
+
+def test_the_dry_run_and_selectors():
+    method = methods.rigl(DENSITY, allocation=Uniform(), backend="csr")
+    rows = {row.name: (row.storage, row.note, row.shape) for row in dst.plan(Transposed(), method).rows}
+    assert rows["first.weight"] == ("csr", "", (30, 40))
+    model = dst.prepare(Transposed(), method, include=[Conv1D])
+    assert isinstance(model.second, SparseConv1D)
+    assert isinstance(model.head, nn.Linear)
+    assert [row.kind for row in dst.plan(model, method, include=[Conv1D]).rows][:2] == ["SparseConv1D"] * 2
+
+
+def test_auto_measures_it_as_a_linear_layer(monkeypatch):
+    cases = []
+    monkeypatch.setattr(timing, "measure", lambda case: (cases.append(case), timing.Timing(2, 1))[1])
+    method = methods.rigl(DENSITY, allocation=Uniform(), backend="auto")
+    model = dst.prepare(Transposed(), method)
+    assert (cases[0].kind, cases[0].inputs, cases[0].outputs) == (nn.Linear, 30, 40)
+    fresh = Transposed()
+    auto.restore_modules(0, fresh, model.state_dict(), "")
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh.first.dense_weight(), model.first.dense_weight())
