@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ import dst
 from dst.allocation import Uniform
 from dst.backends import auto, timing
 from dst.errors import StateError
-from dst.nn import SparseLinear
+from dst.nn import SparseConv2d, SparseLinear
 from tests.distributed.processes import run
 
 STEPS, BATCH = 24, 16
@@ -26,17 +27,35 @@ METHODS = {
 UNIFORM = {"rigl_uniform": lambda b: dst.methods.rigl(0.2, update_every=3, allocation=Uniform(), backend=b)}
 
 
+def linear() -> nn.Module:
+    """Three linear layers on twelve inputs."""
+    return nn.Sequential(nn.Linear(12, 23), nn.ReLU(), nn.Linear(23, 19), nn.ReLU(), nn.Linear(19, 5))
+
+
+def convolutional() -> nn.Module:
+    """Convolutions of two kernels on the same inputs, as images."""
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 3, 4)), nn.Conv2d(1, 9, 3, padding=1), nn.ReLU(), nn.Conv2d(9, 7, (2, 3), stride=(1, 2), padding=1),
+        nn.ReLU(), nn.Conv2d(7, 6, 1), nn.Flatten(), nn.Linear(6 * 4 * 2, 5),
+    )  # fmt: skip
+
+
 def train(
-    rank: int, world: int, name: str, backend: str, micro_batches: int = 1, own_seed: bool = False
+    rank: int,
+    world: int,
+    name: str,
+    backend: str,
+    micro_batches: int = 1,
+    own_seed: bool = False,
+    build: Callable[[], nn.Module] = linear,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Train on this rank's share of every batch; returns masks and dense weights."""
     torch.manual_seed(0)
     method = (METHODS | UNIFORM)[name](backend)
-    net: nn.Module = nn.Sequential(
-        nn.Linear(12, 23), nn.ReLU(), nn.Linear(23, 19), nn.ReLU(), nn.Linear(19, 5)
-    ).double()
     seed = rank if own_seed else 0
-    net = dst.prepare(net, method, seed=seed)
+    net = dst.prepare(build().double(), method, seed=seed)
+    if backend == "csr" and build is convolutional:
+        assert sum(isinstance(m, SparseConv2d) for m in net) == 3
     wrapped = DistributedDataParallel(net) if world > 1 else net
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
     sparsifier = dst.Sparsifier(wrapped, optimizer, method, total_steps=STEPS, seed=seed)
@@ -51,17 +70,17 @@ def train(
         sparsifier.before_step()
         optimizer.step()
     assert sparsifier.updates == (6 if "rigl" in name else 8)
-    weights = [
-        m.dense_weight() if isinstance(m, SparseLinear) else m.weight.detach() for m in net if hasattr(m, "in_features")
-    ]
+    layers = [m for m in net if isinstance(m, SparseLinear | nn.Linear | nn.Conv2d)]
+    weights = [m.dense_weight() if isinstance(m, SparseLinear) else m.weight.detach() for m in layers]
     return list(sparsifier.masks.values()), weights
 
 
+@pytest.mark.parametrize("build", [linear, convolutional])
 @pytest.mark.parametrize("micro_batches", [1, 2])
 @pytest.mark.parametrize("name", METHODS)
-def test_two_processes_train_as_one(name: str, micro_batches: int) -> None:
-    expected_masks, expected = train(0, 1, name, "masked", micro_batches)
-    for result in run(train, 2, name, "csr", micro_batches):
+def test_two_processes_train_as_one(name: str, micro_batches: int, build: Callable[[], nn.Module]) -> None:
+    expected_masks, expected = train(0, 1, name, "masked", micro_batches, build=build)
+    for result in run(train, 2, name, "csr", micro_batches, False, build):
         assert not isinstance(result, Exception), result
         masks, weights = result
         assert all(torch.equal(a, b) for a, b in zip(masks, expected_masks, strict=True))

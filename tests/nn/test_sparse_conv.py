@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import dst
 from dst import methods
-from dst.nn import SparseConv2d
+from dst.kernels import TorchKernels
+from dst.nn import SparseConv2d, SparseLinear
 from tests.backends.runs import CLAIMED, OPTIMIZERS, Bottleneck, Run, assert_same
 from tests.sampling import rotated
 
@@ -129,6 +130,46 @@ def test_training_is_that_of_the_masked_backend(name, optimizer):
     csr.train(24)
     assert csr.sparsifier.updates == 12
     assert_same(masked, csr)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_training_steps_have_the_same_bits_for_every_number_of_threads(engine, threads, dtype):
+    if isinstance(engine, TorchKernels):
+        pytest.skip("torch's own operations promise no bits")
+    results = []
+    for count in (1, 2):
+        threads(count)
+        generator = torch.Generator().manual_seed(0)
+        net = nn.Sequential(
+            SparseConv2d(
+                3, 40, torch.arange(0, 40 * 27, 5), kernel_size=(3, 3), padding=(1, 1), relu=True, dtype=dtype,
+                generator=generator,
+            ),
+            SparseConv2d(40, 24, torch.arange(0, 960, 4), stride=(2, 2), dtype=dtype, generator=generator),
+            nn.ReLU(),
+            nn.Flatten(),
+            SparseLinear.random(24 * 81, 300, 20_000, generator, relu=True, dtype=dtype),
+            SparseLinear.random(300, 100, 3_000, generator, dtype=dtype),
+        )  # fmt: skip
+        optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
+        for batch in (70, 1, 33):
+            x, gradient = (
+                torch.randn(batch, *size, generator=generator, dtype=dtype) for size in ((3, 17, 18), (100,))
+            )
+            optimizer.zero_grad()
+            y = net(x)
+            y.backward(gradient)
+            optimizer.step()
+        results.append([y.detach(), *(p.detach() for p in net.parameters()), *(p.grad for p in net.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_the_plan_and_selectors_know_convolutions():
