@@ -32,7 +32,7 @@ import dst
 from dst import kernels
 from dst.allocation import Uniform
 from dst.kernels import TorchKernels
-from dst.nn import SparseConv2d, optimize_for_inference
+from dst.nn import optimize_for_inference
 from dst.nn.sparse_linear import FeatureMajorLinear, SparseLinear
 from dst.schedules import Constant
 
@@ -246,71 +246,11 @@ def bench_state(rows: list[dict[str, object]], quick: bool) -> None:
         report(rows, table="state", width=width, density=density, bytes_per_nonzero=total / layer.nnz, goal="<= 28")
 
 
-class Unfolded(nn.Module):
-    """A convolution larger than 1×1, computed as a linear layer on unfolded windows."""
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, density: float):
-        super().__init__()
-        self.kernel = kernel
-        self.linear = SparseLinear.random(
-            inputs * kernel**2, outputs, round(density * inputs * kernel**2 * outputs), bias=False
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply it to ``(N, inputs, H, W)``."""
-        n, _, height, width = x.shape
-        windows = functional.unfold(x, self.kernel, padding=self.kernel // 2).transpose(0, 1)
-        y = self.linear(windows.reshape(self.linear.in_features, n * height * width).t())
-        return y.t().view(-1, n, height, width).transpose(0, 1).contiguous()
-
-
-def sparse_conv(inputs: int, outputs: int, kernel: int, density: float) -> nn.Module:
-    """Return a convolution that computes only its non-zeros."""
-    if kernel > 1:
-        return Unfolded(inputs, outputs, kernel, density)
-    positions = SparseLinear.random(inputs, outputs, round(density * inputs * outputs)).pattern.flat()
-    return SparseConv2d(inputs, outputs, positions, bias=False)
-
-
-# Channels in and out, height and width, kernel: layers of CIFAR networks.
-CONVOLUTIONS = (
-    (64, 64, 32, 1),
-    (256, 64, 16, 1),
-    (64, 256, 16, 1),
-    (512, 512, 8, 1),
-    (64, 64, 32, 3),
-    (256, 256, 8, 3),
-    (512, 512, 4, 3),
-)
-
-
-def bench_conv(rows: list[dict[str, object]], quick: bool) -> None:
-    """Time the forward and backward pass of convolutions against dense convolutions."""
-    for batch in (32, 128):
-        for inputs, outputs, size, kernel in CONVOLUTIONS:
-            x = torch.randn(batch, inputs, size, size, requires_grad=True)
-            gradient = torch.randn(batch, outputs, size, size)
-            layers: dict[float, nn.Module] = {1.0: nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)}
-            layers |= {density: sparse_conv(inputs, outputs, kernel, density) for density in (0.1, 0.05, 0.01)}
-
-            def step(layer: nn.Module, x: Tensor = x, gradient: Tensor = gradient) -> None:
-                x.grad = None
-                layer.zero_grad()
-                layer(x).backward(gradient)
-
-            t = measure({str(d): partial(step, layer) for d, layer in layers.items()}, 3 if quick else 7)
-            for density in list(layers)[1:]:
-                report(rows, table="conv", batch=batch, inputs=inputs, outputs=outputs, size=size, kernel=kernel,
-                       density=density, dense_ms=t["1.0"] * 1e3, sparse_ms=t[str(density)] * 1e3,
-                       ratio=t["1.0"] / t[str(density)])  # fmt: skip
-
-
 TABLES = {
     "state": bench_state,
     "inference": bench_inference,
     "update": bench_updates,
     "step": bench_steps,
-    "conv": bench_conv,
 }
 
 

@@ -2,15 +2,17 @@
 
 All variants of a model train in one process, in turns, at torch's default number of threads; the table has ratios of median
 step times. SGD with momentum, batch 64 (MLP 128, GPT 16 sequences of 128 tokens), no topology update within the measured
-steps; the share of updates is printed for RigL every 100 steps.
+steps. ``--updates`` prints instead which share of training RigL's updates take, at one every 100 steps.
 
     python scripts/bench_models.py
     python scripts/bench_models.py --models vit_tiny gpt --densities 0.1 --backends csr auto
+    python scripts/bench_models.py --backends csr --updates
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -102,6 +104,21 @@ def bench(name: str, backends: list[str], densities: list[float], seconds: float
     return rows
 
 
+def share_of_updates(name: str, backend: str, density: float, updates: int = 5) -> tuple[str, ...]:
+    """Time steps with and without an update; returns a row of the table."""
+    step, sparsifier = make_step(name, dst.methods.rigl(density, update_every=5, stop=1.0, backend=backend))
+    assert sparsifier is not None
+    ordinary, updating = [], []
+    while sparsifier.updates <= updates:
+        before = sparsifier.updates
+        taken = timed(step)
+        if sparsifier.step > 5:
+            (updating if sparsifier.updates > before else ordinary).append(taken)
+    plain, more = statistics.median(ordinary), statistics.median(updating)
+    share = max(0.0, more - plain) / (100 * plain + max(0.0, more - plain))
+    return name, backend, f"{density:g}", f"{1e3 * plain:.1f}", f"{1e3 * more:.1f}", f"{100 * share:.1f}%"
+
+
 def main() -> None:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -109,8 +126,14 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["masked", "csr", "auto"])
     parser.add_argument("--densities", nargs="+", type=float, default=[0.1, 0.05])
     parser.add_argument("--seconds", type=float, default=60, help="of measuring for each model")
+    parser.add_argument("--updates", action="store_true", help="the share of updates instead")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
+    if args.updates:
+        header = ("model", "backend", "density", "step (ms)", "with update (ms)", "share of updates")
+        rows = [share_of_updates(*of) for of in itertools.product(args.models, args.backends, args.densities)]
+        print(aligned_table([header, *rows], right={2, 3, 4, 5}))
+        return
     table = [("model", "backend", "density", "csr layers", "step (ms)", "× dense", "10-90%")]
     for name in args.models:
         rows = bench(name, args.backends, args.densities, args.seconds)
