@@ -1,9 +1,8 @@
 """Evaluation of the shipped models: `dst.nn.optimize_for_inference` against dense PyTorch, torch.compile and ONNX Runtime.
 
 Variants of a model run in one process, in turns. Figures are wall times. The table has the median time of each variant, and
-the ratio of the dense model's median to it: above 1 the variant is faster. The dense model has the default statistics of batch
-normalisation and no zeros in their weights. ONNX Runtime runs the dense model, and is left out with a message if it is not
-installed; so is torch.compile if it fails, and with ``--no-compile``.
+the ratio of the dense model's median to it: above 1 the variant is faster. ONNX Runtime and torch.compile run the
+dense model. ONNX Runtime is left out with a message if it is not installed, and torch.compile if it fails.
 
     python scripts/bench_inference.py
     python scripts/bench_inference.py --models resnet20 --batches 1 --threads 1 --no-compile
@@ -132,7 +131,9 @@ def main() -> None:
     rows = [("model", "batch", "variant", "density", "median (ms)", "× dense eager")]
     for name in args.models:
         for batch in args.batches:
-            rows += bench(name, batch, args.densities, args.seconds, not args.no_compile)
+            found = bench(name, batch, args.densities, args.seconds, not args.no_compile)
+            print(*(" ".join(row) for row in found), sep="\n", flush=True)
+            rows += found
     print(aligned_table(rows, right={1, 3, 4, 5}))
 
 
