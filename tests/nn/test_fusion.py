@@ -16,7 +16,7 @@ import dst
 from dst import kernels
 from dst.errors import ConfigurationError
 from dst.models import GPT, WRN22_2, ResNet20, ViTTiny
-from dst.nn import InferenceModel, SparseConv2d, SparseLinear, optimize_for_inference
+from dst.nn import FeedForward, InferenceModel, SparseConv2d, SparseLinear, optimize_for_inference
 
 COMPILED = kernels.load()
 IMAGES = (3, 16, 16)
@@ -214,6 +214,17 @@ def test_folds_only_what_nothing_else_reads(kind, folded, relus):
     fast = check(randomized(kind()), torch.randn(1, 3, 5, 5), torch.randn(8, 3, 5, 5))
     assert fast.folded == folded
     assert fast.relus == relus
+
+
+def test_gelu_in_the_pass_of_a_layer_stays():
+    block = FeedForward(6, 12)
+    block.expand, block.project = SparseLinear.random(6, 12, 40), SparseLinear.random(12, 5, 40)
+    x = torch.randn(1, 6), torch.randn(8, 6)
+    assert check(block.eval(), *x).relus == []
+    block.project = nn.BatchNorm1d(12)
+    assert check(randomized(block), *x).folded == []
+    block.project = nn.ReLU()
+    assert check(block.eval(), *x).relus == []
 
 
 def test_hooks_patched_layers_and_missing_statistics_stay():
