@@ -1,9 +1,8 @@
 """Evaluation of the shipped models: `dst.nn.optimize_for_inference` against dense PyTorch, torch.compile and ONNX Runtime.
 
-Variants of a model run in one process, in turns. Figures are wall times. The table has the median time of each variant, and
-the ratio of the dense model's median to it: above 1 the variant is faster. The dense model has the default statistics of batch
-normalisation and no zeros in their weights. ONNX Runtime runs the dense model, and is left out with a message if it is not
-installed; so is torch.compile if it fails, and with ``--no-compile``.
+Variants of a model run in one process, in turns, in random order. Figures are wall times. The table has the median time of
+each variant, and the ratio of the dense model's median to it: above 1 the variant is faster. ONNX Runtime and torch.compile
+run the dense model. ONNX Runtime is left out with a message if it is not installed, and torch.compile if it fails.
 
     python scripts/bench_inference.py
     python scripts/bench_inference.py --models resnet20 --batches 1 --threads 1 --no-compile
@@ -14,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
+import random
 import statistics
 import time
 import warnings
@@ -107,7 +107,8 @@ def bench(name: str, batch: int, densities: list[float], seconds: float, with_co
             run()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(times["dense eager", "1"]) < 5:
-        for key, run in runs.items():
+        # A variant leaves caches and free memory to the next one, so none always follows the same.
+        for key, run in random.sample(list(runs.items()), len(runs)):
             start = time.perf_counter()
             run()
             times[key].append(time.perf_counter() - start)
@@ -132,7 +133,9 @@ def main() -> None:
     rows = [("model", "batch", "variant", "density", "median (ms)", "× dense eager")]
     for name in args.models:
         for batch in args.batches:
-            rows += bench(name, batch, args.densities, args.seconds, not args.no_compile)
+            found = bench(name, batch, args.densities, args.seconds, not args.no_compile)
+            print(*(" ".join(row) for row in found), sep="\n", flush=True)
+            rows += found
     print(aligned_table(rows, right={1, 3, 4, 5}))
 
 

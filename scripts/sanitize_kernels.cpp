@@ -186,7 +186,7 @@ void check(int64_t rows, int64_t columns, int64_t batch, double density) {
 }
 
 // Row-major examples with strides beyond the row, in blocks that end with the last row. The spaces between rows stay as
-// they were.
+// they were. Without an activation nothing optional is given either.
 template <class T, class I>
 void check_rows(int64_t rows, int64_t columns, int64_t batch, double density) {
     const int is_double = sizeof(T) == 8, wide = sizeof(I) == 4;
@@ -196,38 +196,46 @@ void check_rows(int64_t rows, int64_t columns, int64_t batch, double density) {
             const int64_t in = columns + gap, out = rows + gap, last = std::max<int64_t>(batch - 1, 0);
             const int64_t in_size = batch ? last * in + columns : 0, out_size = batch ? last * out + rows : 0;
             auto x = random_block<T>(in_size), g = random_block<T>(out_size), bias = random_block<T>(rows);
-            auto y = block<T>(out_size), gx = block<T>(in_size), gv = block<T>(w.n), gb = block<T>(rows);
-            for (int relu = 0; relu < 2; ++relu) {
+            auto y = block<T>(out_size), slope = block<T>(rows * batch), gx = block<T>(in_size), gv = block<T>(w.n), gb = block<T>(rows);
+            for (int activation = 0; activation < 3; ++activation) {
+                const bool relu = activation == 1, gelu = activation == 2;
                 std::fill_n(y.get(), out_size, T(7));
                 std::fill_n(gx.get(), in_size, T(7));
-                expect(dst_rows_forward(is_double, wide, rows, columns, w.row_pointers.get(), w.column_indices.get(),
-                                        w.row_values.get(), x.get(), in, y.get(), out, batch, relu ? bias.get() : nullptr, relu,
-                                        threads) == 0, "rows' memory", rows, columns, batch);
-                expect(dst_rows_backward(is_double, wide, rows, columns, w.column_pointers.get(), w.row_indices.get(),
-                                         w.values.get(), x.get(), in, g.get(), out, relu ? y.get() : nullptr, relu ? out : 0,
-                                         relu ? gx.get() : nullptr, in, gv.get(), relu ? gb.get() : nullptr, batch, threads) == 0,
-                       "rows' memory", rows, columns, batch);
+                int64_t failed = dst_rows_forward(
+                    is_double, wide, rows, columns, w.row_pointers.get(), w.column_indices.get(), w.row_values.get(), x.get(), in,
+                    y.get(), out, batch, activation ? bias.get() : nullptr, activation, gelu ? slope.get() : nullptr, threads);
+                failed += dst_rows_backward(
+                    is_double, wide, rows, columns, w.column_pointers.get(), w.row_indices.get(), w.values.get(), x.get(), in, g.get(),
+                    out, relu ? y.get() : gelu ? slope.get() : nullptr, relu ? out : rows, gelu, activation ? gx.get() : nullptr, in,
+                    gv.get(), activation ? gb.get() : nullptr, batch, threads);
+                expect(failed == 0, "rows' memory", rows, columns, batch);
                 std::vector<double> values_gradient(w.n), input_gradient(columns * batch), bias_gradient(rows);
                 for (int64_t b = 0; b < batch; ++b)
                     for (int64_t r = 0; r < rows; ++r) {
-                        double sum = relu ? double(bias[r]) : 0.0;
-                        const double part = !relu || y[b * out + r] > 0 ? double(g[b * out + r]) : 0.0;
+                        double sum = activation ? double(bias[r]) : 0.0;
+                        for (int32_t j = w.row_pointers[r]; j < w.row_pointers[r + 1]; ++j)
+                            sum += double(w.row_values[j]) * double(x[b * in + w.column_indices[j]]);
+                        const double below = 0.5 * std::erfc(-sum / std::sqrt(2.0));
+                        const double slopes = below + sum * std::exp(-0.5 * sum * sum) / std::sqrt(2 * std::acos(-1.0));
+                        expect(near(y[b * out + r], relu ? std::max(sum, 0.0) : gelu ? sum * below : sum), "rows", rows, columns,
+                               batch);
+                        if (gelu) expect(near(slope[b * rows + r], slopes), "rows' derivative", rows, columns, batch);
+                        const double factor = relu ? double(y[b * out + r] > 0) : gelu ? double(slope[b * rows + r]) : 1.0;
+                        const double part = factor * double(g[b * out + r]);
                         for (int32_t j = w.row_pointers[r]; j < w.row_pointers[r + 1]; ++j) {
                             const int64_t c = w.column_indices[j];
-                            sum += double(w.row_values[j]) * double(x[b * in + c]);
                             input_gradient[b * columns + c] += double(w.row_values[j]) * part;
                             values_gradient[w.permutation[j]] += double(x[b * in + c]) * part;
                         }
                         bias_gradient[r] += part;
-                        expect(near(y[b * out + r], relu ? std::max(sum, 0.0) : sum), "rows", rows, columns, batch);
                     }
                 for (int64_t j = 0; j < w.n; ++j)
                     expect(near(gv[j], values_gradient[j]), "rows' values", rows, columns, batch);
                 for (int64_t b = 0; b < batch; ++b)
                     for (int64_t c = 0; c < columns; ++c)
-                        expect(relu ? near(gx[b * in + c], input_gradient[b * columns + c]) : gx[b * in + c] == 7,
+                        expect(activation ? near(gx[b * in + c], input_gradient[b * columns + c]) : gx[b * in + c] == 7,
                                "rows' input", rows, columns, batch);
-                for (int64_t r = 0; relu && r < rows; ++r)
+                for (int64_t r = 0; activation && r < rows; ++r)
                     expect(near(gb[r], bias_gradient[r]), "rows' bias", rows, columns, batch);
                 for (int64_t b = 0; b + 1 < batch; ++b)
                     for (int64_t i = 0; i < gap; ++i)

@@ -1,8 +1,8 @@
 """Counts the operations of a model: multiply-accumulates (MACs) per weight, products of activations, unknown operators.
 
-PyTorch's own layers are counted from the shapes of their calls. Everything else is counted operator by operator: a
-functional call belongs to the parameter that it reads, a product of two activations gets an entry of its own, and an
-operator of unknown cost is listed.
+PyTorch's own layers and sparse layers are counted from the shapes of their calls. Everything else is counted operator by
+operator: a functional call belongs to the parameter that it reads, a product of two activations gets an entry of its own,
+and an operator of unknown cost is listed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from dst.errors import ConfigurationError
 from dst.metrics.module_rules import attention_products, module_operations, rule_weights
 from dst.metrics.passes import Example, forward_arguments, undisturbed
+from dst.nn import SparseLinear
 
 _NORMS = (
     nn.LayerNorm,
@@ -118,7 +119,8 @@ def count_operations(model: nn.Module, example: Example, *, batch_size: int | No
 
     Args:
         model: Any module. Linear, Bilinear, Conv1-3d, ConvTranspose1-3d, MultiheadAttention, RNN, LSTM, GRU and their
-            cells are counted from shapes, other products from operators.
+            cells are counted from shapes, and so are the layers of `dst.nn` that store only non-zeros, by their number;
+            other products from operators.
         example: Shape of one sample without the batch dimension, for which a floating-point sample of zeros is run; or a
             batched tensor; or the positional arguments of ``forward`` as a sequence; or its keyword arguments as a
             mapping. Tensors are moved to the device of the model.
@@ -212,7 +214,7 @@ class _Tally:
             covered = frozenset(self.names[id(w)] for w in weights if id(w) in self.names)
             # A reparametrized weight is computed, not a parameter: its product is counted as an operator.
             known = bool(weights) and all(id(w) in self.names for w in weights)
-            one = isinstance(module, (nn.Linear, _ConvNd))
+            one = isinstance(module, (nn.Linear, _ConvNd, SparseLinear))
             self.running.append(_Frame(name, module, covered if known else frozenset(), 1 if one else None))
 
         def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

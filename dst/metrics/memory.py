@@ -7,6 +7,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from dst.errors import ConfigurationError
 from dst.metrics.passes import Example, forward_arguments, undisturbed
+from dst.nn import SparseLinear
 from dst.tables import aligned_table
 
 STORAGES = ("masked", "latent", "csr")
@@ -89,8 +91,9 @@ def predict_memory(
     topology updates.
 
     Args:
-        model: The dense model. It is run once on its own device, in training mode if there is an optimizer, and not
-            changed. On the ``meta`` device nothing is computed.
+        model: The dense model, or one of `dst.prepare`: its layers that already store only non-zeros count as they are. It
+            is run once on its own device, in training mode if there is an optimizer, and not changed. On the ``meta``
+            device nothing is computed.
         example: A batch, as in `dst.metrics.count_operations`.
         active: Parameter name -> number of active weights, for the sparse parameters.
         backend: "masked", "latent" or "csr", for all sparse parameters; or a mapping from parameter names, whose default
@@ -137,16 +140,25 @@ def predict_memory(
         weights += copies * stored * size
         if kind == "csr":
             topology += _index_bytes(parameter.shape, stored)
-            topology += min(-(-count // 8), _UNION_BYTES) if training and dynamic else 0
+            topology += _union_bytes(count) if training and dynamic else 0
         elif kind != "dense" and training:
             topology += count * (1 + dynamic) + (count * size if active[name] < count else 0)
         if training and parameter.requires_grad:
             gradients += stored * size
             per_weight, fixed = state.get(id(parameter), (0, 0))
             optimizer_state += stored * per_weight + fixed
+    for module in model.modules():
+        if isinstance(module, SparseLinear):
+            weights += module.values.numel() * module.values.element_size()
+            topology += module.pattern.nbytes + (_union_bytes(prod(module.shape)) if training and dynamic else 0)
     if activations is None:
         activations = activation_bytes(model, example, training=training)
     return Memory(weights, topology, gradients, optimizer_state, activations)
+
+
+def _union_bytes(weights: int) -> int:
+    """Bytes of the union of all positions in csr storage."""
+    return min(-(-weights // 8), _UNION_BYTES)
 
 
 def _index_bytes(shape: torch.Size, stored: int) -> int:

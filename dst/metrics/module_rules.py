@@ -1,4 +1,4 @@
-"""Multiply-accumulates of PyTorch's own layers, from the shapes of a call."""
+"""Multiply-accumulates of PyTorch's own layers and of sparse layers, from the shapes of a call."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from dst.nn import SparseLinear
+
 _FREE_WEIGHTS = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.RMSNorm)
 
 
@@ -15,6 +17,8 @@ def rule_weights(module: nn.Module) -> list[tuple[str, Tensor]]:
     """The weights that `module_operations` counts; empty for modules that it does not know."""
     if isinstance(module, (nn.Linear, nn.Bilinear, _ConvNd)):
         return [("weight", module.weight)]
+    if isinstance(module, SparseLinear):
+        return [("values", module.values)]
     if isinstance(module, nn.MultiheadAttention):
         names = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
         inner = [(name, getattr(module, name)) for name in names if getattr(module, name) is not None]
@@ -37,6 +41,8 @@ def module_operations(
 
     if isinstance(module, (nn.Linear, nn.Bilinear)):
         yield used(module.weight, output.numel() // module.out_features)
+    elif isinstance(module, SparseLinear):
+        yield "", module.values, module.nnz * (output.numel() // max(1, module.out_features)), output.numel()
     elif isinstance(module, _ConvTransposeNd):
         inputs = _named(("input",), args, kwargs)["input"]
         macs = module.weight.numel() * (inputs.numel() // module.in_channels)

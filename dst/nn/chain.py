@@ -80,6 +80,8 @@ class Chain:
     def _take(self, node: fx.Node) -> bool:
         """Add one operation. Return False if a chain cannot contain it."""
         if node.op == "call_module":
+            if len(node.args) != 1 or node.kwargs:  # another activation, for example
+                return False
             module = self._modules[str(node.target)]
             if type(module) in (SparseLinear, *_DENSE):
                 assert isinstance(module, SparseLinear | nn.Linear)

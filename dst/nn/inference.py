@@ -150,6 +150,9 @@ class InferenceModel(nn.Module):
             except Untraceable as error:
                 self.unfused = str(error)
             self.requires_grad_(False)
+            for layer in self.modules():
+                if isinstance(layer, SparseLinear):
+                    layer.chain_layer()  # makes the row-order copy, which the layer keeps
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.utils.flop_counter import register_flop_formula
 
@@ -69,6 +70,20 @@ def _in_rows(pattern: Pattern, values: Tensor, row_values: Tensor | None) -> Ten
 def _present(gradient: Tensor | None, like: Tensor) -> Tensor:
     """The gradient, or an empty tensor of its own: outputs of an operator may not be None, nor share memory."""
     return like.new_empty(0) if gradient is None else gradient
+
+
+Gradients: TypeAlias = tuple[Tensor | None, Tensor, Tensor | None]
+"""Of input, values and bias; None where they are not wanted."""
+
+
+def _wanted(ctx: Any) -> tuple[bool, bool]:
+    """Whether the gradients of input and bias are wanted."""
+    return ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[3]
+
+
+def _asked(gradients: tuple[Tensor, Tensor, Tensor], input: bool, bias: bool) -> Gradients:
+    gx, gv, gb = gradients
+    return gx if input else None, gv, gb if bias else None
 
 
 # -- linear layers ----------------------------------------------------------------------------------------------------
@@ -166,11 +181,16 @@ def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.has_bias = bias is not None
 
 
-def _linear_formula(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+@once_differentiable
+def _linear_gradients(ctx: Any, g: Tensor) -> Gradients:
     x, values, y, *pattern = ctx.saved_tensors
-    wants_input, wants_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[3]
-    gx, gv, gb = torch.ops.dst.sparse_linear_backward(g, x, values, y, pattern, wants_input, wants_bias)
-    return gx if wants_input else None, gv, None, gb if wants_bias else None, [None] * len(pattern), None
+    wanted = _wanted(ctx)
+    return _asked(torch.ops.dst.sparse_linear_backward(g, x, values, y, pattern, *wanted), *wanted)
+
+
+def _linear_formula(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    gx, gv, gb = _linear_gradients(ctx, g)
+    return gx, gv, None, gb, [None] * len(INDICES), None
 
 
 def _gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -180,11 +200,16 @@ def _gelu_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
     ctx.has_bias = bias is not None
 
 
+@once_differentiable
+def _gelu_gradients(ctx: Any, g: Tensor) -> Gradients:
+    x, values, slope, *pattern = ctx.saved_tensors
+    wanted = _wanted(ctx)
+    return _asked(torch.ops.dst.sparse_linear_backward(g, x, values, None, pattern, *wanted, slope), *wanted)
+
+
 def _gelu_formula(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
-    x, values, derivative, *pattern = ctx.saved_tensors
-    wants_input, wants_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[3]
-    gx, gv, gb = torch.ops.dst.sparse_linear_backward(g, x, values, None, pattern, wants_input, wants_bias, derivative)
-    return gx if wants_input else None, gv, None, gb if wants_bias else None, [None] * len(pattern), None
+    gx, gv, gb = _gelu_gradients(ctx, g)
+    return gx, gv, None, gb, [None] * len(INDICES), None
 
 
 # -- convolutions -----------------------------------------------------------------------------------------------------
@@ -279,12 +304,16 @@ def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.has_bias = bias is not None
 
 
-def _conv_formula(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+@once_differentiable
+def _conv_gradients(ctx: Any, g: Tensor) -> Gradients:
     x, values, y, *pattern = ctx.saved_tensors
-    wants_input, wants_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[3]
-    gx, gv, gb = torch.ops.dst.sparse_conv2d_backward(g, x, values, y, pattern, *ctx.sizes, wants_input, wants_bias)
-    none = [None] * len(pattern)
-    return gx if wants_input else None, gv, None, gb if wants_bias else None, none, *[None] * 5
+    wanted = _wanted(ctx)
+    return _asked(torch.ops.dst.sparse_conv2d_backward(g, x, values, y, pattern, *ctx.sizes, *wanted), *wanted)
+
+
+def _conv_formula(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+    gx, gv, gb = _conv_gradients(ctx, g)
+    return gx, gv, None, gb, [None] * len(INDICES), *[None] * 5
 
 
 _IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {

@@ -429,9 +429,10 @@ class SparseLinear(nn.Module):
         converted = values.dtype is not self.values.dtype
         y = None
         if self._chains(x) and not gelu:
-            if self._chain is None or not unchanged(self._chain.watched):
-                self._chain = None if converted else self._prepared_chain()
-            y = None if self._chain is None else self._chain.chain.run(x)
+            chain = self._chain  # another thread may replace it
+            if chain is None or not unchanged(chain.watched):
+                chain = self._chain = None if converted else self._prepared_chain()
+            y = None if chain is None else chain.chain.run(x)
         if y is None:
             rows = self._rows.of(values, self._pattern, self._engine, fresh=self.training or converted)
             y = self._operator(x, values, rows, bias, gelu, False)[0]

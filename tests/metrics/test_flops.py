@@ -8,8 +8,10 @@ from math import prod
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from dst.allocation import ERK
+import dst
+from dst.allocation import ERK, Uniform
 from dst.errors import ConfigurationError
 from dst.metrics import (
     CONVENTIONS,
@@ -20,6 +22,7 @@ from dst.metrics import (
     layer_macs,
 )
 from dst.models import WRN22_2, LeNet300100
+from dst.nn import SparseLinear
 from tests.metrics.uncounted import uncounted
 from tests.resnet50 import ResNet50
 
@@ -268,6 +271,39 @@ def test_conventions_by_hand():
     assert (sparse.theoretical, sparse.executed) == (2 * 3 + 5, 2 * 3 + 5)
     assert flops_table(operations, {"weight": 0.2}, convention="rigl", backend="csr", stored=[]).executed == 35
     assert sum(CONVENTIONS[name].per_mac for name in ("macs", "flops", "rigl")) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch", [1, 6])
+def test_sparse_layers_execute_the_operations_of_their_non_zeros(batch, dtype):
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, (5, 3), stride=2, padding=(2, 0), dilation=(1, 2)),
+        nn.ReLU(), nn.Conv2d(6, 4, 1), nn.Flatten(), nn.Linear(4 * 4 * 2, 5),
+    ).to(dtype)  # fmt: skip
+    images = torch.zeros(batch, 3, 8, 8, dtype=dtype)
+    dense = count_operations(net, images)
+    sparse = dst.prepare(net, dst.methods.rigl(0.3, allocation=Uniform(), backend="csr"))
+    found = {name: layer for name, layer in sparse.named_modules() if isinstance(layer, SparseLinear)}
+    assert len(found) == 4
+    positions = {"0": 8 * 8, "2": 4 * 2, "4": 4 * 2, "6": 1}
+    operations = count_operations(sparse, images)
+    assert operations.macs == {f"{name}.values": layer.nnz * positions[name] for name, layer in found.items()}
+    assert not operations.products
+    assert not operations.warnings()
+    # As the table says before the layers are swapped.
+    densities = {f"{name}.weight": layer.nnz / layer.mask().numel() for name, layer in found.items()}
+    for convention in CONVENTIONS:
+        table = flops_table(dense, densities, convention=convention, backend="csr")
+        assert table.executed == pytest.approx(flops_table(operations, {}, convention=convention).dense, rel=1e-12)
+    # As torch counts a pass, and its backward pass, which costs twice as much but for the first layer's input.
+    sparse.train()
+    with FlopCounterMode(display=False) as counter:
+        y = sparse(images)
+    forward = 2 * batch * sum(operations.macs.values())
+    assert counter.get_total_flops() == forward
+    with FlopCounterMode(display=False) as counter:
+        y.float().sum().backward()
+    assert counter.get_total_flops() == 2 * forward - 2 * batch * operations.macs["0.values"]
 
 
 def test_attention_scores_are_products_that_no_mask_makes_cheaper():

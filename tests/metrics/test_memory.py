@@ -62,10 +62,23 @@ def held_by(sparsifier, model, optimizer):
     return sum({t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in found}.values())
 
 
+def linear_layers():
+    return nn.Sequential(nn.Linear(64, 48, bias=False), nn.Linear(48, 32, bias=False), nn.Linear(32, 10))
+
+
+def convolutions():
+    """Kernels of several sizes on images of 64 values."""
+    return nn.Sequential(
+        nn.Unflatten(1, (4, 4, 4)), nn.Conv2d(4, 16, 3, padding=1), nn.Conv2d(16, 24, (5, 3), stride=2, padding=2),
+        nn.Conv2d(24, 16, 1, bias=False), nn.Flatten(), nn.Linear(16 * 2 * 3, 10),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("build", [linear_layers, convolutions])
 @pytest.mark.parametrize("backend", ["masked", "latent", "csr"])
-def test_prediction_equals_what_a_training_holds(backend):
+def test_prediction_equals_what_a_training_holds(backend, build):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 48, bias=False), nn.Linear(48, 32, bias=False), nn.Linear(32, 10))
+    model = build()
     twin = copy.deepcopy(model)
     method = (
         dst.methods.top_kast(0.1) if backend == "latent" else dst.methods.rigl(0.1, update_every=2, backend=backend)
@@ -84,6 +97,11 @@ def test_prediction_equals_what_a_training_holds(backend):
     trained = torch.optim.SGD(twin.parameters(), 0.1, momentum=0.9)
     predicted = predict_memory(twin, torch.zeros(16, 64), active, backend=homes, optimizer=trained)
     assert predicted.total - predicted.activations == held_by(sparsifier, model, optimizer)
+    if backend == "csr":
+        # From the prepared model itself; what a sparse layer keeps for its backward pass is its input, as a dense one.
+        assert predict_memory(model, torch.zeros(16, 64), {}, optimizer=optimizer) == predicted
+        inference = predict_memory(twin, torch.zeros(16, 64), active, backend=homes)
+        assert predict_memory(model, torch.zeros(16, 64), {}) == inference
 
 
 def test_backends_may_differ_within_a_model():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 import warnings
 
 import pytest
@@ -12,10 +13,12 @@ from torch import nn
 from torch.nn import functional
 
 import dst
+from dst import kernels
 from dst.errors import ConfigurationError
 from dst.models import GPT, WRN22_2, ResNet20, ViTTiny
-from dst.nn import InferenceModel, SparseConv2d, SparseLinear, optimize_for_inference
+from dst.nn import FeedForward, InferenceModel, SparseConv2d, SparseLinear, optimize_for_inference
 
+COMPILED = kernels.load()
 IMAGES = (3, 16, 16)
 
 
@@ -213,6 +216,17 @@ def test_folds_only_what_nothing_else_reads(kind, folded, relus):
     assert fast.relus == relus
 
 
+def test_gelu_in_the_pass_of_a_layer_stays():
+    block = FeedForward(6, 12)
+    block.expand, block.project = SparseLinear.random(6, 12, 40), SparseLinear.random(12, 5, 40)
+    x = torch.randn(1, 6), torch.randn(8, 6)
+    assert check(block.eval(), *x).relus == []
+    block.project = nn.BatchNorm1d(12)
+    assert check(randomized(block), *x).folded == []
+    block.project = nn.ReLU()
+    assert check(block.eval(), *x).relus == []
+
+
 def test_hooks_patched_layers_and_missing_statistics_stay():
     torch.manual_seed(0)
 
@@ -291,11 +305,37 @@ def test_is_a_snapshot_without_training():
 
 def test_keeps_the_row_order_copy():
     model = randomized(nn.Sequential(sparse_conv(3, 4), nn.BatchNorm2d(4), nn.ReLU(), sparse_conv(4, 4)))
+
+    def keys():
+        return [layer._rows.key for layer in fast.modules() if isinstance(layer, SparseLinear)]
+
     with torch.inference_mode():
         fast = optimize_for_inference(model)
-        x = torch.randn(1, 3, 5, 5)
-        fast(x)
-        kept = [layer._rows.key for layer in fast.modules() if isinstance(layer, SparseLinear)]
-        fast(x)
-        assert kept == [layer._rows.key for layer in fast.modules() if isinstance(layer, SparseLinear)]
-    assert None not in kept
+        kept = keys()
+        for batch in (1, 8):
+            fast(torch.randn(batch, 3, 5, 5))
+    assert len(kept) == 2
+    if COMPILED is not None:
+        assert None not in kept
+        assert kept == keys()
+
+
+def test_threads_may_share_a_model():
+    first, last = SparseLinear.random(9, 8, 40), SparseLinear.random(8, 5, 20)
+    model = randomized(nn.Sequential(first, nn.BatchNorm1d(8), nn.Sigmoid(), last))
+    x = torch.randn(4, 9)
+    with torch.no_grad():
+        wanted = model(x)
+    for _ in range(10):
+        fast, wrong = optimize_for_inference(model), []
+
+        def work(i, fast=fast, wrong=wrong):
+            with torch.inference_mode():
+                wrong += [i for _ in range(20) if not torch.allclose(fast(x[i : i + 1])[0], wanted[i], atol=1e-5)]
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong

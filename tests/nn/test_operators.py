@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import dst
@@ -65,6 +66,41 @@ def test_operators_keep_their_contracts(engine, kind, dtype, batch):
             torch.library.opcheck(backward.default, call, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.parametrize("batch", [0, 1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gelu_keeps_the_contract(engine, dtype, batch):
+    layer, x, pattern, _ = operands("linear", dtype, batch)
+    values, forward = layer.values.detach(), torch.ops.dst.sparse_linear_gelu
+    for bias in (None, layer.bias.detach()):
+        torch.library.opcheck(forward.default, (x, values, None, bias, pattern, False))
+        tensors = [None if t is None else t.clone().requires_grad_() for t in (x, values, bias)]
+        torch.library.opcheck(forward.default, (*tensors[:2], None, tensors[2], pattern, True))
+        y, slope = forward(x, values, None, bias, pattern, True)
+        backward = torch.ops.dst.sparse_linear_backward.default
+        for wants in ((False, False), (True, bias is not None)):
+            call = (torch.randn_like(y), x, values, None, pattern, *wants, slope)
+            torch.library.opcheck(backward, call, test_utils=("test_schema", "test_faketensor"))
+
+
+class Watching(TorchDispatchMode):
+    """Sees every operator, and changes none."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("kind", ["linear", "gelu", "conv"])
+def test_layers_are_differentiated_once(kind, watched):
+    layer, x, _, _ = operands("conv" if kind == "conv" else "linear", torch.float64, 5)
+    x.requires_grad_()
+    with Watching() if watched else torch.enable_grad():
+        y = layer(x, gelu=True) if kind == "gelu" else layer(x)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
+
+
 class Net(nn.Module):
     def __init__(self, dtype=torch.float64) -> None:
         super().__init__()
@@ -72,10 +108,12 @@ class Net(nn.Module):
         self.conv = SparseConv2d(2, 4, torch.arange(0, 72, 3), kernel_size=(3, 3), padding=(1, 1), dtype=dtype)
         self.norm = nn.BatchNorm2d(4, dtype=dtype)
         self.hidden = SparseLinear.random(80, 12, 200, dtype=dtype, relu=True)
+        self.smooth = SparseLinear.random(12, 12, 40, dtype=dtype)
         self.head = nn.Linear(12, 3, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.hidden(self.norm(self.conv(x)).relu().flatten(1)))
+        x = self.hidden(self.norm(self.conv(x)).relu().flatten(1))
+        return self.head(self.smooth(x, gelu=True))
 
 
 def passes(model: nn.Module, parameters: nn.Module, x: Tensor) -> list[Tensor]:
@@ -169,7 +207,8 @@ def test_export(batch):
     x = torch.randn(batch, 2, 4, 5, dtype=torch.float64)
     program = torch.export.export(net, (x,))
     targets = [str(node.target) for node in program.graph.nodes]
-    assert [t for t in targets if t.startswith("dst.")] == ["dst.sparse_conv2d.default", "dst.sparse_linear.default"]
+    names = ["sparse_conv2d", "sparse_linear", "sparse_linear_gelu"]
+    assert [t for t in targets if t.startswith("dst.")] == [f"dst.{name}.default" for name in names]
     with torch.no_grad():
         torch.testing.assert_close(program.module()(x), net(x))
 
@@ -191,8 +230,9 @@ def test_the_profiler_names_them():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         net(torch.randn(6, 2, 4, 5, dtype=torch.float64)).sum().backward()
     names = {event.key: event.count for event in profile.key_averages()}
-    for name in ("sparse_linear", "sparse_linear_backward", "sparse_conv2d", "sparse_conv2d_backward"):
+    for name in ("sparse_linear", "sparse_linear_gelu", "sparse_conv2d", "sparse_conv2d_backward"):
         assert names[f"dst::{name}"] == 1
+    assert names["dst::sparse_linear_backward"] == 2
 
 
 @pytest.mark.parametrize("batch", [1, 6])
