@@ -52,7 +52,12 @@ class BuildKernels(build_ext):
 
 setup(
     ext_modules=[
-        Extension("dst.kernels._spmm", ["dst/kernels/spmm.cpp"], depends=["dst/kernels/rows.cpp", "dst/kernels/conv.cpp"], optional=True)
+        Extension(
+            "dst.kernels._spmm",
+            ["dst/kernels/spmm.cpp"],
+            depends=["dst/kernels/rows.cpp", "dst/kernels/conv.cpp"],
+            optional=True,
+        )
     ],
     cmdclass={"build_py": BuildWithConf, "build_ext": BuildKernels},
 )
