@@ -220,7 +220,8 @@ inline void gelu(float* y, float* derivative, int64_t n) {
         for (int64_t i = 0; i < size; ++i) {
             const float x = at[i], a = std::fabs(x) * 0.70710678f;
             float p = x * x * -0.72134752f;  // exp(-x²/2) = 2^p, in whole and fractional powers
-            p = p < -125.0f ? -125.0f : p;
+            const bool normal = p > -125.0f;  // not NaN either, which no integer can hold
+            p = normal ? p : -125.0f;
             const float whole = (p + 12582912.0f) - 12582912.0f, f = p - whole;
             float e = 1.5403530e-4f;
             e = e * f + 1.3333558e-3f;
@@ -232,7 +233,7 @@ inline void gelu(float* y, float* derivative, int64_t n) {
             const int32_t bits = (int32_t(whole) + 127) << 23;
             float power;
             std::memcpy(&power, &bits, sizeof power);
-            e *= power;
+            e = normal ? e * power : 0.0f;
             const float t = 1.0f / (1.0f + 0.3275911f * a);
             float q = 1.061405429f;
             q = q * t - 1.453152027f;

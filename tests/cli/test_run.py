@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from dst.backends import auto
+from dst.backends import timing
 from dst.cli import main as cli
 from dst.cli import sweep
 from dst.cli.train import run
@@ -29,7 +29,7 @@ config = partial(composed, "trainer.max_epochs=4")
 
 def test_a_run_that_measures_resumes_with_the_layers_it_has(tmp_path, monkeypatch, capsys):
     def pretend(fast):
-        monkeypatch.setattr(auto, "measure", lambda case: auto.Timing(2.0 if case.inputs == fast else 0.5, 1.0))
+        monkeypatch.setattr(timing, "measure", lambda case: timing.Timing(2.0 if case.inputs == fast else 0.5, 1.0))
 
     pretend(64)
     run(config("backend=auto", "trainer.max_epochs=2"), tmp_path / "whole")
