@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dst.backends import timing
 from dst.backends.csr_support import is_supported
 from dst.backends.prepare import prepare as prepare_csr
-from dst.backends.swap import dense_module, exchange, sparse_module
+from dst.backends.swap import dense_module, exchange, sparse_attention, sparse_module
 from dst.backends.timing import Case, Measure, Timing, case_of, input_shapes
 from dst.errors import StateError
 from dst.method import Method
-from dst.nn import SparseLinear
+from dst.nn import SparseLinear, SparseMultiheadAttention
 from dst.topology.layers import Selector, SparseLayer
 from dst.topology.sharding import from_first, rank
 
@@ -136,17 +137,27 @@ def restore_modules(seed: int, module: nn.Module, state_dict: Mapping[str, Any],
     if not is_restored(module) and not any(key.endswith("column_pointers") for key in state_dict):
         return
     exchanged: dict[nn.Module, nn.Module] = {}
+    attentions: dict[nn.MultiheadAttention, SparseLinear] = {}
     for name, child in module.named_modules():
         start = f"{prefix}{name}." if name else prefix
         saved_sparse = f"{start}column_pointers" in state_dict and f"{start}values" in state_dict
-        if isinstance(child, SparseLinear) and not saved_sparse and f"{start}weight" in state_dict:
+        if isinstance(child, SparseMultiheadAttention) and f"{start}in_proj_weight" in state_dict:
+            exchanged[child] = dense_module(child)
+            report(f"{name}.in_proj_weight masked (as in the checkpoint)")
+        elif type(child) is nn.MultiheadAttention and f"{start}in_proj.values" in state_dict:
+            count = state_dict[f"{start}in_proj.values"].numel()
+            attentions[child] = sparse_module(name, child, torch.arange(count), seed)
+            report(f"{name}.in_proj_weight csr (as in the checkpoint)")
+        elif isinstance(child, SparseLinear) and not saved_sparse and f"{start}weight" in state_dict:
             exchanged[child] = dense_module(child)
             report(f"{name}.weight masked (as in the checkpoint)")
-        elif saved_sparse and is_supported(child):
+        elif saved_sparse and (is_supported(child) or isinstance(child, NonDynamicallyQuantizableLinear)):
             # The positions are placeholders: loading the state dict sets them.
             count = state_dict[f"{start}values"].numel()
             exchanged[child] = sparse_module(name, child, torch.arange(count), seed)
             report(f"{name}.weight csr (as in the checkpoint)")
+    for dense, packed in attentions.items():
+        exchanged[dense] = sparse_attention(dense, packed, exchanged.get(dense.out_proj, dense.out_proj))
     exchange(module, exchanged)
     if exchanged:
         module.__dict__[_DECIDED] = True

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 
 from dst.backends.swap import dense_module, exchange
 from dst.errors import StateError
-from dst.nn import SparseLinear
-from dst.topology.layers import sparse_modules
+from dst.nn import PackedProjection, SparseLinear, SparseMultiheadAttention
+from dst.topology.layers import dense_name, sparse_modules
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -27,7 +27,8 @@ def to_dense(model: nn.Module) -> nn.Module:
     Returns:
         The model. A new module if the model itself is a sparse layer.
     """
-    return exchange(model, {m: dense_module(m) for m in model.modules() if isinstance(m, SparseLinear)})
+    stored = [m for m in model.modules() if isinstance(m, (SparseLinear, SparseMultiheadAttention))]
+    return exchange(model, {m: dense_module(m) for m in stored if not isinstance(m, PackedProjection)})
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -41,17 +42,17 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
     Returns:
         Names of the dense model to tensors, in the model's order.
     """
-    stored = sparse_modules(model)
+    modules = dict(model.named_modules())
     result: dict[str, Any] = {}
     for name, value in model.state_dict().items():
         owner, _, attribute = name.rpartition(".")
-        weight = f"{owner}.weight" if owner else "weight"
-        if weight not in stored:
+        module = modules.get(owner)
+        if not isinstance(module, SparseLinear):
             result[name] = value
         elif attribute == "values":
-            result[weight] = stored[weight].dense_weight()
+            result[dense_name(owner, module, "weight")] = module.dense_weight()
         elif attribute == "bias":
-            result[name] = value
+            result[dense_name(owner, module, "bias")] = value
     return result
 
 

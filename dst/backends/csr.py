@@ -46,9 +46,20 @@ class Csr(Storage):
                     f"the non-zeros of {name} are {type(values).__name__} on {values.device}; the csr backend needs whole "
                     'tensors on the CPU: train there, or use backend="masked"'
                 )
-        self.active = {layer.label: modules[layer.parameter].nnz for layer in layers}
+        self.active = self._counts()
         self._explored: dict[str, Explored] = {}
         self._averages: list[dict[str, SparseLinear]] = []
+
+    def _counts(self) -> dict[str, int]:
+        return {layer.label: self._span(layer).stop - self._span(layer).start for layer in self._layers}
+
+    def _span(self, layer: SparseLayer) -> slice:
+        """Where the active weights of a layer are in the row-major order of its module."""
+        module = self._modules[layer.parameter]
+        if layer.rows is None:
+            return slice(0, module.nnz)
+        pointers, (first, last) = module.pattern.row_pointers, layer.rows
+        return slice(int(pointers[first]), int(pointers[last]))
 
     def masks(self) -> dict[str, Tensor]:
         """See ``Storage``. Builds the masks at every call."""
@@ -68,13 +79,16 @@ class Csr(Storage):
     ) -> LayerView:
         """See ``Storage``."""
         module = self._modules[layer.parameter]
-        return LayerView(module.dense_weight(), module.mask(), None, None, generator)
+        return LayerView(layer.part(module.dense_weight()), layer.part(module.mask()), None, None, generator)
 
     def rescale(self, layer: SparseLayer) -> None:
         """See ``Storage``."""
         module = self._modules[layer.parameter]
         counts = module.pattern.row_pointers.diff()
         scale = (module.in_features / counts.clamp(min=1)).sqrt().to(module.values.dtype)
+        if layer.rows is not None:
+            first, last = layer.rows
+            scale[:first], scale[last:] = 1, 1
         module.values.detach().mul_(scale[module.pattern.row_indices.to(torch.int64)])
 
     def decide(self, update: LayerUpdate, scoring: Scoring) -> Rewiring | None:
@@ -88,12 +102,13 @@ class Csr(Storage):
         # All ranks must take the same branch: each tile of the gradient is reduced over them.
         if grow.needs_gradient and all_agree(not module.collected, self._group):
             return None
-        active, weight = module.positions(), module.row_major(module.values)
+        span = self._span(layer)
+        active, weight = module.positions()[span] - layer.offset, module.row_major(module.values)[span]
         ranking = drop(
             LayerView(
                 weight,
                 torch.ones_like(weight, dtype=torch.bool),
-                None if gradient is None else module.row_major(gradient),
+                None if gradient is None else module.row_major(gradient)[span],
                 None,
                 scoring.generator("drop"),
             )
@@ -102,7 +117,9 @@ class Csr(Storage):
         def choose(count: int, excluded: Tensor) -> Tensor:
             if sampler is not None:
                 return sampler.sample(layer.weights, excluded, count, scoring.generator("grow"))
-            return module.grow_candidates(count, exclude=excluded, reduce=self._reduce, key=tie_key(ties))
+            return module.grow_candidates(
+                count, exclude=excluded, reduce=self._reduce, key=tie_key(ties), within=layer.rows
+            )
 
         return rewire(
             active,
@@ -122,7 +139,8 @@ class Csr(Storage):
         """See ``Storage``."""
         name, module = layer.parameter, self._modules[layer.parameter]
         gradient = module.values.grad
-        source = module.rewire(rewiring.grown, rewiring.dropped)
+        grown, dropped = rewiring.grown + layer.offset, rewiring.dropped + layer.offset
+        source = module.rewire(grown, dropped)
         for _, state in per_weight_state(optimizer, module.values):
             state.copy_(remap(state, source))
         if gradient is not None:
@@ -130,9 +148,9 @@ class Csr(Storage):
             self._reduce(collected)
             module.values.grad = torch.where(source >= 0, gradient[source.clamp(min=0)], collected)
         if self._explored:
-            self._explored[name].add(rewiring.grown)
+            self._explored[name].add(grown)
         for average in self._averages:
-            average[name].rewire(rewiring.grown, rewiring.dropped)
+            average[name].rewire(grown, dropped)
 
     def expect_dense_gradient(self, parameters: Collection[nn.Parameter], expected: bool) -> None:
         """See ``Storage``."""
@@ -185,7 +203,9 @@ class Csr(Storage):
     def explored(self, layer: SparseLayer) -> float:
         """See ``Storage``."""
         explored = self._explored.get(layer.parameter)
-        return self.active[layer.label] if explored is None else explored.count()
+        if explored is None:
+            return self.active[layer.label]
+        return explored.count() if layer.rows is None else explored.count(layer.offset, layer.offset + layer.weights)
 
     def signatures(self) -> Iterable[tuple[str, Tensor]]:
         """See ``Storage``."""
@@ -204,7 +224,7 @@ class Csr(Storage):
             # If the model was loaded first it has these positions already, and keeps its values.
             if not torch.equal(positions, module.positions()):
                 module.set_pattern(positions)
-        self.active = {layer.label: self._modules[layer.parameter].nnz for layer in self._layers}
+        self.active = self._counts()
         self._explored = {}
         for name in (n for n in self._modules if n in union):
             self._explored[name] = union_as_bits(union[name], self.shape(name))

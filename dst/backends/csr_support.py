@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from dst.nn import FeatureMajorLinear, SparseConv1D, SparseConv2d, SparseLinear
-from dst.topology.layers import SparseLayer, is_conv1d
+from dst.nn import FeatureMajorLinear
+from dst.topology.layers import SparseLayer, is_conv1d, sparse_modules
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SPARSE = (SparseLinear.__name__, SparseConv1D.__name__, SparseConv2d.__name__)
 
 
 def unsupported_reasons(model: nn.Module, layers: Sequence[SparseLayer]) -> dict[str, str | None]:
@@ -25,31 +24,48 @@ def unsupported_reasons(model: nn.Module, layers: Sequence[SparseLayer]) -> dict
     Returns:
         Layer label to the reason, or ``None`` if the layer is supported.
     """
-    owners, named = owners_of(model), dict(model.named_parameters())
-    fused = {id(child) for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer) for child in m.children()}
-    return {
+    owners, named, stored = owners_of(model), dict(model.named_parameters()), sparse_modules(model)
+    reasons = {
         layer.label: None
-        if layer.kind in _SPARSE
-        else _unsupported_reason(layer, named[layer.parameter], owners[layer.parameter], fused)
+        if layer.parameter in stored
+        else _unsupported_reason(layer, named[layer.parameter], owners[layer.parameter])
         for layer in layers
     }
+    names = {parameter: name for name, parameter in named.items()}
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            inner = [x.label for x in layers if named.get(x.parameter) is module.in_proj_weight]
+            reason = next((why for label in inner if (why := reasons[label])), _unsupported_attention(module))
+            if reason is None and len(inner) < 3:
+                reason = "q, k and v are stored together, and not all of them are sparse"
+            held = {names[parameter] for parameter in module.parameters()}
+            reasons.update((x.label, reasons[x.label] or reason) for x in layers if x.parameter in held)
+    return reasons
 
 
-def _unsupported_reason(
-    layer: SparseLayer, weight: Tensor, owners: Sequence[nn.Module], fused: Collection[int]
-) -> str | None:
+def _unsupported_attention(module: nn.MultiheadAttention) -> str | None:
+    """What an attention module has that its sparse counterpart does not support, or ``None``."""
+    if type(module) is not nn.MultiheadAttention:
+        return f"{type(module).__name__} has no csr kernel"
+    if not module._qkv_same_embed_dim:
+        return "attention with kdim or vdim is not supported by csr; use nn.Linear projections"
+    if module.bias_k is not None or module.add_zero_attn:
+        return "attention with add_bias_kv or add_zero_attn is not supported by csr"
+    return None
+
+
+def _unsupported_reason(layer: SparseLayer, weight: Tensor, owners: Sequence[nn.Module]) -> str | None:
     """Why the csr backend does not support a dense layer, or ``None``."""
     first = owners[0]
-    if any(isinstance(m, (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)) for m in owners):
-        return "MultiheadAttention reads the weight directly; csr supports q, k, v and output as nn.Linear"
-    if not all(is_supported(m) for m in owners) or layer.parameter.rpartition(".")[2] != "weight":
+    is_attention = type(first) in (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)
+    if is_attention and all(type(m) is type(first) for m in owners):
+        pass  # judged with its module
+    elif not all(is_supported(m) for m in owners) or layer.parameter.rpartition(".")[2] != "weight":
         if isinstance(first, nn.Conv2d):
             return f"{_unsupported_convolution(first)} convolution has no csr kernel"
         return f"{layer.kind} has no csr kernel"
     if len({id(module) for module in owners}) > 1:
         return "tied weights"
-    if id(first) in fused:
-        return "TransformerEncoderLayer reads the weight directly"
     if weight.device.type not in ("cpu", "meta"):
         return f"on {weight.device.type}; csr computes on the CPU"
     if weight.dtype not in _DTYPES:

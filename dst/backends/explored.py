@@ -38,8 +38,11 @@ class Explored:
         slots = positions.numpy()
         np.bitwise_or.at(self.bits.numpy(), slots >> 3, np.left_shift(1, slots & 7).astype(np.uint8))
 
-    def count(self) -> float:
-        """Number of positions in the set; an estimate if the set is sampled."""
+    def count(self, start: int = 0, stop: int | None = None) -> float:
+        """Number of positions of [``start``, ``stop``) in the set, by default of all; an estimate if the set is sampled."""
+        if stop is not None:
+            inside = self.positions()
+            return int(((inside >= start) & (inside < stop)).sum()) * self._every
         found = int(_BITS[self.bits.numpy()].sum(dtype=np.int64))
         return found if self._every == 1 else found * self._size / self._slots
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dst.backends.explored import Explored
+from dst.topology.layers import SparseLayer
 from dst.topology.rewiring import fill_at_
 
 
@@ -28,9 +29,14 @@ def is_union(saved: Tensor, shape: tuple[int, ...]) -> bool:
     return saved.dtype == torch.uint8 and saved.shape == Explored(math.prod(shape), shape[-1]).bits.shape
 
 
-def count(saved: Tensor) -> int:
-    """Number of active weights of a saved mask."""
-    return int(saved.sum()) if saved.dtype == torch.bool else saved.numel()
+def count(saved: Tensor, layer: SparseLayer | None = None) -> int:
+    """Number of active weights in the saved mask of a parameter, or of a layer in it."""
+    if saved.dtype == torch.bool:
+        return int((saved if layer is None else layer.part(saved)).sum())
+    if layer is None or layer.rows is None:
+        return saved.numel()
+    first, last = torch.searchsorted(saved, torch.tensor([layer.offset, layer.offset + layer.weights])).tolist()
+    return int(last - first)
 
 
 def as_mask(saved: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from dst.backends.csr_support import sizes_of_padding
 from dst.errors import ConfigurationError
-from dst.nn import FeatureMajorLinear, SparseConv1D, SparseConv2d, SparseLinear
+from dst.nn import (
+    FeatureMajorLinear,
+    PackedProjection,
+    SparseConv1D,
+    SparseConv2d,
+    SparseLinear,
+    SparseMultiheadAttention,
+)
 from dst.topology.layers import is_conv1d
 from dst.topology.seeding import folded_generator
+
+_FUSED = "_dst_fused"
+"""Attribute of an encoder: its setting before its fused evaluation was disabled."""
 
 _HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith("_hooks") and "state_dict" not in name)
 
@@ -31,6 +41,7 @@ def exchange(model: nn.Module, swapped: Mapping[nn.Module, nn.Module]) -> nn.Mod
     model = replace(model, swapped)
     modules = list(model.modules())
     _guard_save_pretrained(model, any(isinstance(module, SparseLinear) for module in modules))
+    _guard_fused_encoders(modules)
     # Models that were pickled by earlier versions have feature-major layers beside sparse ones.
     return replace(model, {m: m.to_linear() for m in modules if type(m) is FeatureMajorLinear})
 
@@ -43,6 +54,22 @@ def _guard_save_pretrained(model: nn.Module, stores_non_zeros: bool) -> None:
         model.__dict__["save_pretrained"] = _refuse_to_save
     else:
         model.__dict__.pop("save_pretrained", None)
+
+
+def _guard_fused_encoders(modules: Iterable[nn.Module]) -> None:
+    """Disable the fused evaluation of torch's encoders with sparse layers: it reads dense weights."""
+    for module in modules:
+        if isinstance(module, nn.TransformerEncoder):
+            setting = "use_nested_tensor"
+        elif isinstance(module, nn.TransformerEncoderLayer):
+            setting = "activation_relu_or_gelu"
+        else:
+            continue
+        if any(isinstance(inner, SparseLinear) for inner in module.modules()):
+            module.__dict__.setdefault(_FUSED, module.__dict__[setting])
+            module.__dict__[setting] = False
+        elif _FUSED in module.__dict__:
+            module.__dict__[setting] = module.__dict__.pop(_FUSED)
 
 
 def _refuse_to_save(*args: Any, **kwargs: Any) -> None:
@@ -66,11 +93,12 @@ def sparse_module(label: str, dense: nn.Module, positions: Tensor, seed: int) ->
 
     Args:
         label: The layer's label. Together with ``seed`` it seeds the values if the dense weight is on the meta device.
-        dense: A module that ``is_supported``.
+        dense: A module that ``is_supported``. Of attention, q, k and v together become a ``PackedProjection``.
         positions: Sorted row-major positions of the weights.
         seed: Stored as ``pattern_seed``.
     """
-    weight, bias = dense.get_parameter("weight"), dense._parameters["bias"]
+    prefix = "in_proj_" if isinstance(dense, nn.MultiheadAttention) else ""
+    weight, bias = dense.get_parameter(f"{prefix}weight"), dense._parameters[f"{prefix}bias"]
     on_meta = weight.device.type == "meta"
     values = None if on_meta else weight.detach().reshape(-1)[positions]
     options: dict[str, Any] = {
@@ -96,15 +124,34 @@ def sparse_module(label: str, dense: nn.Module, positions: Tensor, seed: int) ->
     elif is_conv1d(dense):
         sparse = SparseConv1D(outputs, inputs, positions, values, dense_type=type(dense), **options)
     else:
-        sparse = SparseLinear(inputs, outputs, positions, values, **options)
+        sparse = (PackedProjection if prefix else SparseLinear)(inputs, outputs, positions, values, **options)
     if bias is not None and sparse.bias is not None:
         if not on_meta:
             sparse.bias.detach().copy_(bias.detach())
         sparse.bias.requires_grad_(bias.requires_grad)
-    for name in _HOOKS:
-        sparse.__dict__[name] = dense.__dict__[name]
+    if not prefix:
+        _move_hooks(dense, sparse)
     sparse.pattern_seed = seed
     return sparse.train(dense.training)
+
+
+def sparse_attention(
+    dense: nn.MultiheadAttention, in_proj: SparseLinear, out_proj: nn.Module
+) -> SparseMultiheadAttention:
+    """Create sparse attention from its projections, with the settings and hooks of dense attention."""
+    assert isinstance(in_proj, PackedProjection)
+    assert isinstance(out_proj, (nn.Linear, SparseLinear))
+    options: dict[str, Any] = {"dropout": dense.dropout, "batch_first": dense.batch_first}
+    sparse = SparseMultiheadAttention(in_proj, out_proj, dense.num_heads, **options)
+    _move_hooks(dense, sparse)
+    # Not by train(), which would also set the mode of the output projection.
+    sparse.training = dense.training
+    return sparse
+
+
+def _move_hooks(old: nn.Module, new: nn.Module) -> None:
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]
 
 
 def two(sizes: tuple[int, ...]) -> tuple[int, int]:
@@ -113,9 +160,11 @@ def two(sizes: tuple[int, ...]) -> tuple[int, int]:
     return down, across
 
 
-def dense_module(sparse: SparseLinear) -> nn.Module:
+def dense_module(sparse: SparseLinear | SparseMultiheadAttention) -> nn.Module:
     """Create a dense module with the weights and hooks of a sparse one, and zeros elsewhere."""
     dense: nn.Module
+    if isinstance(sparse, SparseMultiheadAttention):
+        return _dense_attention(sparse)
     if isinstance(sparse, SparseConv1D):
         dense = sparse.to_conv1d()
     else:
@@ -123,6 +172,25 @@ def dense_module(sparse: SparseLinear) -> nn.Module:
     dense.get_parameter("weight").requires_grad_(sparse.values.requires_grad)
     if sparse.bias is not None:
         dense.get_parameter("bias").requires_grad_(sparse.bias.requires_grad)
-    for name in _HOOKS:
-        dense.__dict__[name] = sparse.__dict__[name]
+    _move_hooks(sparse, dense)
+    return dense
+
+
+def _dense_attention(sparse: SparseMultiheadAttention) -> nn.MultiheadAttention:
+    inner, output = dense_module(sparse.in_proj), sparse.out_proj
+    outer = dense_module(output) if isinstance(output, SparseLinear) else output
+    dense = nn.MultiheadAttention(
+        sparse.embed_dim,
+        sparse.num_heads,
+        sparse.dropout,
+        bias=inner._parameters["bias"] is not None,
+        batch_first=sparse.batch_first,
+        dtype=sparse.in_proj.values.dtype,
+    )
+    dense._parameters["in_proj_weight"] = inner._parameters["weight"]
+    dense._parameters["in_proj_bias"] = inner._parameters["bias"]
+    dense.out_proj._parameters.update(outer._parameters)
+    _move_hooks(outer, dense.out_proj)
+    _move_hooks(sparse, dense)
+    dense.training = sparse.training
     return dense

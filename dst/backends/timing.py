@@ -104,10 +104,14 @@ def input_shapes(model: nn.Module, example: Any) -> dict[nn.Module, tuple[int, .
     def record(module: nn.Module, args: tuple[Any, ...]) -> None:
         if args and isinstance(args[0], Tensor):
             shape = tuple(args[0].shape)
-            found[module] = max(found.get(module, shape), shape, key=math.prod)
+            # Attention does not call its output projection.
+            for called in (module, module.out_proj) if isinstance(module, nn.MultiheadAttention) else (module,):
+                found[called] = max(found.get(called, shape), shape, key=math.prod)
 
     hooks: list[RemovableHandle] = [
-        module.register_forward_pre_hook(record) for module in model.modules() if is_supported(module)
+        module.register_forward_pre_hook(record)
+        for module in model.modules()
+        if is_supported(module) or isinstance(module, nn.MultiheadAttention)
     ]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(model):
@@ -130,13 +134,16 @@ def case_of(module: nn.Module, active: int, batch_size: int | None, shape: tuple
     """The case of a dense module with ``active`` active weights.
 
     Args:
-        module: The module.
+        module: The module; attention for one of q, k and v.
         active: Number of non-zeros.
         batch_size: Batch size, if there is no shape; ``BATCH_SIZE`` by default.
         shape: Shape of the module's input.
     """
-    weight = module.get_parameter("weight")
+    packed = isinstance(module, nn.MultiheadAttention)
+    weight = module.get_parameter("in_proj_weight" if packed else "weight")
     outputs, inputs = weight.shape[:2]
+    if packed:
+        outputs //= 3
     if not isinstance(module, nn.Conv2d):
         if is_conv1d(module):
             outputs, inputs = inputs, outputs

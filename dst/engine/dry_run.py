@@ -13,10 +13,9 @@ from dst.backends.csr_support import unsupported_reasons
 from dst.backends.timing import input_shapes
 from dst.engine.coverage import left_dense
 from dst.method import Method, check_method
-from dst.nn import SparseLinear
 from dst.planning.first_mask import layer_counts
 from dst.tables import aligned_table
-from dst.topology.layers import Selector, SparseLayer, find_layers
+from dst.topology.layers import Selector, SparseLayer, find_layers, sparse_modules
 
 
 @dataclass(frozen=True)
@@ -114,7 +113,7 @@ class _Where:
         if method.backend == "auto":
             self._everywhere = method.needs_inactive_weights() or ""
             self._chosen = is_decided(model)
-        self._modules = dict(model.named_modules())
+        self._modules, self._stored = dict(model.named_modules()), sparse_modules(model)
         self._choose = choose
 
     def __call__(self, layer: SparseLayer, count: int | None) -> tuple[str, str]:
@@ -124,13 +123,13 @@ class _Where:
             return "masked", reason
         if not self._measured:
             return self._backend, ""
-        module = self._modules[layer.parameter.rpartition(".")[0]]
-        if isinstance(module, SparseLinear):
+        if layer.parameter in self._stored:
             return "csr", ""
         if self._chosen:
             return "masked", "as it was prepared"
         if count is None:
             return "auto", "measured when scores have set its density"
+        module = self._modules[layer.parameter.rpartition(".")[0]]
         sparse = self._choose(layer, module, count)
         return ("csr" if sparse else "masked"), self._choose.reasons[layer.label]
 

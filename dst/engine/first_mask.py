@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from dst.backends.storage import is_finite
@@ -223,8 +224,12 @@ def choose_first_mask(
     if isinstance(method.init, FromFile):
         shapes = {name: storages.shape(name) for name in storages.parameters}
         found = positions_in_file(method, layers, method.init.path, shapes)
-        kept = {layer.parameter: found[layer.label] for layer in layers if storages.is_prepared(layer.parameter)}
-        check_prepared(kept, f"mask file {method.init.path}", storages)
+        kept: dict[str, list[Tensor]] = {}
+        for layer in (x for x in layers if storages.is_prepared(x.parameter)):
+            kept.setdefault(layer.parameter, []).append(found[layer.label] + layer.offset)
+        check_prepared(
+            {name: torch.cat(parts) for name, parts in kept.items()}, f"mask file {method.init.path}", storages
+        )
         chosen: list[tuple[SparseLayer, int, Tensor | None]] = [
             (layer, found[layer.label].numel(), found[layer.label]) for layer in layers
         ]

@@ -122,10 +122,7 @@ def _check_table(state: Mapping[str, Any], here: Training) -> None:
         raise StateError("the state is damaged: layers cannot be such")
     saved = {row.get("name"): row.get("nonzero") for row in state["layers"]}
     masks = state["masks"]
-    found = {
-        x.label: count(masks[x.parameter] if masks[x.parameter].ndim == 1 else x.part(masks[x.parameter]))
-        for x in here.layers
-    }
+    found = {x.label: count(masks[x.parameter], x) for x in here.layers}
     if saved.keys() != found.keys():
         different = sorted(map(str, saved.keys() ^ found.keys()))
         raise StateError(f"the checkpoint has other sparse layers: {', '.join(different)} differ")

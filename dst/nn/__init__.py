@@ -6,6 +6,7 @@ from dst.nn.activations import ActivationFactory, KWinners, TopKReLU, k_winners,
 from dst.nn.feature_major import FeatureMajorLinear
 from dst.nn.inference import InferenceChain, InferenceModel, optimize_for_inference
 from dst.nn.moe import FeedForward, SwitchFeedForward, auxiliary_losses, load_balancing_loss
+from dst.nn.sparse_attention import PackedProjection, SparseMultiheadAttention
 from dst.nn.sparse_conv import SparseConv2d
 from dst.nn.sparse_conv1d import SparseConv1D
 from dst.nn.sparse_linear import SparseLinear, remap
@@ -17,9 +18,11 @@ __all__ = [
     "InferenceChain",
     "InferenceModel",
     "KWinners",
+    "PackedProjection",
     "SparseConv1D",
     "SparseConv2d",
     "SparseLinear",
+    "SparseMultiheadAttention",
     "SwitchFeedForward",
     "TopKReLU",
     "auxiliary_losses",

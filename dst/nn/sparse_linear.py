@@ -491,16 +491,28 @@ class SparseLinear(nn.Module):
             total += backward(g, x.to(values.dtype), values, None, None, False, False)[1]
         return total.to(self.values.dtype)
 
-    def gradient_tiles(self, rows: int = TILE_ROWS) -> Iterator[tuple[int, Tensor]]:
+    def gradient_tiles(
+        self, rows: int = TILE_ROWS, within: tuple[int, int] | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """Yield ``(first row, tile)`` of the collected dense gradient, tile ``[<= rows, in_features]``.
 
         Tiles are sums over micro-batches, and zero without a backward pass. All tiles share one buffer.
+
+        Args:
+            rows: Rows per tile.
+            within: Half-open range of rows, by default all. Rows are counted from its start.
 
         Raises:
             ConfigurationError: The gradient is not being collected.
         """
         dtype = self.values.dtype if self.values.dtype in _COMPUTED else torch.float32
-        return self._collector.tiles(self._matrix_shape, dtype, self._product, rows)
+        height, width = self._matrix_shape
+        start, stop = within or (0, height)
+
+        def product(x: Tensor, g: Tensor, first: int, last: int, tile: Tensor, add: bool) -> None:
+            self._product(x, g, start + first, start + last, tile, add)
+
+        return self._collector.tiles((stop - start, width), dtype, product, rows)
 
     def dense_gradient(self) -> Tensor:
         """Return the collected dense gradient, ``[out_features, in_features]``. Materializes it: for small layers."""
@@ -513,6 +525,7 @@ class SparseLinear(nn.Module):
         exclude: Tensor | None = None,
         reduce: Callable[[Tensor], None] | None = None,
         key: int = 0,
+        within: tuple[int, int] | None = None,
     ) -> Tensor:
         """Return the k positions with the largest absolute gradient. Does not materialize the dense gradient.
 
@@ -524,6 +537,8 @@ class SparseLinear(nn.Module):
             exclude: Sorted row-major flat indices that may not be chosen. If None, all non-zeros.
             reduce: Called on every tile, in the same order on all ranks, to average it over ranks in place.
             key: Key of ``tie_order``.
+            within: Half-open range of rows of the weight to choose from, by default all. Indices, those of ``exclude``
+                too, then count from its start, and ``exclude`` is needed.
 
         Returns:
             Sorted row-major flat indices, int64 ``[k]``.
@@ -532,7 +547,9 @@ class SparseLinear(nn.Module):
             ConfigurationError: Fewer than k positions may be chosen, or the gradient is not being collected.
         """
         exclude = self.positions() if exclude is None else exclude.contiguous()
-        tiles, shape = self.gradient_tiles(), self._matrix_shape
+        height, width = self._matrix_shape
+        start, stop = within or (0, height)
+        tiles, shape = self.gradient_tiles(within=within), (stop - start, width)
         return largest_gradients(k, tiles, shape, exclude, self._engine, reduce=reduce, key=key)
 
     # ------------------------------------------------------------------------------------------ topology

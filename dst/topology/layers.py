@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dst.errors import ConfigurationError
-from dst.nn import SparseConv1D, SparseConv2d, SparseLinear
+from dst.nn import PackedProjection, SparseConv1D, SparseConv2d, SparseLinear, SparseMultiheadAttention
 
 Selector = str | type[nn.Module]
 """A shell-style pattern for parameter, layer or module names, or a module type."""
@@ -123,9 +123,10 @@ def find_layers(
         stored = _stored(name, owners[id(parameter)])
         if parameter.ndim < 2 and stored is None:
             continue
-        parts = _parts(name, parameter, owners[id(parameter)]) if stored is None else [stored]
-        for layer in parts:
+        for layer in stored or _parts(name, parameter, owners[id(parameter)]):
             names = {layer.label, *(n for full, m, _ in owners[id(parameter)] for n in (full, m))}
+            if stored is not None:
+                names |= {layer.parameter, layer.parameter.rpartition(".")[0]}
             modules = [module for _, _, module in owners[id(parameter)]]
             included = _selected(include, names, modules, used) if include is not None else None
             excluded = _selected(exclude, names, modules, used)
@@ -153,20 +154,33 @@ def find_layers(
 def sparse_modules(model: nn.Module) -> dict[str, SparseLinear]:
     """The modules of a model that store only non-zeros, by the name of the dense weight that they replace."""
     return {
-        f"{name}.weight" if name else "weight": module
+        dense_name(name, module, "weight"): module
         for name, module in model.named_modules()
         if isinstance(module, SparseLinear)
     }
 
 
-def _stored(name: str, owners: Sequence[tuple[str, str, nn.Module]]) -> SparseLayer | None:
-    """The layer whose non-zeros a parameter holds, or ``None``."""
+def dense_name(name: str, module: SparseLinear, attribute: str) -> str:
+    """The name of the weight or bias of a sparse module in the dense model.
+
+    Args:
+        name: Name of the module.
+        module: The module.
+        attribute: ``"weight"`` or ``"bias"``.
+    """
+    return f"{name}{'_' if isinstance(module, PackedProjection) else '.'}{attribute}" if name else attribute
+
+
+def _stored(name: str, owners: Sequence[tuple[str, str, nn.Module]]) -> list[SparseLayer] | None:
+    """The layers whose non-zeros a parameter holds, or ``None``."""
     module, attribute = owners[0][2], name.rpartition(".")[2]
     if not isinstance(module, SparseLinear) or attribute != "values":
         return None
-    weight = name.removesuffix(attribute) + "weight"
+    weight = dense_name(name.rpartition(".")[0], module, "weight")
+    if isinstance(module, PackedProjection):
+        return _packed(weight, SparseMultiheadAttention.__name__, module.shape)
     output_dim = 1 if isinstance(module, SparseConv1D) else 0
-    return SparseLayer(weight, weight, type(module).__name__, module.shape, output_dim=output_dim)
+    return [SparseLayer(weight, weight, type(module).__name__, module.shape, output_dim=output_dim)]
 
 
 def _selectors(selectors: Iterable[Selector], name: str) -> list[Selector]:
@@ -206,14 +220,19 @@ def _parts(name: str, parameter: Tensor, owners: Sequence[tuple[str, str, nn.Mod
     module = owners[0][2]
     kind, shape = type(module).__name__, tuple(parameter.shape)
     if isinstance(module, nn.MultiheadAttention) and name.endswith("in_proj_weight"):
-        size = shape[0] // 3
-        return [
-            SparseLayer(f"{name}[{part}]", name, kind, (size, *shape[1:]), (i * size, (i + 1) * size))
-            for i, part in enumerate("qkv")
-        ]
+        return _packed(name, kind, shape)
     known = isinstance(module, (*_WEIGHT_MODULES, *_RECURRENT, *_EMBEDDINGS)) or is_conv1d(module)
     output_dim = 1 if isinstance(module, _TRANSPOSED) or is_conv1d(module) else 0
     return [SparseLayer(name, name, kind, shape, output_dim=output_dim, is_oriented=known)]
+
+
+def _packed(name: str, kind: str, shape: tuple[int, ...]) -> list[SparseLayer]:
+    """The q, k and v parts of a weight."""
+    size = shape[0] // 3
+    return [
+        SparseLayer(f"{name}[{part}]", name, kind, (size, *shape[1:]), (i * size, (i + 1) * size))
+        for i, part in enumerate("qkv")
+    ]
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -263,6 +282,8 @@ def _dense_type(module: SparseLinear) -> type[nn.Module]:
     """The type of the dense module that a sparse one replaces."""
     if isinstance(module, SparseConv1D):
         return module.dense_type
+    if isinstance(module, PackedProjection):
+        return nn.MultiheadAttention
     return nn.Conv2d if isinstance(module, SparseConv2d) else nn.Linear
 
 

@@ -16,6 +16,7 @@ from dst import methods, scores
 from dst.allocation import ER, Global, Uniform
 from dst.init import Magnitude
 from dst.nn import SparseLinear
+from dst.topology.layers import dense_name
 from dst.topology.optimizer_state import per_weight_state
 
 DENSITY = 0.2
@@ -173,7 +174,9 @@ class Run:
         for name, module in self.model.named_modules():
             if isinstance(module, SparseLinear):
                 del found[f"{name}.values"]
-                found[f"{name}.weight"] = module.dense_weight()
+                found[dense_name(name, module, "weight")] = module.dense_weight()
+                if module.bias is not None:
+                    found[dense_name(name, module, "bias")] = found.pop(f"{name}.bias")
         return found
 
     def state(self) -> dict[str, Tensor]:
@@ -184,8 +187,11 @@ class Run:
         for parameter in self.optimizer.state:
             for key, value in per_weight_state(self.optimizer, parameter):
                 owner, _, attribute = names[parameter].rpartition(".")
+                module = modules[owner]
                 if attribute == "values":
-                    found[f"{owner}.weight/{key}"] = modules[owner].to_dense(value)
+                    found[f"{dense_name(owner, module, 'weight')}/{key}"] = module.to_dense(value)
+                elif isinstance(module, SparseLinear):
+                    found[f"{dense_name(owner, module, attribute)}/{key}"] = value.clone()
                 else:
                     found[f"{names[parameter]}/{key}"] = value.clone()
         return found

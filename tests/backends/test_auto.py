@@ -195,7 +195,7 @@ def test_the_plan_shows_what_was_measured_and_changes_nothing(times):
     assert rows["mixed.hidden.weight"] == ("masked", "0.25 × dense speed, measured on 7 rows")
     assert rows["mixed.conv.weight"][0] == "csr"
     assert rows["mixed.tied_a.weight"][0] == "masked"
-    assert len(cases) == 4
+    assert len(cases) == 5
     assert sparse_layers(model) == []
     scored = methods.rigl(0.2, init=Magnitude(), allocation=Global(), backend="auto")
     assert {r.storage for r in dst.plan(net(), scored).rows} == {"auto"}
