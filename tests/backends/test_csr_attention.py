@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import dst
 from dst.nn import SparseLinear
 from tests.backends.runs import CLAIMED, OPTIMIZERS, Run, assert_same, sparse_layers
 from tests.sampling import rotated
