@@ -1,11 +1,14 @@
 """Whole training steps of the shipped models: masked, csr and auto against dense, by wall clock.
 
-All variants of a model train in one process, in turns, at torch's default number of threads; the table has ratios of median
-step times. SGD with momentum, batch 64 (MLP 128, GPT 16 sequences of 128 tokens), no topology update within the measured
-steps. ``--updates`` prints instead which share of training RigL's updates take, at one every 100 steps.
+All variants of a model train in one process at torch's default number of threads; the table has ratios of median step times.
+Variants take turns of ``--turn`` steps in random order. The first step of a turn is not counted: it finds the caches full of
+another variant's weights, which training never does. ``--turn 1`` counts such steps and no others. SGD with momentum, batch
+64 (MLP 128, GPT 16 sequences of 128 tokens), no topology update within the measured steps. ``--updates`` prints instead
+which share of training RigL's updates take, at one every 100 steps.
 
     python scripts/bench_models.py
     python scripts/bench_models.py --models vit_tiny gpt --densities 0.1 --backends csr auto
+    python scripts/bench_models.py --backends csr --turn 1
     python scripts/bench_models.py --backends csr --updates
 """
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -65,7 +69,13 @@ def timed(step: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
-def bench(name: str, backends: list[str], densities: list[float], seconds: float) -> list[tuple[str, ...]]:
+def take_turn(step: Callable[[], None], steps: int) -> list[float]:
+    """Return the step times of a turn, without its first step if it has several."""
+    times = [timed(step) for _ in range(steps)]
+    return times[1:] or times
+
+
+def bench(name: str, backends: list[str], densities: list[float], seconds: float, turn: int) -> list[tuple[str, ...]]:
     """Time one model; returns the rows of the table."""
     made: dict[tuple[str, float], tuple[Callable[[], None], dst.Sparsifier | None]] = {
         ("dense", 1.0): make_step(name, None)
@@ -75,18 +85,21 @@ def bench(name: str, backends: list[str], densities: list[float], seconds: float
             method = dst.methods.rigl(density, update_every=100, backend=backend)
             made[backend, density] = make_step(name, method)
     times: dict[tuple[str, float], list[float]] = {key: [] for key in made}
+    turns: dict[tuple[str, float], list[float]] = {key: [] for key in made}
     for _ in range(3):
         for step, _ in made.values():
             step()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["dense", 1.0]) < 5:
-        for key, (step, _) in made.items():
-            times[key].append(timed(step))
+    while time.perf_counter() < end or len(turns["dense", 1.0]) < 5:
+        for key in random.sample(list(made), len(made)):
+            taken = take_turn(made[key][0], turn)
+            times[key] += taken
+            turns[key].append(statistics.median(taken))
     dense = statistics.median(times["dense", 1.0])
     rows = []
     for key, (_, sparsifier) in made.items():
         median = statistics.median(times[key])
-        ratios = sorted(a / b for a, b in zip(times["dense", 1.0], times[key], strict=True))
+        ratios = sorted(a / b for a, b in zip(turns["dense", 1.0], turns[key], strict=True))
         spread = f"{ratios[len(ratios) // 10]:.2f}-{ratios[-1 - len(ratios) // 10]:.2f}"
         csr = 0 if sparsifier is None else list(sparsifier.backends.values()).count("csr")
         layers = 0 if sparsifier is None else len(sparsifier.layers)
@@ -126,6 +139,7 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["masked", "csr", "auto"])
     parser.add_argument("--densities", nargs="+", type=float, default=[0.1, 0.05])
     parser.add_argument("--seconds", type=float, default=60, help="of measuring for each model")
+    parser.add_argument("--turn", type=int, default=10, help="steps of a variant before the next one's turn")
     parser.add_argument("--updates", action="store_true", help="the share of updates instead")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
@@ -136,7 +150,7 @@ def main() -> None:
         return
     table = [("model", "backend", "density", "csr layers", "step (ms)", "× dense", "10-90%")]
     for name in args.models:
-        rows = bench(name, args.backends, args.densities, args.seconds)
+        rows = bench(name, args.backends, args.densities, args.seconds, args.turn)
         print(aligned_table([table[0], *rows], right={2, 3, 4, 5, 6}), flush=True)
 
 
