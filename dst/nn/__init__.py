@@ -9,7 +9,8 @@ from dst.nn.moe import FeedForward, SwitchFeedForward, auxiliary_losses, load_ba
 from dst.nn.sparse_attention import PackedProjection, SparseMultiheadAttention
 from dst.nn.sparse_conv import SparseConv2d
 from dst.nn.sparse_conv1d import SparseConv1D
-from dst.nn.sparse_linear import SparseLinear, remap
+from dst.nn.sparse_linear import SparseLinear
+from dst.nn.topology_change import remap
 
 __all__ = [
     "ActivationFactory",

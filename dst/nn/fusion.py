@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from dst.errors import ConfigurationError
 from dst.nn.chain import Tracer
+from dst.nn.passes import COMPUTED
 from dst.nn.sparse_conv import SparseConv2d
 from dst.nn.sparse_linear import SparseLinear
 
@@ -24,7 +25,6 @@ _SPARSE = (SparseLinear, SparseConv2d)
 _FRESH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Linear)
 _IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _RELU_FUNCTIONS = (torch.relu, torch.relu_, functional.relu, functional.relu_)
-_COMPUTED = (torch.float32, torch.float64)
 
 
 class Untraceable(Exception):
@@ -206,7 +206,7 @@ def _fold(root: nn.Module, node: fx.Node) -> bool:
     else:
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         weight, outputs, rows = layer.weight, layer.weight.shape[0], None
-    if weight.dtype not in _COMPUTED or mean.dtype is not weight.dtype or outputs != norm.num_features:
+    if weight.dtype not in COMPUTED or mean.dtype is not weight.dtype or outputs != norm.num_features:
         return False
     scale, shift = _affine(norm, mean, variance)
     with torch.no_grad():

@@ -14,7 +14,8 @@ from dst.errors import ConfigurationError
 from dst.kernels import ChainLayer, Kernels
 from dst.nn.chain import Chain, NotAChain
 from dst.nn.fusion import Untraceable, fuse
-from dst.nn.sparse_linear import SparseLinear, is_autocast, is_grad_enabled
+from dst.nn.passes import is_autocast, is_grad_enabled
+from dst.nn.sparse_linear import SparseLinear
 from dst.nn.watched import Watched, WatchedChain, readable, unchanged, watch
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from dst.nn.operators import call, indices_of
+from dst.nn import passes
+from dst.nn.operators import indices_of
+from dst.nn.passes import Operators
 from dst.nn.sparse_linear import SparseLinear
 
 
@@ -110,43 +111,12 @@ class SparseConv2d(SparseLinear):
 
     def _compute(self, x: Tensor, values: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         if x.dim() == 3:
-            return self._differentiable(x.unsqueeze(0), values, bias, False).squeeze(0)
-        return self._differentiable(x, values, bias, False)
+            return passes.apply(self, x.unsqueeze(0).contiguous(), values, bias, False).squeeze(0)
+        return passes.apply(self, x.contiguous(), values, bias, False)
 
-    def _operand(self, x: Tensor) -> Tensor:
-        return x.contiguous()
-
-    @property
-    def _geometry(self) -> tuple[tuple[int, int], ...]:
-        return self.kernel_size, self.stride, self.padding, self.dilation
-
-    def _operator(
-        self,
-        x: Tensor,
-        values: Tensor,
-        rows: Tensor | None,
-        bias: Tensor | None,
-        gelu: bool,
-        derivative: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
-        indices = indices_of(self._pattern)
-        return call("sparse_conv2d", x, values, rows, bias, indices, *self._geometry, self.relu), None
-
-    def _backward_operator(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-        indices, geometry = indices_of(self._pattern), self._geometry
-
-        def backward(
-            g: Tensor,
-            x: Tensor,
-            values: Tensor,
-            y: Tensor | None,
-            derivative: Tensor | None,
-            input: bool,
-            bias: bool,
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            return call("sparse_conv2d_backward", g, x, values, y, indices, *geometry, input, bias)
-
-        return backward
+    def _operators(self) -> Operators:
+        sizes = self.kernel_size, self.stride, self.padding, self.dilation
+        return Operators("sparse_conv2d", indices_of(self._pattern), sizes, self.relu)
 
     @staticmethod
     def _pair(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

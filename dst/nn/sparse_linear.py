@@ -1,69 +1,35 @@
 """A linear layer that stores, trains and saves only its non-zero weights; one public class with its documentation.
 
-Its parts are in `dst.nn.row_copy`, `dst.nn.gradient_collector`, `dst.nn.saved_pattern` and `dst.nn.watched`.
+What its methods do is in `dst.nn.passes` (computing), `dst.nn.topology_change` (patterns and growth) and
+`dst.nn.layer_state` (loading, copying and pickling).
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dst.errors import ConfigurationError
-from dst.kernels import ChainLayer, Engine, Kernels, Pattern, engine
+from dst.kernels import ChainLayer, Engine, Pattern, engine
 from dst.kernels.pattern import check_flat
+from dst.nn import passes, topology_change
 
 # Pickled models refer to FeatureMajorLinear by this module.
 from dst.nn.feature_major import FeatureMajorLinear as FeatureMajorLinear
-from dst.nn.gradient_collector import TILE_ROWS, GradientCollector, largest_gradients
-from dst.nn.operators import call, dispatch_modes, indices_of
+from dst.nn.gradient_collector import TILE_ROWS, GradientCollector
+from dst.nn.layer_state import copied, derived_state, load_pattern, pickled
+from dst.nn.operators import dispatch_modes, indices_of
+from dst.nn.passes import Operators, is_autocast, is_grad_enabled
 from dst.nn.row_copy import RowCopy
-from dst.nn.saved_pattern import NAMES, flat_of_masked, flat_of_saved, saved_pattern
-from dst.nn.watched import CopyKey, WatchedChain, readable, unchanged, watch
+from dst.nn.saved_pattern import saved_pattern
+from dst.nn.topology_change import remap as remap
+from dst.nn.watched import CopyKey, WatchedChain, unchanged
 from dst.topology.rewiring import without
 from dst.topology.selection import random_indices
-
-_COMPUTED = (torch.float32, torch.float64)
-
-# Called at every evaluation, so both must be fast. torch has no fast public function for the second.
-is_grad_enabled = torch.is_grad_enabled
-is_autocast: Callable[[], bool] = getattr(
-    torch._C, "_is_any_autocast_enabled", lambda: torch.is_autocast_enabled("cpu")
-)
-
-
-class _Apply(torch.autograd.Function):
-    """The layer's operator. The backward pass adds its pair to the layer's collector."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseLinear, gelu: bool) -> Tensor:
-        x, values = layer._operand(x), values.contiguous()
-        rows = layer._rows.of(values, layer._pattern, layer._engine, fresh=True)
-        y, derivative = layer._operator(x, values, rows, bias, gelu)
-        ctx.save_for_backward(x, values, y if layer.relu else None, derivative)
-        # The layer may get another pattern before the backward pass.
-        ctx.operator, ctx.pair = layer._backward_operator(), layer._pair
-        ctx.collector, ctx.has_bias = layer._collector, bias is not None
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None]:
-        (x, values, y, derivative), g = ctx.saved_tensors, grads[0]
-        wants_input, wants_bias = ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[2]
-        if ctx.collector.active:
-            if derivative is not None:
-                g, derivative = g * derivative, None
-            elif y is not None:
-                g, y = torch.ops.aten.threshold_backward(g, y, 0), None
-            ctx.collector.add(*ctx.pair(x, g))
-        gx, gv, gb = ctx.operator(g, x, values, y, derivative, wants_input, wants_bias)
-        return gx if wants_input else None, gv, gb if wants_bias else None, None, None
 
 
 class SparseLinear(nn.Module):
@@ -103,6 +69,9 @@ class SparseLinear(nn.Module):
 
     values: nn.Parameter
     bias: nn.Parameter | None
+    _rows: RowCopy
+    _collector: GradientCollector
+    _chain: WatchedChain | None
 
     def __init__(
         self,
@@ -123,8 +92,7 @@ class SparseLinear(nn.Module):
             raise ConfigurationError(f"dtype={dtype} must be a floating-point type")
         self._engine: Engine = engine()
         self._pattern = self._new_pattern(indices)
-        self._rows, self._collector = RowCopy(), GradientCollector()
-        self._chain: WatchedChain | None = None
+        self.__dict__.update(derived_state())
         self.pattern_seed: int | None = None
         self.values = nn.Parameter(torch.empty(self.nnz, dtype=dtype))
         if bias:
@@ -301,18 +269,7 @@ class SparseLinear(nn.Module):
             The layer, and the key that detects when it is outdated. None if only `forward` can compute the layer: in
             training, without compiled kernels, with 16-bit types, or if the kernels cannot read the values or the bias.
         """
-        values, bias = self._parameters["values"], self._parameters["bias"]
-        if self.training or not isinstance(self._engine, Kernels) or not readable(values, (self.nnz,)):
-            return None
-        # Values created in inference mode have no version counter.
-        if values is None or values.is_inference() or values.dtype not in _COMPUTED:
-            return None
-        if bias is not None and not (readable(bias, (self.out_features,)) and bias.dtype is values.dtype):
-            return None
-        rows = self._rows.of(values.detach(), self._pattern, self._engine, fresh=False)
-        shift = None if bias is None else bias.detach()
-        layer = ChainLayer(self.out_features, self.in_features, self._pattern, rows, shift, self.relu)
-        return layer, cast(CopyKey, self._rows.key)
+        return passes.chain_layer(self)
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """Apply the layer to ``(*, in_features)``.
@@ -334,26 +291,7 @@ class SparseLinear(nn.Module):
             if y is not None:
                 return y
         self._check_input(x)
-        values: Tensor = self.values
-        bias: Tensor | None = self.bias
-        if torch.is_autocast_enabled("cpu"):
-            # Compute in the dtype of the weights; only the result has the autocast dtype.
-            wanted = torch.get_autocast_dtype("cpu")
-            with torch.autocast("cpu", enabled=False):
-                return self.forward(x.to(values.dtype), gelu).to(wanted)
-        wanted = x.dtype
-        if x.dtype != values.dtype:
-            raise ValueError(f"the input is {x.dtype}, this layer's weights are {values.dtype}")
-        if x.device.type != "cpu" or values.device.type != "cpu":
-            raise ConfigurationError(
-                f"sparse layers compute on the CPU; the input is on {x.device}, the weights on {values.device}. "
-                "Use the masked backend on other devices"
-            )
-        if values.dtype not in _COMPUTED:
-            values = values.float()
-            bias = None if bias is None else bias.float()
-        y = self._compute(x.to(values.dtype), values, bias, gelu)
-        return y if y.dtype == wanted else y.to(wanted)
+        return passes.forward(self, x, gelu)
 
     def _check_input(self, x: Tensor) -> None:
         if x.shape[-1] != self.in_features:
@@ -363,57 +301,15 @@ class SparseLinear(nn.Module):
         """Apply the layer to ``x`` of the dtype of ``values``."""
         lead = x.shape[:-1]
         if x.dim() == 2:
-            return self._differentiable(x, values, bias, gelu)
-        return self._differentiable(x.reshape(-1, self.in_features), values, bias, gelu).view(*lead, self.out_features)
+            return passes.apply(self, x, values, bias, gelu)
+        return passes.apply(self, x.reshape(-1, self.in_features), values, bias, gelu).view(*lead, self.out_features)
 
-    def _differentiable(self, x: Tensor, values: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-        compiling = torch.compiler.is_compiling()
-        if (compiling or dispatch_modes()) and not self._collector.active:
-            # Tensors may be fake: they are neither copied nor looked up.
-            return self._operator(x, values, None, bias, gelu, torch.is_grad_enabled())[0]
-        if compiling:
-            # Decorating at import would import the compiler.
-            return cast(Tensor, torch.compiler.disable(_Apply.apply)(x, values, bias, self, gelu))
-        if torch.is_grad_enabled() and (
-            values.requires_grad or x.requires_grad or (bias is not None and bias.requires_grad)
-        ):
-            return cast(Tensor, _Apply.apply(x, values, bias, self, gelu))
-        return self._evaluate(x.detach(), values.detach(), bias, gelu)
+    def _operators(self) -> Operators:
+        return Operators("sparse_linear", indices_of(self._pattern), (), self.relu)
 
-    def _operand(self, x: Tensor) -> Tensor:
-        """The input as both passes read it."""
-        return x
-
-    def _operator(
-        self,
-        x: Tensor,
-        values: Tensor,
-        rows: Tensor | None,
-        bias: Tensor | None,
-        gelu: bool,
-        derivative: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The output, and with GELU its derivative, if it is wanted."""
-        indices = indices_of(self._pattern)
-        if gelu:
-            return call("sparse_linear_gelu", x, values, rows, bias, indices, derivative)
-        return call("sparse_linear", x, values, rows, bias, indices, self.relu), None
-
-    def _backward_operator(self) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-        indices = indices_of(self._pattern)
-
-        def backward(
-            g: Tensor,
-            x: Tensor,
-            values: Tensor,
-            y: Tensor | None,
-            derivative: Tensor | None,
-            input: bool,
-            bias: bool,
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            return call("sparse_linear_backward", g, x, values, y, indices, input, bias, derivative)
-
-        return backward
+    def _chains(self, x: Tensor) -> bool:
+        """Whether a chain of one layer may compute ``x``: a single example, and no mode that counts or traces operators."""
+        return x.numel() == self.in_features and not dispatch_modes()
 
     @staticmethod
     def _pair(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -423,33 +319,6 @@ class SparseLinear(nn.Module):
     def _product(self, x: Tensor, g: Tensor, first: int, last: int, tile: Tensor, add: bool) -> None:
         """Compute rows ``first`` to ``last`` of the dense gradient of one collected pass into ``tile``, or add them."""
         torch.addmm(tile, g[first:last], x.t(), beta=float(add), out=tile)
-
-    def _evaluate(self, x: Tensor, values: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-        # Converted values are a new tensor at every call, so their version says nothing of the weights.
-        converted = values.dtype is not self.values.dtype
-        y = None
-        if self._chains(x) and not gelu:
-            chain = self._chain  # another thread may replace it
-            if chain is None or not unchanged(chain.watched):
-                chain = self._chain = None if converted else self._prepared_chain()
-            y = None if chain is None else chain.chain.run(x)
-        if y is None:
-            rows = self._rows.of(values, self._pattern, self._engine, fresh=self.training or converted)
-            y = self._operator(x, values, rows, bias, gelu, False)[0]
-        return y
-
-    def _chains(self, x: Tensor) -> bool:
-        """Whether a chain of one layer may compute ``x``: a single example, and no mode that counts or traces operators."""
-        return x.numel() == self.in_features and not dispatch_modes()
-
-    def _prepared_chain(self) -> WatchedChain | None:
-        self._chain = None  # frees an outdated copy before the new one is made
-        prepared = self.chain_layer()
-        if prepared is None:
-            return None
-        layer, key = prepared
-        chain = cast(Kernels, self._engine).chain([layer])
-        return WatchedChain(chain, [watch(self, "values", key), watch(self, "bias")])
 
     # ------------------------------------------------------------------------------------------ dense gradient
     def collect_dense_gradient(self, collect: bool = True) -> None:
@@ -483,13 +352,7 @@ class SparseLinear(nn.Module):
 
         After `rewire` this includes newly grown weights, which the backward pass did not have.
         """
-        values = self.values.detach()
-        values = values if values.dtype in _COMPUTED else values.float()
-        total, backward = torch.zeros_like(values), self._backward_operator()
-        for pair in self.collected:
-            x, g = self._pair(*pair)
-            total += backward(g, x.to(values.dtype), values, None, None, False, False)[1]
-        return total.to(self.values.dtype)
+        return topology_change.collected_gradient(self)
 
     def gradient_tiles(
         self, rows: int = TILE_ROWS, within: tuple[int, int] | None = None
@@ -505,14 +368,7 @@ class SparseLinear(nn.Module):
         Raises:
             ConfigurationError: The gradient is not being collected.
         """
-        dtype = self.values.dtype if self.values.dtype in _COMPUTED else torch.float32
-        height, width = self._matrix_shape
-        start, stop = within or (0, height)
-
-        def product(x: Tensor, g: Tensor, first: int, last: int, tile: Tensor, add: bool) -> None:
-            self._product(x, g, start + first, start + last, tile, add)
-
-        return self._collector.tiles((stop - start, width), dtype, product, rows)
+        return topology_change.gradient_tiles(self, rows, within)
 
     def dense_gradient(self) -> Tensor:
         """Return the collected dense gradient, ``[out_features, in_features]``. Materializes it: for small layers."""
@@ -546,11 +402,7 @@ class SparseLinear(nn.Module):
         Raises:
             ConfigurationError: Fewer than k positions may be chosen, or the gradient is not being collected.
         """
-        exclude = self.positions() if exclude is None else exclude.contiguous()
-        height, width = self._matrix_shape
-        start, stop = within or (0, height)
-        tiles, shape = self.gradient_tiles(within=within), (stop - start, width)
-        return largest_gradients(k, tiles, shape, exclude, self._engine, reduce=reduce, key=key)
+        return topology_change.grow_candidates(self, k, exclude, reduce, key, within)
 
     # ------------------------------------------------------------------------------------------ topology
     def row_major(self, entries: Tensor) -> Tensor:
@@ -573,100 +425,32 @@ class SparseLinear(nn.Module):
             int64 ``[new nnz]``: the old position of each new position, or -1 where newly grown. Pass it to `remap` to
             convert per-weight state, such as optimizer state.
         """
-        new = self._new_pattern(indices)
-        source = self._engine.match(self._pattern, new)
-        self._set_pattern(new)
-        self.values.grad = None
-        self.values.data = remap(self.values.data, source)
-        return source
+        return topology_change.change_pattern(self, self._new_pattern(indices))
 
     # ------------------------------------------------------------------------------------------ state
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.update({prefix + name: tensor for name, tensor in saved_pattern(self._pattern).items()})
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        names = [prefix + name for name in NAMES]
-        dense = state_dict.get(prefix + "weight")
-        if dense is not None and prefix + "values" not in state_dict:
-            if dense.shape != self.shape:
-                error_msgs.append(
-                    f"{prefix}weight: saved with shape {tuple(dense.shape)}, this layer has shape {tuple(self.shape)}"
-                )
-                return
-            try:
-                self._set_pattern(self._new_pattern(flat_of_masked(dense, self.positions())))
-            except ValueError as error:
-                error_msgs.append(f"{prefix}weight: {error}")
-                return
-            state_dict = {key: value for key, value in state_dict.items() if key != prefix + "weight"}
-            state_dict[prefix + "values"], names = self.from_dense(dense), []
-        absent = [name for name in names if name not in state_dict]
-        if strict:
-            missing_keys.extend(absent)
-        if names and not absent:
-            pointers, rows = (state_dict[name] for name in names)
-            try:
-                flat = flat_of_saved(pointers, rows, (self.out_features, self.in_features))
-            except ValueError as error:
-                error_msgs.append(f"{prefix}row_indices: {error}")
-                return
-            self._set_pattern(self._matrix_pattern(flat))
-            if self.values.numel() != self.nnz:
-                self.values.grad = None
-                self.values.data = self.values.data.new_zeros(self.nnz)
-        rest = {key: value for key, value in state_dict.items() if key not in names}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        self.refresh()
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        _, strict, missing, _, errors = args
+        rest = load_pattern(self, state_dict, prefix, missing if strict else [], errors)
+        if rest is not None:
+            super()._load_from_state_dict(rest, prefix, *args)
+            self.refresh()
 
     def state_bytes(self) -> int:
         """Bytes of the values in both orders and of all indices, without gradient and optimizer state."""
         return 2 * self.values.numel() * self.values.element_size() + self._pattern.nbytes
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseLinear:
-        new = self.__class__.__new__(self.__class__)
-        memo[id(self)] = new
-        # The immutable pattern and the engine are shared. Derived state is not copied.
-        shared = {"_pattern", "_engine"}
-        derived = {"_rows": RowCopy(), "_collector": GradientCollector(), "_chain": None}
-        for key, value in self.__dict__.items():
-            new.__dict__[key] = (
-                derived[key] if key in derived else value if key in shared else copy.deepcopy(value, memo)
-            )
-        return new
+        return copied(self, memo)
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = {"_engine", "_rows", "_collector", "_chain"}
-        kept = {key: value for key, value in self.__dict__.items() if key not in derived}
-        # Pickle flat indices: pickle does not support uint16 tensors, and another machine may have another engine.
-        return {**kept, "_pattern": self.positions()}
+        return pickled(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._engine = engine()
         self._pattern = self._new_pattern(state["_pattern"])
-        self._rows, self._collector, self._chain = RowCopy(), GradientCollector(), None
-
-
-def remap(entries: Tensor, source: Tensor) -> Tensor:
-    """Convert per-weight entries to a new pattern.
-
-    Args:
-        entries: Values, gradient or optimizer state, ``[old nnz]``.
-        source: The return value of `SparseLinear.set_pattern`, ``[new nnz]``.
-
-    Returns:
-        ``[new nnz]``: the old entries, and zero at newly grown weights.
-    """
-    if entries.numel() == 0:
-        return entries.new_zeros(source.numel())
-    return torch.where(source >= 0, entries[source.clamp(min=0)], torch.zeros((), dtype=entries.dtype))
+        self.__dict__.update(derived_state())
