@@ -4,8 +4,10 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <random>
+#include <string>
 
 namespace {
 
@@ -199,6 +201,7 @@ void check_rows(int64_t rows, int64_t columns, int64_t batch, double density) {
             auto y = block<T>(out_size), slope = block<T>(rows * batch), gx = block<T>(in_size), gv = block<T>(w.n), gb = block<T>(rows);
             for (int activation = 0; activation < 3; ++activation) {
                 const bool relu = activation == 1, gelu = activation == 2;
+                auto plain = block<T>(out_size);
                 std::fill_n(y.get(), out_size, T(7));
                 std::fill_n(gx.get(), in_size, T(7));
                 int64_t failed = dst_rows_forward(
@@ -208,6 +211,10 @@ void check_rows(int64_t rows, int64_t columns, int64_t batch, double density) {
                     is_double, wide, rows, columns, w.column_pointers.get(), w.row_indices.get(), w.values.get(), x.get(), in, g.get(),
                     out, relu ? y.get() : gelu ? slope.get() : nullptr, relu ? out : rows, gelu, activation ? gx.get() : nullptr, in,
                     gv.get(), activation ? gb.get() : nullptr, batch, threads);
+                if (gelu)
+                    failed += dst_rows_forward(is_double, wide, rows, columns, w.row_pointers.get(), w.column_indices.get(),
+                                               w.row_values.get(), x.get(), in, plain.get(), out, batch, bias.get(), activation,
+                                               nullptr, threads);
                 expect(failed == 0, "rows' memory", rows, columns, batch);
                 std::vector<double> values_gradient(w.n), input_gradient(columns * batch), bias_gradient(rows);
                 for (int64_t b = 0; b < batch; ++b)
@@ -220,6 +227,7 @@ void check_rows(int64_t rows, int64_t columns, int64_t batch, double density) {
                         expect(near(y[b * out + r], relu ? std::max(sum, 0.0) : gelu ? sum * below : sum), "rows", rows, columns,
                                batch);
                         if (gelu) expect(near(slope[b * rows + r], slopes), "rows' derivative", rows, columns, batch);
+                        if (gelu) expect(plain[b * out + r] == y[b * out + r], "rows without derivative", rows, columns, batch);
                         const double factor = relu ? double(y[b * out + r] > 0) : gelu ? double(slope[b * rows + r]) : 1.0;
                         const double part = factor * double(g[b * out + r]);
                         for (int32_t j = w.row_pointers[r]; j < w.row_pointers[r + 1]; ++j) {
@@ -242,6 +250,37 @@ void check_rows(int64_t rows, int64_t columns, int64_t batch, double density) {
                         expect(y[b * out + rows + i] == 7 && gx[b * in + columns + i] == 7, "rows' gaps", rows, columns, batch);
             }
         }
+}
+
+// GELU of ordinary, huge and infinite numbers and of NaN, in batches that end within a vector and within a block.
+template <class T>
+void check_gelu() {
+    const T infinity = std::numeric_limits<T>::infinity(), largest = std::numeric_limits<T>::max();
+    std::vector<T> inputs = {T(0), T(-0.0), std::numeric_limits<T>::denorm_min(), largest, -largest, infinity, -infinity,
+                             std::numeric_limits<T>::quiet_NaN()};
+    for (T x = T(0.01); x < T(50); x *= T(1.07)) inputs.insert(inputs.end(), {x, -x});
+    const int32_t pointers[2] = {0, 1};
+    const uint16_t index[1] = {0};
+    const T one = 1;
+    for (int64_t batch : {int64_t(8), int64_t(63), int64_t(65), int64_t(inputs.size())}) {
+        auto x = block<T>(batch), y = block<T>(batch), slope = block<T>(batch);
+        std::copy_n(inputs.begin(), batch, x.get());
+        for (int derivative = 0; derivative < 2; ++derivative) {
+            dst_rows_forward(sizeof(T) == 8, 0, 1, 1, pointers, index, &one, x.get(), 1, y.get(), 1, batch, nullptr, 2,
+                             derivative ? slope.get() : nullptr, 1);
+            for (int64_t b = 0; b < batch; ++b) {
+                const double in = x[b], below = 0.5 * std::erfc(-in / std::sqrt(2.0));
+                const double density = std::exp(-0.5 * in * in) / std::sqrt(2 * std::acos(-1.0));
+                const double wanted = in * below, wanted_slope = below + in * density;
+                // An infinite input meets a factor of zero: the product may be NaN.
+                expect(std::isinf(in) ? y[b] == T(in) || std::isnan(y[b])
+                       : std::isnan(in) ? std::isnan(y[b])
+                                        : near(y[b], wanted), "GELU", 1, 1, batch);
+                if (!derivative || std::isinf(in)) continue;
+                expect(std::isnan(in) ? std::isnan(slope[b]) : near(slope[b], wanted_slope), "GELU's derivative", 1, 1, batch);
+            }
+        }
+    }
 }
 
 // A convolution and its gradients against plain loops over every tap.
@@ -279,11 +318,13 @@ void check_conv(const dst_conv& s, double density) {
     for (int threads = 1; threads <= 3; threads += 2)
         for (int every = 0; every < 2; ++every) {
             dst_conv_forward(is_double, wide, &s, row_pointers.get(), column_indices.get(), row_values.get(), x.get(), got_y.get(),
-                             bias.get(), every, threads);
+                             every ? bias.get() : nullptr, every, threads);
             dst_conv_backward(is_double, wide, &s, column_pointers.get(), row_indices.get(), values.get(), x.get(), g.get(),
                               every ? got_gx.get() : nullptr, got_gv.get(), every ? got_gb.get() : nullptr, threads);
-            for (size_t i = 0; i < y.size(); ++i)
-                expect(near(got_y[i], every ? std::max(y[i], 0.0) : y[i]), "convolution", s.outputs, columns, s.batch);
+            for (size_t i = 0; i < y.size(); ++i) {
+                const double wanted = every ? std::max(y[i], 0.0) : y[i] - double(bias[int64_t(i) / out % s.outputs]);
+                expect(near(got_y[i], wanted), "convolution", s.outputs, columns, s.batch);
+            }
             for (int64_t j = 0; j < n; ++j) expect(near(got_gv[j], gv[j]), "convolution values", s.outputs, columns, s.batch);
         }
     for (size_t i = 0; i < gx.size(); ++i) expect(near(got_gx[i], gx[i]), "convolution input", s.outputs, columns, s.batch);
@@ -305,27 +346,60 @@ void check_convs() {
                         check_conv<float, uint16_t>(s, 0.3);
                         check_conv<double, int32_t>(s, stride == 3 ? 0.0 : 0.3);
                     }
+    // Other sizes down than across, and an image whose bands the size of the scratch limits.
+    const dst_conv uneven[] = {
+        {3, 4, 9, 14, 5, 10, 8, 2, 5, 1, 2, 1, 3, 1, 1},
+        {2, 3, 11, 7, 4, 3, 9, 3, 1, 3, 1, 1, 1, 2, 1},
+        {5, 2, 1, 33, 3, 1, 33, 1, 3, 2, 1, 0, 2, 1, 2},
+        {1, 8, 40, 900, 6, 40, 900, 3, 3, 1, 1, 1, 1, 1, 1},
+        {1, 8, 41, 900, 6, 21, 450, 3, 3, 2, 2, 1, 1, 1, 1},
+    };
+    for (const dst_conv& s : uneven) {
+        check_conv<float, uint16_t>(s, 0.3);
+        check_conv<double, int32_t>(s, 0.3);
+    }
 }
 
 }  // namespace
 
-int main() {
+// The arguments name the parts to check ("layers", "rows", "convolutions") and the instruction sets ("2": AVX-512,
+// "1": AVX2, "0": portable). Where no part is named all are checked; the same holds for instruction sets.
+int main(int count, char** arguments) {
+    const std::vector<std::string> named(arguments + 1, arguments + count);
+    const auto wanted = [&](const std::string& name, const std::vector<std::string>& kind) {
+        const auto has = [&](const std::string& n) { return std::find(named.begin(), named.end(), n) != named.end(); };
+        return has(name) || std::none_of(kind.begin(), kind.end(), has);
+    };
+    const std::vector<std::string> parts = {"layers", "rows", "convolutions"}, sets = {"0", "1", "2"};
     for (int isa = 2; isa >= 0; --isa) {
-        if (dst_set_isa(isa) != isa) continue;
+        if (!wanted(std::to_string(isa), sets)) continue;
+        if (dst_set_isa(isa) != isa) {
+            std::printf("isa %d: not on this machine\n", isa);
+            continue;
+        }
         for (int64_t rows : {1, 7, 33, 129})
             for (int64_t columns : {1, 17, 65})
                 for (int64_t batch : {0, 1, 3, 16, 17, 129, 300})
                     for (double density : {0.0, 0.15, 1.0}) {
-                        check<float, uint16_t>(rows, columns, batch, density);
-                        check<float, int32_t>(rows, columns, batch, density);
-                        check<double, uint16_t>(rows, columns, batch, density);
-                        check<double, int32_t>(rows, columns, batch, density);
-                        check_rows<float, uint16_t>(rows, columns, batch, density);
-                        check_rows<double, int32_t>(rows, columns, batch, density);
+                        if (wanted("layers", parts)) {
+                            check<float, uint16_t>(rows, columns, batch, density);
+                            check<float, int32_t>(rows, columns, batch, density);
+                            check<double, uint16_t>(rows, columns, batch, density);
+                            check<double, int32_t>(rows, columns, batch, density);
+                        }
+                        if (wanted("rows", parts)) {
+                            check_rows<float, uint16_t>(rows, columns, batch, density);
+                            check_rows<double, int32_t>(rows, columns, batch, density);
+                        }
                     }
-        check_rows<float, uint16_t>(300, 160, 1000, 0.1);
-        check_convs();
+        if (wanted("rows", parts)) {
+            check_rows<float, uint16_t>(300, 160, 1000, 0.1);
+            check_gelu<float>();
+            check_gelu<double>();
+        }
+        if (wanted("convolutions", parts)) check_convs();
         std::printf("isa %d done\n", isa);
+        std::fflush(stdout);
     }
     std::printf("%d failures\n", failures);
     return failures != 0;
