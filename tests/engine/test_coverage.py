@@ -17,22 +17,7 @@ from dst.init import Magnitude
 from dst.patterns import NM, FanIn, Neuron
 from dst.topology.chains import sequences
 from dst.topology.layers import find_layers
-
-
-class Conv1D(nn.Module):
-    """As in transformers: a linear layer whose weight is [inputs, outputs]."""
-
-    def __init__(self, nf: int, nx: int) -> None:
-        super().__init__()
-        self.nf, self.nx = nf, nx
-        self.weight = nn.Parameter(torch.randn(nx, nf) * 0.3)
-        self.bias = nn.Parameter(torch.zeros(nf))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x @ self.weight + self.bias
-
-
-Conv1D.__module__ = "transformers.pytorch_utils"
+from tests.backends.runs import Conv1D
 
 
 class Own(nn.Module):
