@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 import dst
 from dst import methods, scores
 from dst.allocation import ER, Global, Uniform
+from dst.backends import auto, timing
 from dst.init import Magnitude
 from dst.nn import SparseLinear
 from dst.topology.layers import dense_name
@@ -216,3 +218,22 @@ def saved(run: Run) -> dict[str, Any]:
     return copy.deepcopy(
         {"model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "dst": run.sparsifier.state_dict()}
     )
+
+
+def restored(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Load a state dict of another backend into a model, with the layers that the state was saved from."""
+    auto.restore_modules(0, model, state, "")
+    model.load_state_dict(state)
+    return model
+
+
+def measured_cases(monkeypatch: pytest.MonkeyPatch) -> list[timing.Case]:
+    """Let csr measure twice as fast as dense, and return the list that receives each measured case."""
+    cases: list[timing.Case] = []
+
+    def measure(case: timing.Case) -> timing.Timing:
+        cases.append(case)
+        return timing.Timing(2, 1)
+
+    monkeypatch.setattr(timing, "measure", measure)
+    return cases

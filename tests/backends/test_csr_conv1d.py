@@ -13,10 +13,22 @@ from torch import nn
 import dst
 from dst import methods
 from dst.allocation import Uniform
-from dst.backends import auto, timing
 from dst.nn import SparseConv1D
 from tests.backends import runs
-from tests.backends.runs import CLAIMED, DENSITY, EVERY, OPTIMIZERS, STEPS, Conv1D, Run, Transposed, assert_same, saved
+from tests.backends.runs import (
+    CLAIMED,
+    DENSITY,
+    EVERY,
+    OPTIMIZERS,
+    STEPS,
+    Conv1D,
+    Run,
+    Transposed,
+    assert_same,
+    measured_cases,
+    restored,
+    saved,
+)
 from tests.sampling import rotated
 
 
@@ -124,12 +136,9 @@ def test_the_dry_run_and_selectors():
 
 
 def test_auto_measures_it_as_a_linear_layer(monkeypatch):
-    cases = []
-    monkeypatch.setattr(timing, "measure", lambda case: (cases.append(case), timing.Timing(2, 1))[1])
+    cases = measured_cases(monkeypatch)
     method = methods.rigl(DENSITY, allocation=Uniform(), backend="auto")
     model = dst.prepare(Transposed(), method)
     assert (cases[0].kind, cases[0].inputs, cases[0].outputs) == (nn.Linear, 30, 40)
-    fresh = Transposed()
-    auto.restore_modules(0, fresh, model.state_dict(), "")
-    fresh.load_state_dict(model.state_dict())
+    fresh = restored(Transposed(), model.state_dict())
     assert torch.equal(fresh.first.dense_weight(), model.first.dense_weight())

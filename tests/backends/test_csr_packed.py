@@ -12,11 +12,23 @@ from torch import Tensor, nn
 import dst
 from dst import methods
 from dst.allocation import PerLayer, Uniform
-from dst.backends import auto, timing
+from dst.backends import timing
 from dst.errors import ConfigurationError
 from dst.init import FromFile
 from dst.nn import SparseLinear, SparseMultiheadAttention
-from tests.backends.runs import CLAIMED, DENSITY, EVERY, OPTIMIZERS, STEPS, Run, assert_same, saved, sparse_layers
+from tests.backends.runs import (
+    CLAIMED,
+    DENSITY,
+    EVERY,
+    OPTIMIZERS,
+    STEPS,
+    Run,
+    assert_same,
+    measured_cases,
+    restored,
+    saved,
+    sparse_layers,
+)
 from tests.sampling import rotated
 
 WIDTH = 32
@@ -338,19 +350,14 @@ def test_selectors_choose_the_same_layers_before_and_after():
 
 
 def test_auto_measures_each_part(monkeypatch):
-    cases = []
-    monkeypatch.setattr(timing, "measure", lambda case: (cases.append(case), timing.Timing(2, 1))[1])
+    cases = measured_cases(monkeypatch)
     method = methods.rigl(DENSITY, allocation=Uniform(), backend="auto")
     model = dst.prepare(Packed(), method, example=torch.randn(8, 30))
     assert {(c.kind, c.inputs, c.outputs, c.batch_size) for c in cases[:1]} == {(nn.Linear, WIDTH, WIDTH, 40)}
-    fresh = Packed()
-    auto.restore_modules(0, fresh, model.state_dict(), "")
-    fresh.load_state_dict(model.state_dict())
+    fresh = restored(Packed(), model.state_dict())
     x = torch.randn(4, 30)
     torch.testing.assert_close(fresh(x), model(x))
-    dense = dst.to_dense(copy.deepcopy(model)).state_dict()
-    auto.restore_modules(0, fresh, dense, "")
-    fresh.load_state_dict(dense)
+    fresh = restored(fresh, dst.to_dense(copy.deepcopy(model)).state_dict())
     assert type(fresh.attention) is nn.MultiheadAttention
     torch.testing.assert_close(fresh(x), model(x))
 
