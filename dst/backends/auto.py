@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 MARGIN = 1.1
 """csr is chosen above this speedup of the layer alone. Within the model, other work shares caches and memory with it."""
 
-_DECIDED = "_dst_storage_is_decided"
+_CHOSEN_BY_LAYER = "_dst_storage_is_decided"
+"""Attribute of a model of which the backend of each layer was chosen. Pickled models have it under this name."""
 
 
 class Chooser:
@@ -77,7 +78,7 @@ def prepare(
     group: ProcessGroup | None = None,
 ) -> nn.Module:
     """Swap the layers that are faster with csr, and log each decision; see ``dst.prepare``."""
-    if is_decided(model):
+    if is_prepared(model):
         return model
     if reason := method.needs_inactive_weights():
         report(f"backend=auto: all layers masked ({method.name} needs inactive weights: {reason})", group)
@@ -98,20 +99,23 @@ def prepare(
     model = prepare_csr(model, method, seed=seed, include=include, exclude=exclude, choose=choose, keep=keep)
     for label, (storage, reason) in outcome.items():
         report(f"backend=auto: {label} {storage} ({reason})", group)
-    model.__dict__[_DECIDED] = True
+    model.__dict__[_CHOSEN_BY_LAYER] = True
     return model
 
 
-def is_decided(model: nn.Module) -> bool:
-    """Whether a model is prepared. Its masked layers then stay masked."""
-    return _DECIDED in model.__dict__ or any(
+def is_prepared(model: nn.Module) -> bool:
+    """Whether ``dst.prepare`` or a checkpoint has chosen backends. Layers that are masked then stay masked."""
+    return is_chosen_by_layer(model) or any(
         isinstance(m, SparseLinear) and m.pattern_seed is not None for m in model.modules()
     )
 
 
-def is_restored(model: nn.Module) -> bool:
-    """Whether the backend of each layer was measured, or taken from a checkpoint."""
-    return _DECIDED in model.__dict__
+def is_chosen_by_layer(model: nn.Module) -> bool:
+    """Whether the backend of each layer was chosen on its own: by measurement, or as in a checkpoint.
+
+    With ``backend="csr"`` a layer is masked only if csr does not support it. Here any layer may be masked.
+    """
+    return _CHOSEN_BY_LAYER in model.__dict__
 
 
 def _saved(state: Mapping[str, Any], layer: SparseLayer) -> bool:
@@ -134,7 +138,7 @@ def restore_modules(seed: int, module: nn.Module, state_dict: Mapping[str, Any],
         state_dict: The state dict that is about to be loaded.
         prefix: Prefix of the model's names in the state dict.
     """
-    if not is_restored(module) and not any(key.endswith("column_pointers") for key in state_dict):
+    if not is_chosen_by_layer(module) and not any(key.endswith("column_pointers") for key in state_dict):
         return
     exchanged: dict[nn.Module, nn.Module] = {}
     attentions: dict[nn.MultiheadAttention, SparseLinear] = {}
@@ -160,7 +164,7 @@ def restore_modules(seed: int, module: nn.Module, state_dict: Mapping[str, Any],
         exchanged[dense] = sparse_attention(dense, packed, exchanged.get(dense.out_proj, dense.out_proj))
     exchange(module, exchanged)
     if exchanged:
-        module.__dict__[_DECIDED] = True
+        module.__dict__[_CHOSEN_BY_LAYER] = True
 
 
 def report(message: str, group: ProcessGroup | None = None) -> None:

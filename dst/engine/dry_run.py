@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from dst.backends.auto import Chooser, is_decided
+from dst.backends.auto import Chooser, is_prepared
 from dst.backends.csr_support import unsupported_reasons
 from dst.backends.timing import input_shapes
 from dst.engine.coverage import left_dense
@@ -112,7 +112,7 @@ class _Where:
         self._everywhere = ""
         if method.backend == "auto":
             self._everywhere = method.needs_inactive_weights() or ""
-            self._chosen = is_decided(model)
+            self._chosen = is_prepared(model)
         self._modules, self._stored = dict(model.named_modules()), sparse_modules(model)
         self._choose = choose
 

@@ -13,7 +13,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from dst.backends.auto import is_restored
+from dst.backends.auto import is_chosen_by_layer
 from dst.backends.csr_support import unsupported_reasons
 from dst.engine import coverage
 from dst.engine.assembly import assemble, check_trainable
@@ -91,7 +91,8 @@ class Sparsifier(Readings):
         ]
         if (share := coverage.left_dense(layers, self.dense_weights)) is not None and method.density < 1:
             training.warn_once(share)
-        unsupported = unsupported_reasons(model, layers) if method.backend == "csr" and not is_restored(model) else {}
+        by_rule = method.backend == "csr" and not is_chosen_by_layer(model)
+        unsupported = unsupported_reasons(model, layers) if by_rule else {}
         if method.backend == "csr" and not training.storages.any_prepared:
             training.warn_once(coverage.nothing_prepared(unsupported))
         self._first_mask = FirstMask(training, model, unsupported)
