@@ -19,7 +19,7 @@ def catalogue() -> list[tuple[str, ...]]:
     """Return one row for each method of ``dst.methods``, in the order of ``COLUMNS``.
 
     - storage: the backends that support the method with its defaults.
-    - growth: the growth score; ``none`` if nothing grows.
+    - growth: the grow score; ``none`` if nothing grows.
     - dense gradient: the steps that need the gradient of inactive weights, and so cost more than their sparse part:
       ``never``, ``first step``, ``every ΔT``, ``until the mask``, ``while dense``, ``always``.
     - paper: the first link in the function's docstring.
@@ -58,7 +58,7 @@ def _storages(make: Callable[..., Method], method: Method) -> list[str]:
 
 
 def growth(method: Method) -> str:
-    """Return the growth score in words."""
+    """Return the grow score in words."""
     return "none" if method.grow is None else _words(method.grow)
 
 

@@ -281,7 +281,7 @@ def _accuracy(value: float | None) -> float:
 
 
 def methods(argv: Sequence[str]) -> int:
-    """Print all methods with their storage, growth score, pattern, cost and paper."""
+    """Print all methods with their storage, grow score, pattern, cost and paper."""
     import argparse
 
     parser = argparse.ArgumentParser(

@@ -226,7 +226,7 @@ def test_neurons_regrow_or_not():
         rewiring = Neuron().rewire(where, mask, drops, grows, 3, 3, regrow_dropped=regrow, generator=generator())
         return rewiring.apply_(mask.clone()).any(1).nonzero().squeeze(1).tolist()
 
-    assert after(True) == [0, 1]  # the lowest, 0, is dropped and has the highest growth score
+    assert after(True) == [0, 1]  # the lowest, 0, is dropped and has the highest grow score
     assert after(False) == [1, 3]
 
 
