@@ -85,7 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {guess[0]}?" if guess else "dst --help lists the commands"
         print(f"error: dst has no command {command!r}; {hint}", file=sys.stderr)
         return 2
-    return COMMANDS[command][0](rest)
+    if command == "train":
+        return train(rest)
+    try:
+        return COMMANDS[command][0](rest)
+    except SystemExit as done:  # argparse has printed help or an error
+        return int(done.code or 0)
 
 
 def train(argv: Sequence[str]) -> int:
@@ -287,10 +292,7 @@ def methods(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "dst methods", description="List the methods: storage, growth, pattern, cost, paper."
     )
-    try:
-        parser.parse_args(argv)
-    except SystemExit as done:
-        return int(done.code or 0)
+    parser.parse_args(argv)
 
     from dst.cli.catalogue import COLUMNS, catalogue
     from dst.report.terminal import show, terminal_table
@@ -306,10 +308,7 @@ def inspect(argv: Sequence[str]) -> int:
 
     parser = argparse.ArgumentParser("dst inspect", description="Show a checkpoint's layers, densities and health.")
     parser.add_argument("path", help="a checkpoint, a mask file, or a run's folder")
-    try:
-        arguments = parser.parse_args(argv)
-    except SystemExit as done:
-        return int(done.code or 0)
+    arguments = parser.parse_args(argv)
 
     from dst.report.inspection import inspect_checkpoint
     from dst.report.terminal import show
@@ -338,10 +337,7 @@ def compare(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--output", type=Path, help="folder for compare.csv, differences.csv, compare.md and compare.html"
     )
-    try:
-        arguments = parser.parse_args(argv)
-    except SystemExit as done:
-        return int(done.code or 0)
+    arguments = parser.parse_args(argv)
     try:
         comparison = compared(read_runs(arguments.runs), arguments.baseline)
     except ConfigurationError as error:  # DataError is one, too
@@ -363,10 +359,7 @@ def report(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("dst report", description="Write a run's report: one HTML file, no network.")
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--output", type=Path, help=f"the file to write; {REPORT_FILE} in the run's folder by default")
-    try:
-        arguments = parser.parse_args(argv)
-    except SystemExit as done:
-        return int(done.code or 0)
+    arguments = parser.parse_args(argv)
     output = arguments.output or arguments.run / REPORT_FILE
     try:
         write_report(arguments.run, output)
