@@ -89,7 +89,7 @@ class CompiledChain:
         Raises:
             MemoryError: There is no memory for the activations.
         """
-        # At batch size 1 with cold caches every call of a torch function costs microseconds, so there are few.
+        # At batch size 1 with cold caches every call of a torch function costs microseconds, so this method makes few.
         if type(x) is not Tensor or x.dtype is not self._dtype or not x.is_cpu:
             return None
         shape = x.shape

@@ -11,20 +11,20 @@ class ConvShape:
     """Sizes of a convolution without groups, in the order of ``dst_conv`` in ``conv.cpp``.
 
     Args:
-        images: batch, channels, height and width of the input.
-        outputs: channels of the output.
-        kernel: height and width of the kernel.
-        stride: step between positions, down and across.
-        padding: zeros around the input, above and below, left and right.
-        dilation: step between the taps of a kernel, down and across.
+        images: Batch size, channels, height and width of the input.
+        outputs: Channels of the output.
+        kernel: Height and width of the kernel.
+        stride: Step between output positions, down and across.
+        padding: Zeros added at both sides, in height and width.
+        dilation: Step between the taps of the kernel, down and across.
 
     Attributes:
-        weight: shape of the weight, ``(outputs, channels, height, width)``.
-        stride: as given.
-        padding: as given.
-        dilation: as given.
-        output: batch, channels, height and width of the output.
-        address: where the sizes lie in memory; valid while this object lives.
+        weight: Shape of the weight, ``(outputs, channels, height, width)``.
+        stride: As given.
+        padding: As given.
+        dilation: As given.
+        output: Batch size, channels, height and width of the output.
+        address: Address of the sizes in memory, valid during the lifetime of this object.
     """
 
     def __init__(
@@ -36,10 +36,10 @@ class ConvShape:
         padding: tuple[int, int] = (0, 0),
         dilation: tuple[int, int] = (1, 1),
     ):
-        """Compute the output's sizes.
+        """Compute the sizes of the output.
 
         Raises:
-            ValueError: the kernel is larger than the padded input.
+            ValueError: The kernel is larger than the padded input.
         """
         batch, channels, *size = images
         reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilation, strict=True)]

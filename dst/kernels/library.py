@@ -36,7 +36,7 @@ _SIGNATURES = {
     "dst_grow_update": [c_int, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 4, *[c_void_p] * 5],
     "dst_grow_finish": [c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
 }
-# These return 0, or 1 where there was no memory for scratch.
+# These return 0, or 1 if there is no memory for scratch.
 _FALLIBLE = ("dst_run_chain", "dst_rows_forward", "dst_rows_backward", "dst_conv_forward", "dst_conv_backward")
 
 

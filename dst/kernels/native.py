@@ -174,16 +174,16 @@ class Kernels:
         gelu: bool = False,
         derivative: Tensor | None = None,
     ) -> Tensor:
-        """Return ``x Wᵀ + bias`` (then ReLU) for many row-major examples.
+        """Return ``x Wᵀ + bias`` (then ReLU) for a row-major batch.
 
         Args:
-            pattern: positions of the non-zeros.
-            row_values: the values in row order, ``[nnz]``.
+            pattern: Positions of the non-zeros.
+            row_values: Values in row order, ``[nnz]``.
             x: ``[batch, columns]``; copied unless its rows are contiguous.
             bias: ``[rows]``, contiguous, or None.
-            relu: apply ReLU.
-            gelu: apply GELU.
-            derivative: receives the derivative of GELU, ``[batch, rows]``, contiguous; None if it is not needed.
+            relu: Whether to apply ReLU.
+            gelu: Whether to apply GELU.
+            derivative: Receives the derivative of GELU, ``[batch, rows]``, contiguous; None if it is not needed.
 
         Returns:
             ``[batch, rows]``, contiguous.
@@ -213,17 +213,17 @@ class Kernels:
         bias: bool,
         derivative: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Return the gradients of input, values and bias for many row-major examples.
+        """Return the gradients of input, values and bias for a row-major batch.
 
         Args:
-            pattern: positions of the non-zeros.
-            values: the values in column order, ``[nnz]``.
-            x: ``[batch, columns]``, as given to `rows_forward`.
-            g: gradient of the output, ``[batch, rows]``; copied unless its rows are contiguous.
-            y: the output if ReLU was applied, else None.
-            input: compute the gradient of the input.
-            bias: compute the gradient of the bias.
-            derivative: what `rows_forward` gave for GELU; the output gradient is multiplied by it.
+            pattern: Positions of the non-zeros.
+            values: Values in column order, ``[nnz]``.
+            x: ``[batch, columns]``, the input of `rows_forward`.
+            g: Gradient of the output, ``[batch, rows]``; copied unless its rows are contiguous.
+            y: The output if ReLU was applied, otherwise None.
+            input: Whether to compute the gradient of the input.
+            bias: Whether to compute the gradient of the bias.
+            derivative: The derivative of GELU from `rows_forward`, which multiplies the output gradient; otherwise None.
 
         Returns:
             Input gradient ``[batch, columns]``, contiguous, or None; values' gradient ``[nnz]``; bias gradient ``[rows]``
@@ -250,21 +250,21 @@ class Kernels:
     def conv_forward(
         self, pattern: Pattern, shape: ConvShape, row_values: Tensor, x: Tensor, bias: Tensor | None, relu: bool = False
     ) -> Tensor:
-        """Convolve images with a weight of which only the non-zeros are given.
+        """Convolve images with a sparse weight.
 
         Args:
-            pattern: positions of the non-zeros of the weight as ``[out, in * kernel height * kernel width]``.
-            shape: sizes of the convolution.
-            row_values: the values in row order, ``[nnz]``.
+            pattern: Positions of the non-zeros of the weight as ``[out, in * kernel height * kernel width]``.
+            shape: Sizes of the convolution.
+            row_values: Values in row order, ``[nnz]``.
             x: ``[batch, in, height, width]``, contiguous.
             bias: ``[out]``, contiguous, or None.
-            relu: apply ReLU.
+            relu: Whether to apply ReLU.
 
         Returns:
             ``[batch, out, out height, out width]``, contiguous.
 
         Raises:
-            MemoryError: no memory for scratch.
+            MemoryError: There is no memory for scratch.
         """
         y = torch.empty(shape.output, dtype=x.dtype)
         failed = self._conv_forward(
@@ -282,16 +282,16 @@ class Kernels:
         """Return the gradients of input (or None), values and bias (or None) of a convolution.
 
         Args:
-            pattern: as for `conv_forward`.
-            shape: sizes of the convolution.
-            values: the values in column order, ``[nnz]``.
+            pattern: As for `conv_forward`.
+            shape: Sizes of the convolution.
+            values: Values in column order, ``[nnz]``.
             x: ``[batch, in, height, width]``, contiguous.
-            g: gradient of the output, contiguous.
-            input: compute the gradient of the input.
-            bias: compute the gradient of the bias.
+            g: Gradient of the output, contiguous.
+            input: Whether to compute the gradient of the input.
+            bias: Whether to compute the gradient of the bias.
 
         Raises:
-            MemoryError: no memory for scratch.
+            MemoryError: There is no memory for scratch.
         """
         gx = torch.empty_like(x) if input else None
         gv = torch.empty_like(values)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class FeatureMajorLinear(nn.Linear):
-    """A dense ``nn.Linear`` with feature-major activations, for dense layers beside sparse ones.
+    """A dense ``nn.Linear`` with feature-major activations, for dense layers between sparse ones.
 
     Parameters, state_dict and results are those of ``nn.Linear``. The input and its gradient keep the feature-major
     strides of sparse layers, so neither is transposed.

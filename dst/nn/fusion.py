@@ -48,7 +48,7 @@ class Fused(NamedTuple):
 class TwoDimensional(nn.Module):
     """Returns its input, which must be ``(batch, features)``.
 
-    Batch normalisation of one more dimension normalises another one than a linear layer writes, and is not folded.
+    Batch normalisation normalises dimension 1. That is the output of a linear layer only if there are two dimensions.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ def fuse(model: nn.Module) -> Fused:
     """Fuse operations of a model in evaluation mode.
 
     Batch normalisation is folded into the convolution or linear layer before it, ReLU into the sparse layer before it. Both
-    need a layer that is called once and whose output has no other use. Dropout is removed. Other ReLU work in place where
-    nothing else reads their input.
+    need a layer that is called once and whose output has no other use. Dropout is removed. Any other ReLU works in place if nothing
+    else reads its input.
 
     Args:
         model: The model. Its layers are changed, so pass a copy.
@@ -82,7 +82,7 @@ def fuse(model: nn.Module) -> Fused:
     """
     graph = _trace(model)
     module = fx.GraphModule(model, graph, type(model).__name__)
-    # The operations of one layer follow one another in the graph, so one pass sees each after what precedes it is fused.
+    # Nodes are in the order of computation: when a node is visited, the nodes before it are already fused.
     folded, relus = [], []
     for node in list(graph.nodes):
         layer = _module(module, node)
@@ -149,7 +149,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _is_fresh(root: nn.Module, node: fx.Node) -> bool:
-    """Whether ``node`` gives a new tensor that has a single use."""
+    """Whether ``node`` returns a new tensor that is used once."""
     layer = _module(root, node)
     new = node.target is operator.add if layer is None else type(layer) in _FRESH and not _has_hooks(layer)
     return len(node.users) == 1 and new
@@ -166,13 +166,13 @@ def _is_relu(node: fx.Node, layer: nn.Module | None) -> bool:
 
 
 def _fusable(root: nn.Module, node: fx.Node, types: tuple[type[nn.Module], ...]) -> nn.Module | None:
-    """The layer that ``node`` calls, if what follows may become part of it."""
+    """Return the layer that ``node`` calls. None if the next operation cannot be fused into it."""
     layer = _module(root, node)
     if layer is None or type(layer) not in types or len(node.users) != 1 or _has_hooks(layer):
         return None
     if len(node.args) != 1 or node.kwargs:
         return None
-    # A second call of the layer, or a use of its parameters, would see the change.
+    # Fusing would change the result of a second call of the layer, or of another use of its parameters.
     held = {id(layer), *map(id, layer.parameters())}
     for other in node.graph.nodes:
         if other is not node and other.op in ("call_module", "get_attr") and held & _held(root, str(other.target)):

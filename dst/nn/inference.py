@@ -138,7 +138,7 @@ class InferenceModel(nn.Module):
             raise ConfigurationError(f"{busy[0]} is in training mode; call model.eval() before optimize_for_inference")
         if not any(isinstance(module, SparseLinear) for module in model.modules()):
             raise ConfigurationError("the model has no sparse layer to optimize")
-        # Tensors made in inference mode have no version counter, so copies of their values could not be kept.
+        # Tensors created in inference mode have no version counter, which detects outdated row-order copies.
         with torch.inference_mode(False):
             module = copy.deepcopy(model)
             module = nn.Sequential(module).eval() if isinstance(module, SparseLinear) else module
@@ -191,7 +191,7 @@ def optimize_for_inference(model: nn.Module) -> InferenceChain | InferenceModel:
     not arithmetic. A chain consists of `SparseLinear`, ``nn.Linear``, ReLU (module, function or method), dropout (the
     identity in evaluation) and an initial flatten. The model may be an ``nn.Sequential`` or any module that ``torch.fx`` can
     trace. The result shares the model's parameters: optimizer steps, ``load_state_dict`` and topology updates take effect at
-    the next call. It falls back to the model where one call could give another result: with gradients enabled, in training
+    the next call. It falls back to the model if one call could give another result: with gradients enabled, in training
     mode, under autocast, with 16-bit weights, with forward hooks, with a replaced layer, or without compiled kernels.
     Hooks and replaced layers are detected at the first call after ``eval`` or after a change of the weights: checking at
     every call would cost as much as a layer. Call `SparseLinear.refresh` after writing through ``values.data``.
@@ -200,9 +200,9 @@ def optimize_for_inference(model: nn.Module) -> InferenceChain | InferenceModel:
     normalisation is folded into the `SparseConv2d`, `SparseLinear`, ``nn.Conv2d`` or ``nn.Linear`` before it, and ReLU into
     the sparse layer before it, where the layer is called once, nothing else reads its output, and neither has hooks. Batch
     normalisation of 16-bit layers or without running statistics stays. A linear layer with folded batch normalisation takes
-    ``(batch, features)`` only. ``torch.fx`` traces the model once, so Python code that depends on anything but the inputs
-    runs then and never again. A model that cannot be traced or whose ``forward`` has optional arguments computes module
-    by module, as before; a warning and ``InferenceModel.unfused`` tell why. Transformers without batch normalisation and
+    ``(batch, features)`` only. ``torch.fx`` traces the model once, so Python code that does not depend on the
+    inputs runs at that time only. A model that cannot be traced or whose ``forward`` has optional arguments computes module
+    by module, as before; a warning and ``InferenceModel.unfused`` give the reason. Transformers without batch normalisation and
     ReLU gain nothing.
 
     The result may be called from several threads at once.

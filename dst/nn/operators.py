@@ -1,8 +1,8 @@
 """The sparse layers as ``torch.library`` operators: ``torch.ops.dst.sparse_linear`` and ``sparse_conv2d``.
 
 Compilers, exporters, profilers and FLOP counters see one named operator per pass. Each operator has a fake implementation
-for tracing, an autograd formula, and the operations of its non-zeros for ``torch.utils.flop_counter``. A pattern travels as
-its five index tensors, in the order of ``INDICES``. In evaluation a single example bypasses the operators, unless a dispatch
+for tracing, an autograd formula, and the operations of its non-zeros for ``torch.utils.flop_counter``. A pattern is passed
+as its five index tensors, in the order of ``INDICES``. In evaluation a single example bypasses the operators, unless a dispatch
 mode is active.
 """
 
@@ -21,7 +21,7 @@ from torch.utils.flop_counter import register_flop_formula
 from dst.kernels import Kernels, Pattern, engine
 from dst.kernels.geometry import ConvShape
 
-# torch has no public and fast functions for these two.
+# torch has no fast public functions for these.
 dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
 _profiler_enabled: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 
@@ -50,7 +50,7 @@ _library.define(
 
 
 def indices_of(pattern: Pattern) -> list[Tensor]:
-    """The index tensors of a pattern, in the order of ``INDICES``."""
+    """Return the index tensors of a pattern, in the order of ``INDICES``."""
     return [getattr(pattern, name) for name in INDICES]
 
 
@@ -59,7 +59,7 @@ def _pattern(indices: Sequence[Tensor]) -> Pattern:
 
 
 def _in_rows(pattern: Pattern, values: Tensor, row_values: Tensor | None) -> Tensor:
-    """Values in row order."""
+    """Return the values in row order; a copy unless ``row_values`` is given."""
     if row_values is not None:
         return row_values
     row_values = torch.empty_like(values)
@@ -68,16 +68,16 @@ def _in_rows(pattern: Pattern, values: Tensor, row_values: Tensor | None) -> Ten
 
 
 def _present(gradient: Tensor | None, like: Tensor) -> Tensor:
-    """The gradient, or an empty tensor of its own: outputs of an operator may not be None, nor share memory."""
+    """Return the gradient, or a new empty tensor: outputs of an operator cannot be None or share memory."""
     return like.new_empty(0) if gradient is None else gradient
 
 
 Gradients: TypeAlias = tuple[Tensor | None, Tensor, Tensor | None]
-"""Of input, values and bias; None where they are not wanted."""
+"""Gradients of input, values and bias. Those of input and bias are None if they are not needed."""
 
 
 def _wanted(ctx: Any) -> tuple[bool, bool]:
-    """Whether the gradients of input and bias are wanted."""
+    """Whether the gradients of input and bias are needed."""
     return ctx.needs_input_grad[0], ctx.has_bias and ctx.needs_input_grad[3]
 
 
@@ -112,7 +112,7 @@ def _linear_gelu(
     indices: Sequence[Tensor],
     derivative: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The output after GELU, and the derivative of GELU that the backward pass multiplies by (empty if not wanted)."""
+    """Return the output after GELU, and GELU's derivative for the backward pass (empty unless ``derivative``)."""
     kernels, pattern = engine(), _pattern(indices)
     rows = _in_rows(pattern, values, row_values)
     if isinstance(kernels, Kernels):
@@ -333,8 +333,8 @@ torch.library.register_autograd("dst::sparse_conv2d", _conv_formula, setup_conte
 def call(name: str, *args: Any) -> Any:
     """Call an operator on CPU tensors within an autograd function.
 
-    The dispatcher costs more than a small layer computes, so it is entered only where somebody watches: a compiler, a
-    profiler or a mode such as torch's FLOP counter.
+    The dispatcher takes longer than a small layer. It is used only if it has an observer: a compiler, a profiler or a
+    dispatch mode such as torch's FLOP counter.
     """
     if torch.compiler.is_compiling() or _profiler_enabled() or dispatch_modes():
         return getattr(torch.ops.dst, name).default(*args)

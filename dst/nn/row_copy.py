@@ -28,7 +28,7 @@ class RowCopy:
             values: The values in column order, ``[nnz]``, detached.
             pattern: Positions of the non-zeros.
             engine: Makes the copy.
-            fresh: Copy always. In training the weights change at every step, and a write through ``values.data`` does
+            fresh: Whether to copy unconditionally. In training the weights change at every step, and a write through ``values.data`` does
                 not increment autograd's version counter.
         """
         # Values created in inference mode have no version counter.

@@ -23,7 +23,7 @@ def flat_of_saved(pointers: Tensor, rows: Tensor, shape: tuple[int, int]) -> Ten
     """Return the sorted flat indices, int64 ``[nnz]``, of a saved pattern for a weight of ``shape`` ``(out, in)``.
 
     Raises:
-        ValueError: The entries are damaged or belong to another shape.
+        ValueError: The entries are damaged, or the weight had another shape.
     """
     outputs, inputs = shape
     pointers, rows = pointers.to(torch.int64), rows.to(torch.int64)

@@ -21,8 +21,8 @@ class SparseMultiheadAttention(nn.Module):
     """``nn.MultiheadAttention`` with projections that store only their non-zeros.
 
     `forward` takes the arguments of ``nn.MultiheadAttention`` and returns its results. Self-attention computes q, k and v in
-    one product. Where query, key and value are different tensors, each of them is projected by all rows of the weight, of
-    which a third is used.
+    one product. If query, key and value are different tensors, each is multiplied by all rows of the weight, and a third of
+    each product is used.
 
     Args:
         in_proj: Projects to q, k and v.
@@ -32,14 +32,14 @@ class SparseMultiheadAttention(nn.Module):
         batch_first: Whether inputs are ``(N, L, E)`` instead of ``(L, N, E)``.
 
     Shape:
-        - Query: ``(L, N, E)``, ``(N, L, E)`` with ``batch_first``, or ``(L, E)``. Key and value: with length S.
+        - Query: ``(L, N, E)``, ``(N, L, E)`` with ``batch_first``, or ``(L, E)``. Key and value: the same with length S.
         - Output: of the query's shape, and attention weights ``(N, L, S)``, or None without ``need_weights``.
 
     Raises:
         ConfigurationError: The projections or the heads do not fit.
     """
 
-    # torch's encoder layers then leave out their fused path, which reads dense weights.
+    # None makes torch's encoder layers skip their fused path, which reads dense weights.
     in_proj_bias = None
 
     def __init__(
@@ -113,7 +113,7 @@ class SparseMultiheadAttention(nn.Module):
         return x.transpose(1, 2) if batch_dim == 0 else x.permute(1, 2, 0, 3)
 
     def _bias(self, mask: Tensor | None, padding: Tensor | None, q: Tensor, length: int) -> Tensor | None:
-        """What is added to the scores ``(N, heads, L, S)``, or None."""
+        """Combine both masks into one that is added to the scores ``(N, heads, L, S)``. None without masks."""
         batch, heads, queries, _ = q.shape
         bias = None
         if mask is not None:
@@ -125,7 +125,7 @@ class SparseMultiheadAttention(nn.Module):
         return bias
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A state dict of the dense module.
+        # Names of a dense module.
         for part in ("weight", "bias"):
             if f"{prefix}in_proj_{part}" in state_dict:
                 state_dict[f"{prefix}in_proj.{part}"] = state_dict.pop(f"{prefix}in_proj_{part}")
@@ -133,7 +133,7 @@ class SparseMultiheadAttention(nn.Module):
 
 
 def _as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as what it adds to the scores: bool masks are True where nothing is attended to."""
+    """Convert a mask to one that is added to the scores. A bool mask is True where attention is not allowed."""
     if mask.dtype != torch.bool:
         return mask.to(dtype)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(mask, -math.inf)

@@ -18,7 +18,7 @@ class SparseConv2d(SparseLinear):
     """A 2-D convolution without groups, storing only the non-zeros of its weight ``[out, in, height, width]``.
 
     The weight is stored as a matrix ``[out, in * height * width]``. Images and outputs are ordinary contiguous tensors.
-    Each image is copied into padded planes. A non-zero is then one scalar times a contiguous vector of an input plane.
+    Each image is copied into padded planes, so that a non-zero multiplies contiguous vectors of an input plane.
 
     Args:
         in_channels: Channels of an input.
@@ -33,10 +33,10 @@ class SparseConv2d(SparseLinear):
 
     Shape:
         - Input: ``(N, in_channels, H, W)`` or ``(in_channels, H, W)``.
-        - Output: as of ``nn.Conv2d``.
+        - Output: As for ``nn.Conv2d``.
     """
 
-    # Layers that were pickled before other kernels than 1×1 existed have a stride alone.
+    # Defaults for layers that were pickled when only 1×1 kernels were supported.
     kernel_size: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
     dilation: tuple[int, int] = (1, 1)
@@ -78,7 +78,7 @@ class SparseConv2d(SparseLinear):
         return super().to_dense(entries).view(self.shape)
 
     def to_conv(self) -> nn.Conv2d:
-        """Return an ``nn.Conv2d`` with the same weights and bias; a fused ReLU is not part of it."""
+        """Return an ``nn.Conv2d`` with the same weights and bias, without a fused ReLU."""
         conv = nn.Conv2d(
             self.in_channels,
             self.out_features,
@@ -96,7 +96,7 @@ class SparseConv2d(SparseLinear):
         return conv.train(self.training)
 
     def extra_repr(self) -> str:
-        """Describe the layer in its printed form."""
+        """Show the settings in ``print(model)``."""
         return (
             f"{super().extra_repr()}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
             f"dilation={self.dilation}"

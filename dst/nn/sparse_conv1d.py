@@ -15,7 +15,7 @@ from dst.nn.sparse_linear import SparseLinear
 class SparseConv1D(SparseLinear):
     """``y = x W + b`` with ``W`` of shape ``[in, out]``, storing only its non-zeros.
 
-    Replaces the ``Conv1D`` of transformers, a linear layer with a transposed weight. The kernels see ``Wᵀ``, whose column
+    Replaces the ``Conv1D`` of transformers, a linear layer with a transposed weight. The kernels read ``Wᵀ``, whose column
     order is the row-major order of ``W``. Positions, masks and dense tensors have the layout of ``W``.
 
     Args:

@@ -39,7 +39,7 @@ class SparseLinear(nn.Module):
     copy in row order, which every training step refreshes. A non-zero takes at most 28 bytes with its gradient and one
     momentum (24 if both dimensions are at most 65,536). Row and column pointers add 4 bytes per row and per column.
 
-    Inputs and outputs are ordinary row-major tensors, so what follows the layer runs as it does after ``nn.Linear``.
+    Inputs and outputs are ordinary row-major tensors, as with ``nn.Linear``.
 
     In evaluation the copy is refreshed when autograd's version counter of `values` changes, and by `train` and `eval`.
     Call `refresh` after writing through ``values.data`` in evaluation.
@@ -166,12 +166,12 @@ class SparseLinear(nn.Module):
                 self.bias.uniform_(-bound, bound, generator=generator)
 
     def _new_pattern(self, indices: Tensor) -> Pattern:
-        """The pattern of row-major positions in the dense weight."""
+        """Build the pattern from row-major positions in the dense weight."""
         check_flat(indices, self.out_features, self.in_features)
         return self._matrix_pattern(indices)
 
     def _matrix_pattern(self, flat: Tensor) -> Pattern:
-        """The pattern of row-major positions in the matrix ``[out, in]`` that the kernels see."""
+        """Build the pattern from row-major positions in the matrix ``[out, in]`` that the kernels read."""
         return self._engine.pattern(flat.contiguous(), self.out_features, self.in_features)
 
     # ------------------------------------------------------------------------------------------ views of the weight
@@ -192,7 +192,7 @@ class SparseLinear(nn.Module):
 
     @property
     def _matrix_shape(self) -> tuple[int, int]:
-        """Shape of the dense weight as a matrix: its first dimension, and the others together."""
+        """Shape of the dense weight as a matrix: all dimensions but the first are flattened."""
         rows = self.shape[0]
         return rows, self.in_features * self.out_features // max(1, rows)
 
@@ -276,8 +276,8 @@ class SparseLinear(nn.Module):
 
         Args:
             x: The input.
-            gelu: Whether to apply GELU to the output, in the same pass. Its derivative is computed along, so the backward
-                pass needs no pass of its own for it.
+            gelu: Whether to apply GELU to the output, in the same pass. The backward pass uses its derivative, which the
+                forward pass saves.
         """
         prepared = self._chain
         if (
@@ -305,6 +305,7 @@ class SparseLinear(nn.Module):
         return passes.apply(self, x.reshape(-1, self.in_features), values, bias, gelu).view(*lead, self.out_features)
 
     def _operators(self) -> Operators:
+        """The operators of the current pattern and settings."""
         return Operators("sparse_linear", indices_of(self._pattern), (), self.relu)
 
     def _chains(self, x: Tensor) -> bool:
@@ -313,7 +314,7 @@ class SparseLinear(nn.Module):
 
     @staticmethod
     def _pair(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        """Between a pass's input and output gradient and what is collected of it: transposed, in both directions."""
+        """Convert the input and output gradient of a pass to the pair that is collected, or back."""
         return x.t(), g.t()
 
     def _product(self, x: Tensor, g: Tensor, first: int, last: int, tile: Tensor, add: bool) -> None:
@@ -393,8 +394,8 @@ class SparseLinear(nn.Module):
             exclude: Sorted row-major flat indices that may not be chosen. If None, all non-zeros.
             reduce: Called on every tile, in the same order on all ranks, to average it over ranks in place.
             key: Key of ``tie_order``.
-            within: Half-open range of rows of the weight to choose from, by default all. Indices, those of ``exclude``
-                too, then count from its start, and ``exclude`` is needed.
+            within: Half-open range of rows of the weight to choose from, by default all. Indices, including
+                ``exclude``, are then relative to its start, and ``exclude`` is required.
 
         Returns:
             Sorted row-major flat indices, int64 ``[k]``.

@@ -1,4 +1,4 @@
-"""Detecting changes of parameters, to invalidate what was derived from them."""
+"""Detecting changes of parameters, to invalidate copies and chains made from them."""
 
 from __future__ import annotations
 
