@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
 from dst.nn import passes
+from dst.nn.dense_conversion import filled
 from dst.nn.operators import indices_of
 from dst.nn.passes import Operators
 from dst.nn.sparse_linear import SparseLinear
@@ -89,11 +89,7 @@ class SparseConv2d(SparseLinear):
             bias=self.bias is not None,
             dtype=self.values.dtype,
         )
-        with torch.no_grad():
-            conv.weight.copy_(self.dense_weight())
-            if self.bias is not None and conv.bias is not None:
-                conv.bias.copy_(self.bias)
-        return conv.train(self.training)
+        return filled(conv, self)
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(model)``."""

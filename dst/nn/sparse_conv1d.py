@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dst.kernels import Pattern
 from dst.kernels.pattern import check_flat
+from dst.nn.dense_conversion import filled
 from dst.nn.sparse_linear import SparseLinear
 
 
@@ -79,14 +80,7 @@ class SparseConv1D(SparseLinear):
 
     def to_conv1d(self) -> nn.Module:
         """Return a ``dense_type`` with the same weights and bias, without a fused ReLU."""
-        dense = self.dense_type(self.out_features, self.in_features).to(self.values.dtype)
-        with torch.no_grad():
-            dense.get_parameter("weight").copy_(self.dense_weight())
-            if self.bias is None:
-                dense.register_parameter("bias", None)
-            else:
-                dense.get_parameter("bias").copy_(self.bias)
-        return dense.train(self.training)
+        return filled(self.dense_type(self.out_features, self.in_features).to(self.values.dtype), self)
 
     def _product(self, x: Tensor, g: Tensor, first: int, last: int, tile: Tensor, add: bool) -> None:
         torch.addmm(tile, x[first:last], g.t(), beta=float(add), out=tile)

@@ -1,7 +1,7 @@
 """A linear layer that stores, trains and saves only its non-zero weights; one public class with its documentation.
 
-What its methods do is in `dst.nn.passes` (computing), `dst.nn.topology_change` (patterns and growth) and
-`dst.nn.layer_state` (loading, copying and pickling).
+Longer methods are functions of `dst.nn.passes` (computing), `dst.nn.topology_change` (patterns and growth),
+`dst.nn.layer_state` (loading, copying and pickling) and `dst.nn.dense_conversion`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from dst.errors import ConfigurationError
 from dst.kernels import ChainLayer, Engine, Pattern, engine
 from dst.kernels.pattern import check_flat
-from dst.nn import passes, topology_change
+from dst.nn import dense_conversion, passes, topology_change
+from dst.nn.dense_conversion import filled
 
 # Pickled models refer to FeatureMajorLinear by this module.
 from dst.nn.feature_major import FeatureMajorLinear as FeatureMajorLinear
@@ -116,22 +117,7 @@ class SparseLinear(nn.Module):
             mask: Bool ``[out_features, in_features]``.
             relu: Whether to apply ReLU to the output.
         """
-        weight = linear.weight.detach()
-        if mask.shape != weight.shape or mask.dtype != torch.bool:
-            raise ConfigurationError(
-                f"mask is {mask.dtype} {tuple(mask.shape)}; a bool mask of shape {tuple(weight.shape)} is needed"
-            )
-        indices = mask.reshape(-1).nonzero().squeeze(1)
-        layer = cls(
-            linear.in_features, linear.out_features, indices, weight.reshape(-1)[indices],
-            bias=linear.bias is not None, relu=relu,
-        )  # fmt: skip
-        layer.values.requires_grad_(linear.weight.requires_grad)
-        if layer.bias is not None:
-            with torch.no_grad():
-                layer.bias.copy_(linear.bias)
-            layer.bias.requires_grad_(linear.bias.requires_grad)
-        return layer.train(linear.training)
+        return dense_conversion.from_linear(cls, linear, mask, relu)
 
     @classmethod
     def random(
@@ -221,11 +207,7 @@ class SparseLinear(nn.Module):
     def to_linear(self) -> nn.Linear:
         """Return an ``nn.Linear`` with the same weights and bias, without a fused ReLU."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, dtype=self.values.dtype)
-        with torch.no_grad():
-            linear.weight.copy_(self.dense_weight())
-            if self.bias is not None:
-                linear.bias.copy_(self.bias)
-        return linear.train(self.training)
+        return filled(linear, self)
 
     def extra_repr(self) -> str:
         """Show the settings in ``print(model)``."""
