@@ -29,7 +29,7 @@ MARGIN = 1.1
 """csr is chosen above this speedup of the layer alone. Within the model, other work shares caches and memory with it."""
 
 _CHOSEN_BY_LAYER = "_dst_storage_is_decided"
-"""Attribute of a model of which the backend of each layer was chosen. Pickled models have it under this name."""
+"""Attribute of a model whose layers were given backends one by one. Pickled models have it under this name."""
 
 
 class Chooser:

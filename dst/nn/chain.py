@@ -22,7 +22,7 @@ class NotAChain(ConfigurationError):
 
 
 class Tracer(fx.Tracer):
-    """Traces a model down to its layers, of which sparse ones are part."""
+    """Traces a model down to its layers, sparse layers included."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether to record a call of ``m`` instead of the operations within."""
@@ -75,7 +75,7 @@ class Chain:
             if node.all_input_nodes != [before] or node.args[:1] != (before,):
                 raise NotAChain(f"{node} has an input other than {before}")
             if node.op != "output" and not self._take(node):
-                raise NotAChain(f"{node} is no operation of a chain")
+                raise NotAChain(f"{node} is not an operation of a chain")
 
     def _take(self, node: fx.Node) -> bool:
         """Add one operation. Return False if a chain cannot contain it."""
