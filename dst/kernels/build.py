@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("spmm.cpp")  # includes the others
@@ -20,12 +21,17 @@ FLAGS = (
     "-std=c++17",
     "-O3",
     "-fPIC",
-    "-shared",
     "-fno-math-errno",
     "-fno-trapping-math",
     "-Wno-uninitialized",
     "-Wno-maybe-uninitialized",
     "-Wno-psabi",
+)
+
+# The translation units of the source, the slowest to compile first: one for each instruction set and element type.
+UNITS = (
+    *((f"-DDST_ONLY_LEVEL={level}", f"-DDST_ONLY_TYPE={kind}") for level in (2, 0, 1) for kind in ("float", "double")),
+    ("-DDST_ONLY_ABI",),
 )
 
 
@@ -81,15 +87,27 @@ def build(target: Path, compiler: str | None = None) -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             partial = Path(folder) / target.name
             for openmp in (["-fopenmp"], []):
-                command = [compiler, *FLAGS, *openmp, str(SOURCE), "-o", str(partial)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode == 0:
+                output = _compile([compiler, *FLAGS, *openmp], partial)
+                if not output:
                     os.replace(partial, target)  # not dst.checkpoints.replacing, which imports torch
                     return target
-                output = done.stderr
     except OSError as error:
         raise BuildError(f"cannot build the sparse kernels into {target.parent}: {error}") from error
     raise BuildError(f"{compiler} could not compile {SOURCE.name}:\n{output[-2000:]}")
+
+
+def _compile(command: list[str], target: Path) -> str:
+    """Compile the units in parallel and link them into ``target``; return what the compiler says if that fails."""
+    objects = [target.with_name(f"{i}.o") for i in range(len(UNITS))]
+
+    def run(*arguments: str | Path) -> str:
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        return "" if done.returncode == 0 else done.stderr or f"exit status {done.returncode}"
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        errors = pool.map(lambda unit, path: run(*unit, "-c", SOURCE, "-o", path), UNITS, objects)
+        output = next(filter(None, errors), "")
+    return output or run("-shared", *objects, "-o", target)
 
 
 if __name__ == "__main__":

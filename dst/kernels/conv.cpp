@@ -23,23 +23,7 @@ struct dst_conv {
 };
 }
 
-namespace {
-
-// Bytes that the scratch of one band may take: a share of the last-level cache. Taller bands repeat fewer rows and read and
-// write images in longer streams; the rows at work are what has to fit the second-level cache.
-constexpr int64_t kBandBytes = 4096 * 1024;
-
-// Bytes of the scratch that the taps of one block reach from one strip of outputs: half a first-level cache.
-constexpr int64_t kBlockBytes = 16 * 1024;
-
-// Outputs of a strip: sums that fit into the registers.
-constexpr int kMostPositions = 8;
-
-// Elements of a scratch that 32-bit offsets reach.
-constexpr int64_t kMostElements = std::numeric_limits<int32_t>::max();
-
-// Parts in which the gradients of the weights are summed, and so the most threads that a backward pass can use.
-constexpr int64_t kParts = 16;
+namespace dst {
 
 template <class T>
 struct ConvForward {
@@ -67,6 +51,26 @@ struct ConvBackward {
     T* gb;  // may be null
     int threads;
 };
+
+}  // namespace dst
+
+namespace {
+
+// Bytes that the scratch of one band may take: a share of the last-level cache. Taller bands repeat fewer rows and read and
+// write images in longer streams; the rows at work are what has to fit the second-level cache.
+constexpr int64_t kBandBytes = 4096 * 1024;
+
+// Bytes of the scratch that the taps of one block reach from one strip of outputs: half a first-level cache.
+constexpr int64_t kBlockBytes = 16 * 1024;
+
+// Outputs of a strip: sums that fit into the registers.
+constexpr int kMostPositions = 8;
+
+// Elements of a scratch that 32-bit offsets reach.
+constexpr int64_t kMostElements = std::numeric_limits<int32_t>::max();
+
+// Parts in which the gradients of the weights are summed, and so the most threads that a backward pass can use.
+constexpr int64_t kParts = 16;
 
 inline Scratch& conv_scratch() {
     static thread_local Scratch scratch;

@@ -3,6 +3,9 @@
 // C ABI, C++17. Depends only on the standard library and, if the compiler supports it, OpenMP. The file includes itself to
 // compile its second half once per instruction set. The best instruction set is chosen when the library is first used.
 //
+// The file is one translation unit, or several that compile in parallel (build.py): with DST_ONLY_LEVEL and DST_ONLY_TYPE
+// it defines the kernels of one instruction set and element type, with DST_ONLY_ABI everything else.
+//
 // Layout. Activations are feature-major: X is [in, batch], Y is [out, batch], so each non-zero multiplies one contiguous
 // vector. The weight W [out, in] is stored in two orders: by columns (CSC: the values that the optimizer updates) and by
 // rows (CSR: a copy that `gather` refreshes). Indices inside a row or a column are unsigned 16-bit where they fit and
@@ -39,6 +42,11 @@ constexpr int64_t kCacheBytes = 1024 * 1024;
 
 // Starting a parallel region with fewer multiply-adds costs more than it saves.
 constexpr int64_t kSerialWork = 1 << 15;
+
+}  // namespace
+
+// What the translation units share.
+namespace dst {
 
 template <class T>
 struct Forward {
@@ -159,6 +167,12 @@ struct Scratch {
     }
 };
 
+}  // namespace dst
+
+namespace {
+
+using namespace dst;
+
 // Tiling of the batch: `tiles` tiles of at most `vectors` vectors.
 struct Tiling {
     int64_t tiles, vectors;
@@ -189,9 +203,44 @@ inline int64_t balanced_cut(const int32_t* pointers, int64_t rows, int64_t targe
 
 #include "conv.cpp"
 
-// ---- one inclusion per instruction set
+namespace dst {
+
+// The kernels of one instruction set for elements of type T; pairs are for 16-bit and wide indices.
+template <class T>
+struct Kernels {
+    void (*forward[2])(const Forward<T>&);
+    void (*dense)(const Dense<T>&);
+    void (*backward[2])(const Backward<T>&);
+    void (*gradient)(int64_t features, int64_t batch, const T* g, int64_t g_stride, int batch_major, const T* y,
+                     int64_t y_stride, T* out, T* bias, int threads);
+    bool (*rows_forward[2])(const RowsForward<T>&, Scratch&);
+    bool (*rows_backward[2])(const RowsBackward<T>&, Scratch&);
+    bool (*conv_forward[2])(const ConvForward<T>&);
+    bool (*conv_backward[2])(const ConvBackward<T>&);
+};
+
+// One table for each instruction set and type, in a library of its own symbols.
+#define DST_HIDDEN __attribute__((visibility("hidden")))
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define DST_X86 1
+extern DST_HIDDEN const Kernels<float> avx512_float, avx2_float;
+extern DST_HIDDEN const Kernels<double> avx512_double, avx2_double;
+#endif
+extern DST_HIDDEN const Kernels<float> portable_float;
+extern DST_HIDDEN const Kernels<double> portable_double;
+
+}  // namespace dst
+
+// ---- one inclusion per instruction set
+#ifdef DST_ONLY_ABI
+#define DST_WANTED(level) 0
+#elif defined(DST_ONLY_LEVEL)
+#define DST_WANTED(level) (DST_ONLY_LEVEL == level)
+#else
+#define DST_WANTED(level) 1
+#endif
+#ifdef DST_X86
+#if DST_WANTED(2)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,f16c"))), apply_to = function)
 #else
@@ -205,9 +254,14 @@ inline int64_t balanced_cut(const int32_t* pointers, int64_t rows, int64_t targe
 #undef DST_LEVEL
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC pop_options
+#endif
+#endif
+#if DST_WANTED(1)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 #endif
@@ -222,12 +276,16 @@ inline int64_t balanced_cut(const int32_t* pointers, int64_t rows, int64_t targe
 #pragma GCC pop_options
 #endif
 #endif
+#endif
+#if DST_WANTED(0)
 #define DST_ISA portable
 #define DST_LEVEL 0
 #include "spmm.cpp"
 #undef DST_ISA
 #undef DST_LEVEL
+#endif
 
+#ifndef DST_ONLY_LEVEL
 // ------------------------------------------------------------------------------------------------ C ABI
 extern "C" {
 // One layer of a chain: sparse (`values` in row order with `pointers` and `indices`) or dense (`values` is the row-major
@@ -262,51 +320,26 @@ int& level() {
     return chosen;
 }
 
+// The kernels of the instruction set in use.
 template <class T>
-void run_forward(const Forward<T>& a, int wide) {
+const Kernels<T>& kernels();
+
+template <>
+const Kernels<float>& kernels<float>() {
 #ifdef DST_X86
-    if (level() == 2) return wide ? avx512::forward<T, int32_t>(a) : avx512::forward<T, uint16_t>(a);
-    if (level() == 1) return wide ? avx2::forward<T, int32_t>(a) : avx2::forward<T, uint16_t>(a);
+    if (level() == 2) return avx512_float;
+    if (level() == 1) return avx2_float;
 #endif
-    return wide ? portable::forward<T, int32_t>(a) : portable::forward<T, uint16_t>(a);
+    return portable_float;
 }
 
-template <class T>
-void run_dense(const Dense<T>& a) {
+template <>
+const Kernels<double>& kernels<double>() {
 #ifdef DST_X86
-    if (level() == 2) return avx512::dense<T>(a);
-    if (level() == 1) return avx2::dense<T>(a);
+    if (level() == 2) return avx512_double;
+    if (level() == 1) return avx2_double;
 #endif
-    portable::dense<T>(a);
-}
-
-template <class T>
-void run_backward(const Backward<T>& a, int wide) {
-#ifdef DST_X86
-    if (level() == 2) return wide ? avx512::backward<T, int32_t>(a) : avx512::backward<T, uint16_t>(a);
-    if (level() == 1) return wide ? avx2::backward<T, int32_t>(a) : avx2::backward<T, uint16_t>(a);
-#endif
-    return wide ? portable::backward<T, int32_t>(a) : portable::backward<T, uint16_t>(a);
-}
-
-template <class T>
-bool run_rows_forward(const RowsForward<T>& a, int wide, Scratch& memory) {
-#ifdef DST_X86
-    if (level() == 2)
-        return wide ? avx512::rows_forward<T, int32_t>(a, memory) : avx512::rows_forward<T, uint16_t>(a, memory);
-    if (level() == 1) return wide ? avx2::rows_forward<T, int32_t>(a, memory) : avx2::rows_forward<T, uint16_t>(a, memory);
-#endif
-    return wide ? portable::rows_forward<T, int32_t>(a, memory) : portable::rows_forward<T, uint16_t>(a, memory);
-}
-
-template <class T>
-bool run_rows_backward(const RowsBackward<T>& a, int wide, Scratch& memory) {
-#ifdef DST_X86
-    if (level() == 2)
-        return wide ? avx512::rows_backward<T, int32_t>(a, memory) : avx512::rows_backward<T, uint16_t>(a, memory);
-    if (level() == 1) return wide ? avx2::rows_backward<T, int32_t>(a, memory) : avx2::rows_backward<T, uint16_t>(a, memory);
-#endif
-    return wide ? portable::rows_backward<T, int32_t>(a, memory) : portable::rows_backward<T, uint16_t>(a, memory);
+    return portable_double;
 }
 
 // The scratch of this thread for the kernels over row-major examples.
@@ -316,41 +349,13 @@ inline Scratch& rows_scratch() {
 }
 
 template <class T>
-bool run_conv_forward(const ConvForward<T>& a, int wide) {
-#ifdef DST_X86
-    if (level() == 2) return wide ? avx512::conv_forward<T, int32_t>(a) : avx512::conv_forward<T, uint16_t>(a);
-    if (level() == 1) return wide ? avx2::conv_forward<T, int32_t>(a) : avx2::conv_forward<T, uint16_t>(a);
-#endif
-    return wide ? portable::conv_forward<T, int32_t>(a) : portable::conv_forward<T, uint16_t>(a);
-}
-
-template <class T>
-bool run_conv_backward(const ConvBackward<T>& a, int wide) {
-#ifdef DST_X86
-    if (level() == 2) return wide ? avx512::conv_backward<T, int32_t>(a) : avx512::conv_backward<T, uint16_t>(a);
-    if (level() == 1) return wide ? avx2::conv_backward<T, int32_t>(a) : avx2::conv_backward<T, uint16_t>(a);
-#endif
-    return wide ? portable::conv_backward<T, int32_t>(a) : portable::conv_backward<T, uint16_t>(a);
-}
-
-template <class T>
-void run_gradient(int64_t features, int64_t batch, const T* g, int64_t g_stride, int batch_major, const T* y,
-                  int64_t y_stride, T* out, T* bias, int threads) {
-#ifdef DST_X86
-    if (level() == 2) return avx512::gradient<T>(features, batch, g, g_stride, batch_major, y, y_stride, out, bias, threads);
-    if (level() == 1) return avx2::gradient<T>(features, batch, g, g_stride, batch_major, y, y_stride, out, bias, threads);
-#endif
-    return portable::gradient<T>(features, batch, g, g_stride, batch_major, y, y_stride, out, bias, threads);
-}
-
-template <class T>
 void run_layer(const dst_layer& l, const T* x, int64_t x_stride, T* y, int64_t y_stride, int64_t batch, int threads) {
     if (l.sparse)
-        run_forward<T>({l.rows, l.columns, (const int32_t*)l.pointers, l.indices, (const T*)l.values, x, x_stride, y, y_stride,
-                        batch, (const T*)l.bias, l.relu != 0, threads}, int(l.wide));
+        kernels<T>().forward[l.wide != 0]({l.rows, l.columns, (const int32_t*)l.pointers, l.indices, (const T*)l.values, x,
+                                           x_stride, y, y_stride, batch, (const T*)l.bias, l.relu != 0, threads});
     else
-        run_dense<T>({l.rows, l.columns, (const T*)l.values, x, x_stride, y, y_stride, batch, (const T*)l.bias, l.relu != 0,
-                      threads});
+        kernels<T>().dense({l.rows, l.columns, (const T*)l.values, x, x_stride, y, y_stride, batch, (const T*)l.bias,
+                            l.relu != 0, threads});
 }
 
 template <class T>
@@ -379,7 +384,7 @@ int run_chain(const dst_layer* layers, int64_t count, const T* x, int64_t x_stri
         if (batch == 1) {
             in_stride = 1;
         } else if (transpose) {
-            run_gradient<T>(layers[0].columns, lanes, in, x_stride, 1, nullptr, 0, sides[0], nullptr, threads);
+            kernels<T>().gradient(layers[0].columns, lanes, in, x_stride, 1, nullptr, 0, sides[0], nullptr, threads);
             in = sides[0];
             in_stride = lanes;
             next = 1;
@@ -550,11 +555,11 @@ void dst_forward(int is_double, int wide, int64_t rows, int64_t columns, const i
                  const void* values, const void* x, int64_t x_stride, void* y, int64_t y_stride, int64_t batch,
                  const void* bias, int relu, int threads) {
     if (is_double)
-        run_forward<double>({rows, columns, pointers, indices, (const double*)values, (const double*)x, x_stride, (double*)y,
-                             y_stride, batch, (const double*)bias, relu != 0, threads}, wide);
+        kernels<double>().forward[wide != 0]({rows, columns, pointers, indices, (const double*)values, (const double*)x, x_stride, (double*)y,
+                             y_stride, batch, (const double*)bias, relu != 0, threads});
     else
-        run_forward<float>({rows, columns, pointers, indices, (const float*)values, (const float*)x, x_stride, (float*)y,
-                            y_stride, batch, (const float*)bias, relu != 0, threads}, wide);
+        kernels<float>().forward[wide != 0]({rows, columns, pointers, indices, (const float*)values, (const float*)x, x_stride, (float*)y,
+                            y_stride, batch, (const float*)bias, relu != 0, threads});
 }
 
 // Run a batch through one or more layers in one call: with small batches the call overhead of a layer exceeds its
@@ -573,11 +578,11 @@ void dst_backward(int is_double, int wide, int64_t rows, int64_t columns, const 
                   const void* values, const void* x, int64_t x_stride, const void* g, int64_t g_stride, void* gx,
                   int64_t gx_stride, void* gv, int64_t batch, int threads) {
     if (is_double)
-        run_backward<double>({rows, columns, pointers, indices, (const double*)values, (const double*)x, x_stride,
-                              (const double*)g, g_stride, (double*)gx, gx_stride, (double*)gv, batch, threads}, wide);
+        kernels<double>().backward[wide != 0]({rows, columns, pointers, indices, (const double*)values, (const double*)x, x_stride,
+                              (const double*)g, g_stride, (double*)gx, gx_stride, (double*)gv, batch, threads});
     else
-        run_backward<float>({rows, columns, pointers, indices, (const float*)values, (const float*)x, x_stride,
-                             (const float*)g, g_stride, (float*)gx, gx_stride, (float*)gv, batch, threads}, wide);
+        kernels<float>().backward[wide != 0]({rows, columns, pointers, indices, (const float*)values, (const float*)x, x_stride,
+                             (const float*)g, g_stride, (float*)gx, gx_stride, (float*)gv, batch, threads});
 }
 
 // Convert a gradient (or an input) to feature-major order. If `y` is given, zero it where y is not positive. If `bias` is
@@ -585,10 +590,10 @@ void dst_backward(int is_double, int wide, int64_t rows, int64_t columns, const 
 void dst_gradient(int is_double, int64_t features, int64_t batch, const void* g, int64_t g_stride, int batch_major,
                   const void* y, int64_t y_stride, void* out, void* bias, int threads) {
     if (is_double)
-        run_gradient<double>(features, batch, (const double*)g, g_stride, batch_major, (const double*)y, y_stride,
+        kernels<double>().gradient(features, batch, (const double*)g, g_stride, batch_major, (const double*)y, y_stride,
                              (double*)out, (double*)bias, threads);
     else
-        run_gradient<float>(features, batch, (const float*)g, g_stride, batch_major, (const float*)y, y_stride, (float*)out,
+        kernels<float>().gradient(features, batch, (const float*)g, g_stride, batch_major, (const float*)y, y_stride, (float*)out,
                             (float*)bias, threads);
 }
 
@@ -603,13 +608,11 @@ int64_t dst_rows_forward(int is_double, int wide, int64_t rows, int64_t columns,
     Scratch& memory = rows_scratch();
     bool done;
     if (is_double)
-        done = run_rows_forward<double>({rows, columns, pointers, indices, (const double*)values, (const double*)x, x_stride,
-                                         (double*)y, y_stride, batch, (const double*)bias, activation, (double*)derivative, threads},
-                                        wide, memory);
+        done = kernels<double>().rows_forward[wide != 0]({rows, columns, pointers, indices, (const double*)values, (const double*)x, x_stride,
+                                         (double*)y, y_stride, batch, (const double*)bias, activation, (double*)derivative, threads}, memory);
     else
-        done = run_rows_forward<float>({rows, columns, pointers, indices, (const float*)values, (const float*)x, x_stride,
-                                        (float*)y, y_stride, batch, (const float*)bias, activation, (float*)derivative, threads},
-                                       wide, memory);
+        done = kernels<float>().rows_forward[wide != 0]({rows, columns, pointers, indices, (const float*)values, (const float*)x, x_stride,
+                                        (float*)y, y_stride, batch, (const float*)bias, activation, (float*)derivative, threads}, memory);
     memory.trim();
     return !done;
 }
@@ -621,13 +624,13 @@ int64_t dst_rows_backward(int is_double, int wide, int64_t rows, int64_t columns
     Scratch& memory = rows_scratch();
     bool done;
     if (is_double)
-        done = run_rows_backward<double>({rows, columns, pointers, indices, (const double*)values, (const double*)x, x_stride,
+        done = kernels<double>().rows_backward[wide != 0]({rows, columns, pointers, indices, (const double*)values, (const double*)x, x_stride,
                                           (const double*)g, g_stride, (const double*)y, y_stride, derivative != 0, (double*)gx, gx_stride,
-                                          (double*)gv, (double*)gb, batch, threads}, wide, memory);
+                                          (double*)gv, (double*)gb, batch, threads}, memory);
     else
-        done = run_rows_backward<float>({rows, columns, pointers, indices, (const float*)values, (const float*)x, x_stride,
+        done = kernels<float>().rows_backward[wide != 0]({rows, columns, pointers, indices, (const float*)values, (const float*)x, x_stride,
                                          (const float*)g, g_stride, (const float*)y, y_stride, derivative != 0, (float*)gx, gx_stride,
-                                         (float*)gv, (float*)gb, batch, threads}, wide, memory);
+                                         (float*)gv, (float*)gb, batch, threads}, memory);
     memory.trim();
     return !done;
 }
@@ -637,10 +640,10 @@ int dst_conv_forward(int is_double, int wide, const dst_conv* shape, const int32
                      const void* values, const void* x, void* y, const void* bias, int relu, int threads) {
     try {
         if (is_double)
-            return !run_conv_forward<double>({*shape, pointers, indices, (const double*)values, (const double*)x, (double*)y,
-                                              (const double*)bias, relu != 0, threads}, wide);
-        return !run_conv_forward<float>({*shape, pointers, indices, (const float*)values, (const float*)x, (float*)y,
-                                         (const float*)bias, relu != 0, threads}, wide);
+            return !kernels<double>().conv_forward[wide != 0]({*shape, pointers, indices, (const double*)values, (const double*)x, (double*)y,
+                                              (const double*)bias, relu != 0, threads});
+        return !kernels<float>().conv_forward[wide != 0]({*shape, pointers, indices, (const float*)values, (const float*)x, (float*)y,
+                                         (const float*)bias, relu != 0, threads});
     } catch (const std::bad_alloc&) {
         return 1;
     }
@@ -652,10 +655,10 @@ int dst_conv_backward(int is_double, int wide, const dst_conv* shape, const int3
                       const void* values, const void* x, const void* g, void* gx, void* gv, void* gb, int threads) {
     try {
         if (is_double)
-            return !run_conv_backward<double>({*shape, pointers, indices, (const double*)values, (const double*)x,
-                                               (const double*)g, (double*)gx, (double*)gv, (double*)gb, threads}, wide);
-        return !run_conv_backward<float>({*shape, pointers, indices, (const float*)values, (const float*)x, (const float*)g,
-                                          (float*)gx, (float*)gv, (float*)gb, threads}, wide);
+            return !kernels<double>().conv_backward[wide != 0]({*shape, pointers, indices, (const double*)values, (const double*)x,
+                                               (const double*)g, (double*)gx, (double*)gv, (double*)gb, threads});
+        return !kernels<float>().conv_backward[wide != 0]({*shape, pointers, indices, (const float*)values, (const float*)x, (const float*)g,
+                                          (float*)gx, (float*)gv, (float*)gb, threads});
     } catch (const std::bad_alloc&) {
         return 1;
     }
@@ -718,6 +721,7 @@ void dst_grow_finish(int is_double, int64_t k, int64_t key, void* values, int64_
 }
 
 }  // extern "C"
+#endif  // DST_ONLY_LEVEL
 
 #else
 // ------------------------------------------------------------------------------------------- per instruction set
@@ -1276,4 +1280,32 @@ void gradient(int64_t features, int64_t batch, const T* g, int64_t g_stride, int
 }  // namespace
 
 #include "conv.cpp"
+
+namespace dst {
+
+#define DST_JOINED(isa, type) isa##_##type
+#define DST_NAMED(isa, type) DST_JOINED(isa, type)
+#define DST_DEFINE(T)                                                                                     \
+    const Kernels<T> DST_NAMED(DST_ISA, T) = {                                                            \
+        {DST_ISA::forward<T, uint16_t>, DST_ISA::forward<T, int32_t>},                                    \
+        DST_ISA::dense<T>,                                                                                \
+        {DST_ISA::backward<T, uint16_t>, DST_ISA::backward<T, int32_t>},                                  \
+        DST_ISA::gradient<T>,                                                                             \
+        {DST_ISA::rows_forward<T, uint16_t>, DST_ISA::rows_forward<T, int32_t>},                          \
+        {DST_ISA::rows_backward<T, uint16_t>, DST_ISA::rows_backward<T, int32_t>},                        \
+        {DST_ISA::conv_forward<T, uint16_t>, DST_ISA::conv_forward<T, int32_t>},                          \
+        {DST_ISA::conv_backward<T, uint16_t>, DST_ISA::conv_backward<T, int32_t>},                        \
+    };
+
+#ifdef DST_ONLY_TYPE
+DST_DEFINE(DST_ONLY_TYPE)
+#else
+DST_DEFINE(float)
+DST_DEFINE(double)
+#endif
+#undef DST_JOINED
+#undef DST_NAMED
+#undef DST_DEFINE
+
+}  // namespace dst
 #endif

@@ -85,7 +85,6 @@ class Encoder(Sequence):
         ["rigl", "rigl_with_step", "rigl_no_regrowth", "rigl_rescaled", "rigl_by_magnitude", "set", "gradient_drop"],
         OPTIMIZERS,
         [Packed, Encoder],
-        each=2,
     ),
 )
 def test_trains_as_a_masked_one(name, optimizer, net):

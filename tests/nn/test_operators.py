@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch._inductor import config as inductor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import dst
 from dst.nn import SparseConv2d, SparseLinear
 from dst.nn.operators import indices_of
+from tests.sampling import rotated
 
 GEOMETRY = (3, 2), (2, 1), (1, 0), (1, 2)
 
@@ -45,9 +47,9 @@ def operands(kind: str, dtype: torch.dtype, batch: int) -> tuple[SparseLinear, T
     return layer, x, indices_of(layer.pattern), () if kind == "linear" else GEOMETRY
 
 
-@pytest.mark.parametrize("batch", [0, 1, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "batch"), rotated(["linear", "conv"], [torch.float32, torch.float64], [0, 1, 5], each=3)
+)
 def test_operators_keep_their_contracts(engine, kind, dtype, batch):
     layer, x, pattern, geometry = operands(kind, dtype, batch)
     forward = torch.ops.dst.sparse_linear if kind == "linear" else torch.ops.dst.sparse_conv2d
@@ -66,8 +68,7 @@ def test_operators_keep_their_contracts(engine, kind, dtype, batch):
             torch.library.opcheck(backward.default, call, test_utils=("test_schema", "test_faketensor"))
 
 
-@pytest.mark.parametrize("batch", [0, 1, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("batch", "dtype"), rotated([0, 1, 5], [torch.float32, torch.float64]))
 def test_gelu_keeps_the_contract(engine, dtype, batch):
     layer, x, pattern, _ = operands("linear", dtype, batch)
     values, forward = layer.values.detach(), torch.ops.dst.sparse_linear_gelu
@@ -193,6 +194,9 @@ def test_compiled_training_equals_eager(compiled):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
 def test_inductor(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    # Two small kernels are not worth precompiled headers, nor processes that compile in parallel.
+    monkeypatch.setattr(inductor, "cpp_cache_precompile_headers", False)
+    monkeypatch.setattr(inductor, "compile_threads", 1)
     torch._dynamo.reset()
     net = nn.Sequential(Net().conv, nn.ReLU(), nn.Flatten(), Net().hidden)
     x = torch.randn(6, 2, 4, 5, dtype=torch.float64)

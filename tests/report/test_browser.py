@@ -14,6 +14,7 @@ from dst.report.page import SECTIONS
 from tests.report.browser import NAMES, Browser, find_browser
 from tests.report.runs import HOSTILE, make_run
 from tests.report.test_compare import sweep
+from tests.sampling import rotated
 
 pytestmark = pytest.mark.skipif(
     find_browser() is None, reason=f"no browser: install one of {', '.join(NAMES)} (Debian: chromium-headless-shell)"
@@ -68,7 +69,11 @@ def browser(tmp_path_factory):
         yield found
 
 
-@pytest.fixture(scope="module", params=["few layers", "many layers", "unfinished"])
+PAGES = ["few layers", "many layers", "unfinished"]
+SIZES = {"small": (320, 640), "phone": (390, 844), "desk": (1280, 800)}
+
+
+@pytest.fixture(scope="module")
 def page(request, tmp_path_factory):
     names = {
         "few layers": ["model.hidden.0.weight", HOSTILE],
@@ -79,9 +84,9 @@ def page(request, tmp_path_factory):
     return write_report(run, run / "report.html")
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize(("width", "height"), [(320, 640), (390, 844), (1280, 800)], ids=["small", "phone", "desk"])
-def test_the_page_fits_and_can_be_read(browser, page, width, height, dark):
+@pytest.mark.parametrize(("page", "theme", "size"), rotated(PAGES, ["light", "dark"], SIZES, each=2), indirect=["page"])
+def test_the_page_fits_and_can_be_read(browser, page, theme, size):
+    (width, height), dark = SIZES[size], theme == "dark"
     browser.open(page.as_uri(), width, height, dark)
     requested = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
     assert [url for url in requested if not url.startswith("data:")] == [page.as_uri()]
