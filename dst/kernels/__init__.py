@@ -13,10 +13,25 @@ from dst.errors import ConfigurationError
 from dst.kernels.chain import ChainLayer, CompiledChain
 from dst.kernels.fallback import TorchKernels
 from dst.kernels.geometry import ConvShape
+from dst.kernels.layer import CompiledLayer
 from dst.kernels.native import Kernels
 from dst.kernels.pattern import Pattern
+from dst.kernels.planes import FEW_IMAGES, ConvPlanes
 
-__all__ = ["ChainLayer", "CompiledChain", "ConvShape", "Engine", "Kernels", "Pattern", "TorchKernels", "engine", "load"]
+__all__ = [
+    "FEW_IMAGES",
+    "ChainLayer",
+    "CompiledChain",
+    "CompiledLayer",
+    "ConvPlanes",
+    "ConvShape",
+    "Engine",
+    "Kernels",
+    "Pattern",
+    "TorchKernels",
+    "engine",
+    "load",
+]
 
 Engine: TypeAlias = Kernels | TorchKernels
 

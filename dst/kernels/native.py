@@ -12,8 +12,10 @@ from torch import Tensor
 
 from dst.kernels.chain import ChainLayer, CompiledChain
 from dst.kernels.geometry import ConvShape
+from dst.kernels.layer import CompiledLayer
 from dst.kernels.library import ISA, open_library
 from dst.kernels.pattern import Pattern, split_flat
+from dst.kernels.planes import ConvPlanes
 
 
 class Kernels:
@@ -309,6 +311,14 @@ class Kernels:
     def chain(self, layers: Sequence[ChainLayer]) -> CompiledChain:
         """Prepare forward passes through ``layers``. Their tensors must not be resized or moved while it is in use."""
         return CompiledChain(self._library, layers)
+
+    def layer(self, layer: ChainLayer) -> CompiledLayer:
+        """Prepare forward passes through one sparse layer. See `chain`."""
+        return CompiledLayer(self._library, layer)
+
+    def planes(self, layer: ChainLayer, *sizes: tuple[int, int]) -> ConvPlanes:
+        """Prepare convolutions of a few images; ``sizes`` are kernel, stride, padding and dilation. See `chain`."""
+        return ConvPlanes(self._library, layer, *sizes)
 
     def top_k(self, k: int, dtype: torch.dtype, key: int) -> NativeTopK:
         """Return an empty running top-k for tiles of ``dtype``; ``key`` breaks ties."""

@@ -19,7 +19,7 @@ _SHARED = ("_pattern", "_engine")
 
 def derived_state() -> dict[str, Any]:
     """Return the initial values of the attributes that are neither copied nor pickled."""
-    return {"_rows": RowCopy(), "_collector": GradientCollector(), "_chain": None}
+    return {"_rows": RowCopy(), "_collector": GradientCollector(), "_prepared": None}
 
 
 def load_pattern(

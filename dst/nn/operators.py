@@ -2,8 +2,8 @@
 
 Compilers, exporters, profilers and FLOP counters see one named operator per pass. Each operator has a fake implementation
 for tracing, an autograd formula, and the operations of its non-zeros for ``torch.utils.flop_counter``. A pattern is passed
-as its five index tensors, in the order of ``INDICES``. In evaluation a single example bypasses the operators, unless a dispatch
-mode is active.
+as its five index tensors, in the order of ``INDICES``. An evaluation bypasses the operators unless a compiler, a profiler
+or a dispatch mode is active.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dst.kernels.geometry import ConvShape
 
 # torch has no fast public functions for these.
 dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-_profiler_enabled: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
+profiler_enabled: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 
 INDICES = ("column_pointers", "row_indices", "row_pointers", "column_indices", "permutation")
 
@@ -336,7 +336,7 @@ def call(name: str, *args: Any) -> Any:
     The dispatcher takes longer than a small layer. It is used only if it has an observer: a compiler, a profiler or a
     dispatch mode such as torch's FLOP counter.
     """
-    if torch.compiler.is_compiling() or _profiler_enabled() or dispatch_modes():
+    if torch.compiler.is_compiling() or profiler_enabled() or dispatch_modes():
         return getattr(torch.ops.dst, name).default(*args)
     return _IMPLEMENTATIONS[name](*args)
 

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from dst.errors import ConfigurationError
 from dst.kernels import ChainLayer, Kernels
 from dst.nn.operators import call, dispatch_modes
-from dst.nn.watched import CopyKey, WatchedChain, readable, unchanged, watch
+from dst.nn.watched import CopyKey, WatchedLayer, readable, unchanged, watch
 
 if TYPE_CHECKING:
     from dst.nn.sparse_linear import SparseLinear
@@ -150,25 +150,25 @@ def _evaluate(layer: SparseLinear, x: Tensor, values: Tensor, bias: Tensor | Non
     # Converted values are a new tensor at every call, so their version counter says nothing about the weights.
     converted = values.dtype is not layer.values.dtype
     y = None
-    if layer._chains(x) and not gelu:
-        chain = layer._chain  # another thread may replace it
-        if chain is None or not unchanged(chain.watched):
-            chain = layer._chain = None if converted else _prepared_chain(layer)
-        y = None if chain is None else chain.chain.run(x)
+    if layer._bypasses(x):
+        prepared = layer._prepared  # another thread may replace it
+        if prepared is None or not unchanged(prepared.watched):
+            prepared = layer._prepared = None if converted else _prepare(layer)
+        y = None if prepared is None else prepared.compiled.run(x, gelu)
     if y is None:
         rows = layer._rows.of(values, layer._pattern, layer._engine, fresh=layer.training or converted)
         y = layer._operators().output(x, values, rows, bias, gelu, False)[0]
     return y
 
 
-def _prepared_chain(layer: SparseLinear) -> WatchedChain | None:
-    layer._chain = None  # frees an outdated copy before the new one is made
+def _prepare(layer: SparseLinear) -> WatchedLayer | None:
+    layer._prepared = None  # frees an outdated copy before the new one is made
     prepared = layer.chain_layer()
     if prepared is None:
         return None
     single, key = prepared
-    chain = cast(Kernels, layer._engine).chain([single])
-    return WatchedChain(chain, [watch(layer, "values", key), watch(layer, "bias")])
+    compiled = layer._compiled(cast(Kernels, layer._engine), single)
+    return WatchedLayer(compiled, [watch(layer, "values", key), watch(layer, "bias")])
 
 
 def chain_layer(layer: SparseLinear) -> tuple[ChainLayer, CopyKey] | None:

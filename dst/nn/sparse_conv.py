@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from dst.kernels import FEW_IMAGES, ChainLayer, ConvPlanes, Kernels
 from dst.nn import passes
 from dst.nn.dense_conversion import filled
 from dst.nn.operators import indices_of
@@ -18,7 +19,8 @@ class SparseConv2d(SparseLinear):
     """A 2-D convolution without groups, storing only the non-zeros of its weight ``[out, in, height, width]``.
 
     The weight is stored as a matrix ``[out, in * height * width]``. Images and outputs are ordinary contiguous tensors.
-    Each image is copied into padded planes, so that a non-zero multiplies contiguous vectors of an input plane.
+    Each image is copied into padded planes, so that a non-zero multiplies contiguous vectors of an input plane. In evaluation
+    one or two images take a faster path (`dst.kernels.ConvPlanes`), which sums in another order.
 
     Args:
         in_channels: Channels of an input.
@@ -124,5 +126,8 @@ class SparseConv2d(SparseLinear):
         gradient = gradient.view(tile.shape)
         tile.add_(gradient) if add else tile.copy_(gradient)
 
-    def _chains(self, x: Tensor) -> bool:
-        return False
+    def _bypasses(self, x: Tensor) -> bool:
+        return x.dim() == 4 and 0 < x.shape[0] <= FEW_IMAGES and super()._bypasses(x)
+
+    def _compiled(self, kernels: Kernels, layer: ChainLayer) -> ConvPlanes:
+        return kernels.planes(layer, self.kernel_size, self.stride, self.padding, self.dilation)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dst.errors import ConfigurationError
-from dst.kernels import ChainLayer, Engine, Pattern, engine
+from dst.kernels import ChainLayer, CompiledLayer, ConvPlanes, Engine, Kernels, Pattern, engine
 from dst.kernels.pattern import check_flat
 from dst.nn import dense_conversion, passes, topology_change
 from dst.nn.dense_conversion import filled
@@ -23,12 +23,12 @@ from dst.nn.dense_conversion import filled
 from dst.nn.feature_major import FeatureMajorLinear as FeatureMajorLinear
 from dst.nn.gradient_collector import TILE_ROWS, GradientCollector
 from dst.nn.layer_state import copied, derived_state, load_pattern, pickled
-from dst.nn.operators import dispatch_modes, indices_of
+from dst.nn.operators import dispatch_modes, indices_of, profiler_enabled
 from dst.nn.passes import Operators, is_autocast, is_grad_enabled
 from dst.nn.row_copy import RowCopy
 from dst.nn.saved_pattern import saved_pattern
 from dst.nn.topology_change import remap as remap
-from dst.nn.watched import CopyKey, WatchedChain, unchanged
+from dst.nn.watched import CopyKey, WatchedLayer, unchanged
 from dst.topology.rewiring import without
 from dst.topology.selection import random_indices
 
@@ -72,7 +72,7 @@ class SparseLinear(nn.Module):
     bias: nn.Parameter | None
     _rows: RowCopy
     _collector: GradientCollector
-    _chain: WatchedChain | None
+    _prepared: WatchedLayer | None
 
     def __init__(
         self,
@@ -221,11 +221,11 @@ class SparseLinear(nn.Module):
     def refresh(self) -> None:
         """Refresh the row-order copy at the next use. Needed after writing through ``values.data`` in evaluation."""
         self._rows.outdate()
-        self._chain = None
+        self._prepared = None
 
     def _set_pattern(self, pattern: Pattern) -> None:
         # Free the old row-order copy before the new one is made, to lower peak memory.
-        self._chain = None
+        self._prepared = None
         self._rows.free()
         self._pattern = pattern
 
@@ -261,15 +261,14 @@ class SparseLinear(nn.Module):
             gelu: Whether to apply GELU to the output, in the same pass. The backward pass uses its derivative, which the
                 forward pass saves.
         """
-        prepared = self._chain
+        prepared = self._prepared
         if (
             prepared is not None
-            and not gelu
             and not (is_grad_enabled() or is_autocast() or torch.compiler.is_compiling())
-            and self._chains(x)
+            and self._bypasses(x)
             and unchanged(prepared.watched)
         ):
-            y = prepared.chain.run(x)
+            y = prepared.compiled.run(x, gelu)
             if y is not None:
                 return y
         self._check_input(x)
@@ -290,9 +289,13 @@ class SparseLinear(nn.Module):
         """The operators of the current pattern and settings."""
         return Operators("sparse_linear", indices_of(self._pattern), (), self.relu)
 
-    def _chains(self, x: Tensor) -> bool:
-        """Whether a chain of one layer may compute ``x``: a single example, and no mode that counts or traces operators."""
-        return x.numel() == self.in_features and not dispatch_modes()
+    def _bypasses(self, x: Tensor) -> bool:
+        """Whether an evaluation may bypass the operator: nothing counts, traces or profiles it."""
+        return not (dispatch_modes() or profiler_enabled())
+
+    def _compiled(self, kernels: Kernels, layer: ChainLayer) -> CompiledLayer | ConvPlanes:
+        """The layer, prepared for evaluations that `_bypasses` allows."""
+        return kernels.layer(layer)
 
     @staticmethod
     def _pair(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

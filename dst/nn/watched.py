@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeAlias
 
 from torch import Tensor, nn
 
-from dst.kernels import CompiledChain
+from dst.kernels import CompiledChain, CompiledLayer, ConvPlanes
 
 
 class CopyKey:
@@ -57,6 +57,18 @@ class WatchedChain(NamedTuple):
     """
 
     chain: CompiledChain
+    watched: list[Watched]
+
+
+class WatchedLayer(NamedTuple):
+    """A layer prepared for the kernels.
+
+    Attributes:
+        compiled: Computes the layer.
+        watched: The parameters that it reads.
+    """
+
+    compiled: CompiledLayer | ConvPlanes
     watched: list[Watched]
 
 

@@ -189,3 +189,55 @@ def test_the_plan_and_selectors_know_convolutions():
     assert not isinstance(model.head, dst.nn.SparseLinear)
     layers, _ = dst.topology.layers.find_layers(model, include=[nn.Conv2d])
     assert {layer.label for layer in layers} == {n for n in rows if not n.startswith(("head", "norm"))}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("kernel", "options"),
+    [
+        (1, {}),
+        (1, {"stride": 2}),
+        (3, {"padding": 1}),
+        (3, {"padding": 1, "stride": 2}),
+        ((5, 3), {"padding": (2, 0), "dilation": (1, 2)}),
+        ((2, 4), {"stride": (2, 3), "padding": (0, 2)}),
+        ((3, 2), {"stride": (2, 1), "dilation": (3, 1), "padding": (3, 0)}),
+        ((11, 9), {}),
+    ],
+)
+def test_a_few_images_are_evaluated_as_many(kernel, options, bias, dtype):
+    conv, sparse = pair(5, 6, 0.3, kernel, dtype, **options)
+    if not bias:
+        conv.bias = sparse.bias = None
+    conv.eval(), sparse.eval()
+    sparse.relu = True
+    with torch.no_grad():
+        for size in ((11, 9), (12, 16), (11, 9)):
+            x = torch.randn(2, 5, *size, dtype=dtype)
+            many = sparse(torch.cat([x, x, x, x]))
+            for few in (x, x.to(memory_format=torch.channels_last), x[:1], x[1], x.flip(3).contiguous().flip(3)):
+                y = sparse(few)
+                assert y.is_contiguous()
+                torch.testing.assert_close(y, conv(few).relu())
+            torch.testing.assert_close(many[:2], sparse(x))
+            if not isinstance(sparse._engine, TorchKernels):
+                assert torch.equal(sparse(x)[1:], sparse(x[1:]))
+    assert (sparse._prepared is None) == isinstance(sparse._engine, TorchKernels)
+
+
+def test_a_few_images_see_changed_weights():
+    conv, sparse = pair(5, 6, 0.3, 3, padding=1)
+    conv.eval(), sparse.eval()
+    x = torch.randn(1, 5, 6, 7, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(x), conv(x))
+        for tensor in (conv.weight, sparse.values, conv.bias, sparse.bias):
+            tensor.mul_(2)
+        torch.testing.assert_close(sparse(x), conv(x))
+        sparse.relu = True
+        torch.testing.assert_close(sparse(x), conv(x).relu())
+        sparse.set_pattern(torch.arange(0, 6 * 45, 3))
+        torch.testing.assert_close(sparse(x), sparse.to_conv()(x).relu())
+        with pytest.raises(ValueError, match="does not fit"):
+            sparse(torch.zeros(1, 5, 0, 3, dtype=torch.float64))
