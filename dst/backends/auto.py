@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from dst.backends import timing
 from dst.backends.csr_support import is_supported
+from dst.backends.decision import Choose, Decision
 from dst.backends.prepare import prepare as prepare_csr
 from dst.backends.swap import dense_module, exchange, sparse_attention, sparse_module
 from dst.backends.timing import Case, Measure, Timing, case_of, input_shapes
@@ -33,7 +34,7 @@ _CHOSEN_BY_LAYER = "_dst_storage_is_decided"
 
 
 class Chooser:
-    """Decides layer by layer by measurement, and keeps the reasons.
+    """Decides by measurement. Layers of equal shape and density are measured once.
 
     Args:
         batch_size: Batch size, ``BATCH_SIZE`` by default.
@@ -51,18 +52,16 @@ class Chooser:
     ) -> None:
         self._batch_size, self._measure, self._group, self._shapes = batch_size, measure, group, shapes or {}
         self._known: dict[Case, Timing] = {}
-        self.reasons: dict[str, str] = {}
 
-    def __call__(self, layer: SparseLayer, module: nn.Module, active: int) -> bool:
-        """Whether to store only the ``active`` weights of a dense module."""
+    def __call__(self, layers: Sequence[SparseLayer], module: nn.Module, active: int) -> Decision:
+        """Decide whether to store only the ``active`` weights of a dense module."""
         case = case_of(module, active, self._batch_size, self._shapes.get(module))
         if case not in self._known:
             mine = (self._measure or timing.measure)(case) if rank(self._group) == 0 else None
-            dense, sparse = from_first([0.0, 0.0] if mine is None else [mine.dense, mine.sparse], self._group)
-            self._known[case] = Timing(dense, sparse)
+            masked, sparse = from_first([0.0, 0.0] if mine is None else [mine.masked, mine.sparse], self._group)
+            self._known[case] = Timing(masked, sparse)
         ratio = self._known[case].ratio
-        self.reasons[layer.label] = f"{ratio:.2g} × dense speed, measured on {case}"
-        return ratio > MARGIN
+        return Decision("csr" if ratio > MARGIN else "masked", f"{ratio:.2g} × masked speed, measured on {case}")
 
 
 def prepare(
@@ -84,21 +83,13 @@ def prepare(
         report(f"backend=auto: all layers masked ({method.name} needs inactive weights: {reason})", group)
         return model
     shapes = None if example is None or state is not None else input_shapes(model, example)
-    chooser = Chooser(batch_size, group=group, shapes=shapes)
-    outcome: dict[str, tuple[str, str]] = {}
+    choose: Choose = Chooser(batch_size, group=group, shapes=shapes) if state is None else _as_saved(state)
 
-    def choose(layer: SparseLayer, module: nn.Module, active: int) -> bool:
-        sparse = chooser(layer, module, active) if state is None else _saved(state, layer)
-        why = chooser.reasons.get(layer.label, "as in the checkpoint")
-        outcome[layer.label] = ("csr" if sparse else "masked", why)
-        return sparse
+    def report_all(decisions: Mapping[str, Decision]) -> None:
+        for label, (storage, reason) in decisions.items():
+            report(f"backend=auto: {label} {storage} ({reason})", group)
 
-    def keep(layer: SparseLayer, storage: str, reason: str) -> None:
-        outcome[layer.label] = (storage, reason)
-
-    model = prepare_csr(model, method, seed=seed, include=include, exclude=exclude, choose=choose, keep=keep)
-    for label, (storage, reason) in outcome.items():
-        report(f"backend=auto: {label} {storage} ({reason})", group)
+    model = prepare_csr(model, method, seed=seed, include=include, exclude=exclude, choose=choose, report=report_all)
     model.__dict__[_CHOSEN_BY_LAYER] = True
     return model
 
@@ -116,6 +107,16 @@ def is_chosen_by_layer(model: nn.Module) -> bool:
     With ``backend="csr"`` a layer is masked only if csr does not support it. Here any layer may be masked.
     """
     return _CHOSEN_BY_LAYER in model.__dict__
+
+
+def _as_saved(state: Mapping[str, Any]) -> Choose:
+    """Decide as a sparsifier's state was trained."""
+
+    def choose(layers: Sequence[SparseLayer], module: nn.Module, active: int) -> Decision:
+        saved = all(_saved(state, layer) for layer in layers)
+        return Decision("csr" if saved else "masked", "as in the checkpoint")
+
+    return choose
 
 
 def _saved(state: Mapping[str, Any], layer: SparseLayer) -> bool:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from dst.backends.csr_support import owners_of, unsupported_reasons
+from dst.backends.csr_support import owners_of
+from dst.backends.decision import Choose, Decision, decide
 from dst.backends.swap import exchange, sparse_attention, sparse_module
 from dst.errors import ConfigurationError
 from dst.method import Method
@@ -25,8 +26,8 @@ def prepare(
     seed: int,
     include: Iterable[str | type[nn.Module]] | None,
     exclude: Iterable[str | type[nn.Module]] | None,
-    choose: Callable[[SparseLayer, nn.Module, int], bool] = lambda layer, module, active: True,
-    keep: Callable[[SparseLayer, str, str], None] = lambda layer, storage, reason: None,
+    choose: Choose | None = None,
+    report: Callable[[Mapping[str, Decision]], None] = lambda decisions: None,
 ) -> nn.Module:
     """Swap layers for ones that store only non-zeros, with their first mask; see ``dst.prepare``.
 
@@ -36,65 +37,33 @@ def prepare(
         seed: Seed of the first mask.
         include: See ``dst.prepare``.
         exclude: See ``dst.prepare``.
-        choose: Called with each supported layer, its dense module and its number of active weights. Returns whether to
-            swap it.
-        keep: Called with each other sparse layer, ``"masked"`` or ``"dense"``, and the reason.
+        choose: Decides which of the supported layers to swap; all of them by default. See ``decide``.
+        report: Called with the decision of each layer that was not sparse before.
     """
     if any(m.pattern_seed is not None for m in model.modules() if isinstance(m, SparseLinear)):
         return model  # already prepared
     layers, _ = find_layers(model, include, exclude)
-    owners, modules = owners_of(model), sparse_modules(model)
-    unsupported = unsupported_reasons(model, layers)
-    attentions = {m.out_proj: m for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
-    swapped: dict[nn.Module, nn.Module] = {}
-    parts: dict[nn.Module, list[tuple[SparseLayer, Tensor]]] = {}
-    for layer, positions in _first(model, layers, method, seed, modules):
-        if positions is None:
-            continue
-        dense = owners[layer.parameter][0]
-        if isinstance(dense, nn.MultiheadAttention) and unsupported[layer.label] is None:
-            parts.setdefault(dense, []).append((layer, positions))
-            if len(parts[dense]) == 3 and (projection := _packed(dense, parts[dense], seed, choose, keep)) is not None:
-                swapped[dense] = projection
-            continue
-        if positions.numel() == layer.weights:
-            keep(layer, "dense", "keeps all its weights")
-            continue
-        if (reason := unsupported[layer.label]) is not None:
-            keep(layer, "masked", reason)
-            continue
-        if dense in attentions and attentions[dense] not in swapped:
-            keep(layer, "masked", "q, k and v are not sparse")
-        elif choose(layer, dense, positions.numel()):
-            swapped[dense] = sparse_module(layer.label, dense, positions, seed)
-    for output, attention in attentions.items():
+    first = {x.label: found for x, found in _first(model, layers, method, seed, sparse_modules(model))}
+    active = [None if (found := first[x.label]) is None else found.numel() for x in layers]
+    decisions = decide(model, layers, active, choose)
+    report({label: decision for label, decision in decisions.items() if first[label] is not None})
+    owners, swapped = owners_of(model), dict[nn.Module, nn.Module]()
+    parts: dict[str, list[SparseLayer]] = {}
+    for layer in layers:
+        parts.setdefault(layer.parameter, []).append(layer)
+    for held in parts.values():
+        # Positions are freed as they are used.
+        positions = [None if (found := first.pop(x.label)) is None else found + x.offset for x in held]
+        known = [found for found in positions if found is not None]
+        if known and any(decisions[x.label].storage == "csr" for x in held):
+            dense, name = owners[held[0].parameter][0], held[0].parameter
+            swapped[dense] = sparse_module(name, dense, torch.cat(known), seed)
+    for attention in [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]:
         if attention in swapped:
-            packed = swapped[attention]
+            packed, output = swapped[attention], attention.out_proj
             assert isinstance(packed, SparseLinear)
             swapped[attention] = sparse_attention(attention, packed, swapped.get(output, output))
     return exchange(model, swapped)
-
-
-def _packed(
-    attention: nn.MultiheadAttention,
-    parts: Sequence[tuple[SparseLayer, Tensor]],
-    seed: int,
-    choose: Callable[[SparseLayer, nn.Module, int], bool],
-    keep: Callable[[SparseLayer, str, str], None],
-) -> SparseLinear | None:
-    """The q, k and v projections of attention, unless they keep all weights or one of them is not chosen."""
-    sparse = [(layer, positions) for layer, positions in parts if positions.numel() < layer.weights]
-    for layer, positions in parts:
-        if positions.numel() == layer.weights:
-            keep(layer, "dense", "keeps all its weights")
-    chosen = [choose(layer, attention, positions.numel()) for layer, positions in sparse]
-    if not sparse or not all(chosen):
-        for (layer, _), fast in zip(sparse, chosen, strict=True):
-            if fast:
-                keep(layer, "masked", "stored with q, k and v, of which not all are faster")
-        return None
-    name, positions = parts[0][0].parameter, torch.cat([positions + layer.offset for layer, positions in parts])
-    return sparse_module(name, attention, positions, seed)
 
 
 def _first(

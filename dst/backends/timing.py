@@ -1,4 +1,4 @@
-"""Times one layer, dense and as non-zeros, on the shapes that it sees in its model."""
+"""Times one layer, masked and as non-zeros, on the shapes that it sees in its model."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from dst.backends.csr_support import is_supported
+from dst.backends.masked import BitMasks
 from dst.backends.swap import sparse_module
 from dst.errors import ConfigurationError
 from dst.topology.evaluation import evaluation_mode
@@ -35,7 +36,7 @@ Geometry: TypeAlias = tuple[tuple[int, int], tuple[int, int], tuple[int, int], t
 
 @dataclass(frozen=True)
 class Case:
-    """A layer whose forward and backward pass is measured.
+    """A layer that is measured.
 
     Attributes:
         kind: The type of the dense module, ``nn.Linear`` or ``nn.Conv2d``.
@@ -65,20 +66,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per forward and backward pass.
+    """Seconds that a layer takes of a training step.
 
     Attributes:
-        dense: Time of the dense layer.
+        masked: Time of the dense layer, with masking.
         sparse: Time of the layer that stores only non-zeros.
     """
 
-    dense: float
+    masked: float
     sparse: float
 
     @property
     def ratio(self) -> float:
         """Speedup of the sparse layer."""
-        return self.dense / max(self.sparse, 1e-12)
+        return self.masked / max(self.sparse, 1e-12)
 
 
 Measure: TypeAlias = Callable[[Case], Timing]
@@ -134,7 +135,7 @@ def case_of(module: nn.Module, active: int, batch_size: int | None, shape: tuple
     """The case of a dense module with ``active`` active weights.
 
     Args:
-        module: The module; attention for one of q, k and v.
+        module: The module; of attention, the projection to q, k and v.
         active: Number of non-zeros.
         batch_size: Batch size, if there is no shape; ``BATCH_SIZE`` by default.
         shape: Shape of the module's input.
@@ -142,8 +143,6 @@ def case_of(module: nn.Module, active: int, batch_size: int | None, shape: tuple
     packed = isinstance(module, nn.MultiheadAttention)
     weight = module.get_parameter("in_proj_weight" if packed else "weight")
     outputs, inputs = weight.shape[:2]
-    if packed:
-        outputs //= 3
     if not isinstance(module, nn.Conv2d):
         if is_conv1d(module):
             outputs, inputs = inputs, outputs
@@ -157,9 +156,10 @@ def case_of(module: nn.Module, active: int, batch_size: int | None, shape: tuple
 
 
 def measure(case: Case) -> Timing:
-    """Time a dense and a sparse layer alternately, with cold caches. Returns the medians of seven runs.
+    """Time a masked and a sparse layer alternately, with cold caches. Returns the medians of seven runs.
 
-    Takes a few tenths of a second for a layer of a million weights. Linear layers with more than 16 million weights are
+    A run is the layer's share of a training step: forward and backward pass, masking, and SGD with momentum on its weights.
+    It takes a few tenths of a second for a layer of a million weights. Linear layers with more than 16 million weights are
     scaled down at the same proportions and density. At most 4096 rows, or images of 16384 positions in all, are measured.
     Does not change global random state.
     """
@@ -178,26 +178,54 @@ def measure(case: Case) -> Timing:
             dense = nn.Linear(inputs, outputs, dtype=case.dtype)
         size = dense.weight.numel()
         active = min(size, max(1, round(case.active * inputs * outputs / weights)))
-        sparse = sparse_module("measured", dense, random_indices(size, active, generator), 0)
+        indices = random_indices(size, active, generator)
+        sparse = sparse_module("measured", dense, indices, 0)
         x = torch.randn(shape, generator=generator).to(case.dtype)
         with torch.no_grad():
             gradient = torch.randn(dense(x).shape, generator=generator).to(case.dtype)
         sweep = torch.zeros(_SWEEP)
-    times: dict[nn.Module, list[float]] = {dense: [], sparse: []}
+    mask = torch.zeros(size, dtype=torch.bool)
+    mask[indices] = True
+    bits = BitMasks()
+    weight = dense.get_parameter("weight")
+    bits.set(weight, mask.view_as(weight))
+    steps = _Step(dense, weight, bits), _Step(sparse, sparse.values, bits)
+    times: list[list[float]] = [[], []]
     for _ in range(_REPEATS + 1):
-        for module, taken in times.items():
+        for step, taken in zip(steps, times, strict=True):
             sweep.add_(1)
-            taken.append(_step(module, x, gradient))
-    return Timing(statistics.median(times[dense][1:]), statistics.median(times[sparse][1:]))
+            taken.append(step(x, gradient))
+    masked, stored = (statistics.median(taken[1:]) for taken in times)
+    return Timing(masked, stored)
 
 
-def _step(module: nn.Module, x: Tensor, gradient: Tensor) -> float:
-    with torch.enable_grad():
-        module.zero_grad()
-        x = x.requires_grad_()
-        x.grad = None
-        # With a single thread, its CPU time is not affected by other processes.
-        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-        start = clock()
-        module(x).backward(gradient)
+class _Step:
+    """A training step of one layer.
+
+    Args:
+        module: The layer.
+        weight: The parameter that the optimizer moves.
+        bits: The masks; of a sparse layer there are none.
+    """
+
+    def __init__(self, module: nn.Module, weight: nn.Parameter, bits: BitMasks) -> None:
+        self._module, self._weight, self._bits = module, weight, bits
+        self._momentum = torch.zeros_like(weight)
+
+    def __call__(self, x: Tensor, gradient: Tensor) -> float:
+        """Take the step and return its time in seconds."""
+        weight = self._weight
+        with torch.enable_grad():
+            self._module.zero_grad()
+            x = x.requires_grad_()
+            x.grad = None
+            # With a single thread, its CPU time is not affected by other processes.
+            clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+            start = clock()
+            self._module(x).backward(gradient)
+        self._bits.mask_gradients((weight,))
+        if weight.grad is not None:
+            with torch.no_grad():
+                weight.add_(self._momentum.mul_(0.9).add_(weight.grad), alpha=-1e-6)
+        self._bits.mask_weights((weight,))
         return clock() - start

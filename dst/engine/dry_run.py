@@ -9,13 +9,13 @@ from typing import Any
 from torch import nn
 
 from dst.backends.auto import Chooser, is_prepared
-from dst.backends.csr_support import unsupported_reasons
+from dst.backends.decision import Choose, Decision, decide
 from dst.backends.timing import input_shapes
 from dst.engine.coverage import left_dense
 from dst.method import Method, check_method
 from dst.planning.first_mask import layer_counts
 from dst.tables import aligned_table
-from dst.topology.layers import Selector, SparseLayer, find_layers, sparse_modules
+from dst.topology.layers import Selector, SparseLayer, find_layers
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,10 @@ def plan(
     pattern = method.pattern.for_density(method.density) if method.density < 1 else method.pattern
     decided: list[int | None] = [None] * len(layers) if counts is None else list(counts)
     shapes = input_shapes(model, example) if example is not None and method.backend == "auto" else None
-    where = _Where(model, method, layers, Chooser(batch_size, shapes=shapes))
+    decisions = _decisions(model, method, layers, decided, Chooser(batch_size, shapes=shapes))
     rows = []
     for layer, count in zip(layers, decided, strict=True):
-        storage, note = where(layer, count)
+        storage, note = decisions[layer.label]
         if storage == "dense" and (why := pattern.unsupported_reason(layer)):
             note += f": {why}"
         rows.append(PlanRow(layer.label, layer.kind, layer.shape, layer.weights, count, storage, note))
@@ -103,35 +103,28 @@ def plan(
     return Plan(tuple(rows), left_dense(layers, dense) or "")
 
 
-class _Where:
-    """Finds the backend of each layer, and the reason."""
+def _decisions(
+    model: nn.Module,
+    method: Method,
+    layers: Sequence[SparseLayer],
+    counts: Sequence[int | None],
+    measure: Choose,
+) -> dict[str, Decision]:
+    """The storage of each layer, as ``dst.prepare`` decides it, and the reason."""
 
-    def __init__(self, model: nn.Module, method: Method, layers: Sequence[SparseLayer], choose: Chooser) -> None:
-        self._backend, self._measured = method.backend, method.backend == "auto"
-        self._unsupported = unsupported_reasons(model, layers) if method.backend in ("csr", "auto") else {}
-        self._everywhere = ""
-        if method.backend == "auto":
-            self._everywhere = method.needs_inactive_weights() or ""
-            self._chosen = is_prepared(model)
-        self._modules, self._stored = dict(model.named_modules()), sparse_modules(model)
-        self._choose = choose
+    def masked(layers: Sequence[SparseLayer], module: nn.Module, active: int) -> Decision:
+        return Decision("masked", "as it was prepared")
 
-    def __call__(self, layer: SparseLayer, count: int | None) -> tuple[str, str]:
-        if count == layer.weights:
-            return "dense", "stays dense"
-        if reason := self._everywhere or self._unsupported.get(layer.label):
-            return "masked", reason
-        if not self._measured:
-            return self._backend, ""
-        if layer.parameter in self._stored:
-            return "csr", ""
-        if self._chosen:
-            return "masked", "as it was prepared"
-        if count is None:
-            return "auto", "measured when scores have set its density"
-        module = self._modules[layer.parameter.rpartition(".")[0]]
-        sparse = self._choose(layer, module, count)
-        return ("csr" if sparse else "masked"), self._choose.reasons[layer.label]
+    if method.backend not in ("csr", "auto"):
+        found = {layer.label: Decision(method.backend, "") for layer in layers}
+    elif method.backend == "auto" and (reason := method.needs_inactive_weights()):
+        found = {layer.label: Decision("masked", reason) for layer in layers}
+    elif method.backend == "csr":
+        found = decide(model, layers, counts)
+    else:
+        found = decide(model, layers, counts, masked if is_prepared(model) else measure)
+    whole = {x.label: Decision("dense", "stays dense") for x, n in zip(layers, counts, strict=True) if n == x.weights}
+    return found | whole
 
 
 def _dense_row(name: str, kind: str, shape: tuple[int, ...], reason: str) -> PlanRow:

@@ -78,9 +78,9 @@ def test_layers_that_are_faster_sparse_become_sparse(times, capsys):
     assert len(cases) == 3
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
-        "backend=auto: first.weight masked (0.5 × dense speed, measured on 32 rows)",
-        "backend=auto: second.weight csr (3.1 × dense speed, measured on 32 rows)",
-        "backend=auto: head.weight masked (0.5 × dense speed, measured on 32 rows)",
+        "backend=auto: first.weight masked (0.5 × masked speed, measured on 32 rows)",
+        "backend=auto: second.weight csr (3.1 × masked speed, measured on 32 rows)",
+        "backend=auto: head.weight masked (0.5 × masked speed, measured on 32 rows)",
     ]
     # What is decided stays, whatever times are now.
     times(lambda case: 9.0)
@@ -181,8 +181,7 @@ def test_the_first_process_decides(monkeypatch):
     monkeypatch.setattr(auto, "from_first", lambda values, group: [5.0, 1.0])
     chooser = Chooser(measure=lambda case: pytest.fail("measured on the second process"))
     layer = dst.topology.layers.find_layers(nn.Linear(3, 4))[0][0]
-    assert chooser(layer, nn.Linear(3, 4), 2)
-    assert chooser.reasons == {"weight": "5 × dense speed, measured on 128 rows"}
+    assert chooser([layer], nn.Linear(3, 4), 2) == ("csr", "5 × masked speed, measured on 128 rows")
 
 
 def test_the_plan_shows_what_was_measured_and_changes_nothing(times):
@@ -190,9 +189,9 @@ def test_the_plan_shows_what_was_measured_and_changes_nothing(times):
     with torch.device("meta"):
         model = nn.ModuleDict({"mixed": Mixed(), "point": nn.Conv2d(8, 16, 1)})
     rows = {row.name: (row.storage, row.note) for row in dst.plan(model, rigl(), batch_size=7).rows}
-    assert rows["point.weight"] == ("csr", "2.5 × dense speed, measured on 7 images of 16×16")
-    assert rows["mixed.head.weight"] == ("csr", "2.5 × dense speed, measured on 7 rows")
-    assert rows["mixed.hidden.weight"] == ("masked", "0.25 × dense speed, measured on 7 rows")
+    assert rows["point.weight"] == ("csr", "2.5 × masked speed, measured on 7 images of 16×16")
+    assert rows["mixed.head.weight"] == ("csr", "2.5 × masked speed, measured on 7 rows")
+    assert rows["mixed.hidden.weight"] == ("masked", "0.25 × masked speed, measured on 7 rows")
     assert rows["mixed.conv.weight"][0] == "csr"
     assert rows["mixed.tied_a.weight"][0] == "masked"
     assert len(cases) == 5
@@ -213,19 +212,19 @@ def test_the_plan_shows_what_was_measured_and_changes_nothing(times):
 def test_the_real_measurement_times_both_and_leaves_no_trace(kind, dtype, monkeypatch):
     monkeypatch.setattr(timing, "_SWEEP", 16)
     seen = []
-    step = timing._step
+    step = timing._Step.__call__
 
-    def spy(module, x, gradient):
-        seen.append((type(module), tuple(x.shape), x.dtype, getattr(module, "nnz", None)))
-        return step(module, x, gradient)
+    def spy(self, x, gradient):
+        seen.append((type(self._module), tuple(x.shape), x.dtype, getattr(self._module, "nnz", None)))
+        return step(self, x, gradient)
 
-    monkeypatch.setattr(timing, "_step", spy)
+    monkeypatch.setattr(timing._Step, "__call__", spy)
     state = torch.random.get_rng_state()
     geometry = ((3, 3), (2, 1), (1, 0), (1, 1)) if kind is nn.Conv2d else None
     image = (9, 8) if kind is nn.Conv2d else None
     found = timing.measure(Case(kind, 12, 10, 17, 5, dtype, image, geometry))
     assert torch.equal(state, torch.random.get_rng_state())
-    assert found.dense > 0
+    assert found.masked > 0
     assert found.sparse > 0
     shape = (5, 12) if kind is nn.Linear else (5, 12, 9, 8)
     sparse = SparseLinear if kind is nn.Linear else SparseConv2d
@@ -236,7 +235,12 @@ def test_layers_larger_than_can_be_held_are_measured_in_part(monkeypatch):
     monkeypatch.setattr(timing, "_SWEEP", 16)
     monkeypatch.setattr(timing, "_WEIGHTS", 300)
     seen = set()
-    monkeypatch.setattr(timing, "_step", lambda m, x, g: seen.add((*x.shape, *g.shape, getattr(m, "nnz", None))) or 1.0)
+
+    def spy(self, x, gradient):
+        seen.add((*x.shape, *gradient.shape, getattr(self._module, "nnz", None)))
+        return 1.0
+
+    monkeypatch.setattr(timing._Step, "__call__", spy)
     assert timing.measure(Case(nn.Linear, 100, 1200, 5000, 2, torch.float32)).ratio == 1
     assert seen == {(2, 5, 2, 60, None), (2, 5, 2, 60, 12)}
 

@@ -348,11 +348,15 @@ def test_selectors_choose_the_same_layers_before_and_after():
         assert "attention.in_proj_weight" in sparsifier.masks
 
 
-def test_auto_measures_each_part(monkeypatch):
+def test_auto_measures_q_k_and_v_together(monkeypatch):
     cases = measured_cases(monkeypatch)
     method = methods.rigl(DENSITY, allocation=Uniform(), backend="auto")
     model = dst.prepare(Packed(), method, example=torch.randn(8, 30))
-    assert {(c.kind, c.inputs, c.outputs, c.batch_size) for c in cases[:1]} == {(nn.Linear, WIDTH, WIDTH, 40)}
+    assert [(c.kind, c.inputs, c.outputs, c.active, c.batch_size) for c in cases] == [
+        (nn.Linear, WIDTH, 3 * WIDTH, round(DENSITY * 3 * WIDTH * WIDTH), 40),
+        (nn.Linear, WIDTH, WIDTH, round(DENSITY * WIDTH * WIDTH), 40),
+        (nn.Linear, WIDTH, 4, round(DENSITY * 4 * WIDTH), 8),
+    ]
     fresh = restored(Packed(), model.state_dict())
     x = torch.randn(4, 30)
     torch.testing.assert_close(fresh(x), model(x))
@@ -361,7 +365,25 @@ def test_auto_measures_each_part(monkeypatch):
     torch.testing.assert_close(fresh(x), model(x))
 
 
-def test_auto_keeps_attention_masked_where_a_part_is_not_faster(monkeypatch):
+def test_auto_keeps_attention_masked_where_its_projection_is_not_faster(monkeypatch):
     monkeypatch.setattr(timing, "measure", lambda case: timing.Timing(1, 1))
     model = dst.prepare(Packed(), methods.rigl(DENSITY, allocation=Uniform(), backend="auto"))
     assert sparse_layers(model) == []
+
+
+@pytest.mark.parametrize("fast", [(), (3 * WIDTH,), (WIDTH,), (4, WIDTH), (3 * WIDTH, WIDTH, 4)])
+def test_the_dry_run_prints_what_prepare_does(monkeypatch, fast, capsys):
+    monkeypatch.setattr(timing, "measure", lambda case: timing.Timing(2.0 if case.outputs in fast else 1.0, 1))
+    method, example = methods.rigl(DENSITY, allocation=Uniform(), backend="auto"), torch.randn(8, 30)
+    planned = dst.plan(Packed(), method, example=example)
+    model = dst.prepare(Packed(), method, example=example)
+    assert [f"backend=auto: {row.name} {row.storage} ({row.note})" for row in planned.rows] == (
+        capsys.readouterr().err.splitlines()
+    )
+    stored = {name for name, storage in _sparsifier(model, method).backends.items() if storage == "csr"}
+    assert stored == {row.name for row in planned.rows if row.storage == "csr"}
+    assert len(stored) == {(): 0, (3 * WIDTH,): 6, (WIDTH,): 0, (4, WIDTH): 1}.get(fast, 9)
+
+
+def _sparsifier(model: nn.Module, method: dst.Method) -> dst.Sparsifier:
+    return dst.Sparsifier(model, torch.optim.SGD(model.parameters(), 0.1), method, total_steps=9)
