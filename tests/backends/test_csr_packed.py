@@ -353,7 +353,7 @@ def test_auto_measures_q_k_and_v_together(monkeypatch):
     method = methods.rigl(DENSITY, allocation=Uniform(), backend="auto")
     model = dst.prepare(Packed(), method, example=torch.randn(8, 30))
     assert [(c.kind, c.inputs, c.outputs, c.active, c.batch_size) for c in cases] == [
-        (nn.Linear, WIDTH, 3 * WIDTH, round(DENSITY * 3 * WIDTH * WIDTH), 40),
+        (nn.Linear, WIDTH, 3 * WIDTH, 3 * round(DENSITY * WIDTH * WIDTH), 40),
         (nn.Linear, WIDTH, WIDTH, round(DENSITY * WIDTH * WIDTH), 40),
         (nn.Linear, WIDTH, 4, round(DENSITY * 4 * WIDTH), 8),
     ]

@@ -33,7 +33,7 @@ def test_a_run_that_measures_resumes_with_the_layers_it_has(tmp_path, monkeypatc
 
     pretend(64)
     run(config("backend=auto", "trainer.max_epochs=2"), tmp_path / "whole")
-    assert "model.hidden.0.weight csr (2 × dense speed, measured on 32 rows)" in capsys.readouterr().err
+    assert "model.hidden.0.weight csr (2 × masked speed, measured on 32 rows)" in capsys.readouterr().err
     run(config("backend=auto", "trainer.max_epochs=1"), tmp_path / "parts")
     pretend(300)
     run(config("backend=auto", "trainer.max_epochs=2", "resume=last"), tmp_path / "parts")
