@@ -84,7 +84,7 @@ class Kernels:
     def refresh(self, pattern: Pattern, values: Tensor, out: Tensor) -> None:
         """Copy ``values`` (column order) into ``out`` (row order)."""
         self._gather(
-            values.dtype is torch.float64, pattern.nnz, pattern.permutation.data_ptr(), values.data_ptr(),
+            values.dtype is torch.float64, pattern.nnz, pattern.by_column[2], values.data_ptr(),
             out.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
 
@@ -117,8 +117,7 @@ class Kernels:
         batch = x.shape[1]
         y = torch.empty_strided((batch, pattern.rows), (1, max(batch, 1)), dtype=x.dtype)
         self._forward(
-            x.dtype is torch.float64, pattern.wide, pattern.rows, pattern.columns, pattern.row_pointers.data_ptr(),
-            pattern.column_indices.data_ptr(), row_values.data_ptr(), x.data_ptr(), x.stride(0), y.data_ptr(), batch,
+            x.dtype is torch.float64, pattern.wide, pattern.rows, pattern.columns, *pattern.by_row, row_values.data_ptr(), x.data_ptr(), x.stride(0), y.data_ptr(), batch,
             batch, None if bias is None else bias.data_ptr(), relu, torch.get_num_threads(),
         )  # fmt: skip
         return y
@@ -159,8 +158,7 @@ class Kernels:
         gx = torch.empty_strided((batch, pattern.columns), (1, max(batch, 1)), dtype=x.dtype) if input else None
         gv = torch.empty_like(values)
         self._backward(
-            double, pattern.wide, rows, pattern.columns, pattern.column_pointers.data_ptr(),
-            pattern.row_indices.data_ptr(), values.data_ptr(), x.data_ptr(), x.stride(0), gt.data_ptr(), gt.stride(0),
+            double, pattern.wide, rows, pattern.columns, *pattern.by_column[:2], values.data_ptr(), x.data_ptr(), x.stride(0), gt.data_ptr(), gt.stride(0),
             None if gx is None else gx.data_ptr(), batch, gv.data_ptr(), batch, threads,
         )  # fmt: skip
         return gx, gv, gb, gt
@@ -194,8 +192,7 @@ class Kernels:
         batch = x.shape[0]
         y = torch.empty(batch, pattern.rows, dtype=x.dtype)
         failed = self._library.dst_rows_forward(
-            x.dtype is torch.float64, pattern.wide, pattern.rows, pattern.columns, pattern.row_pointers.data_ptr(),
-            pattern.column_indices.data_ptr(), row_values.data_ptr(), x.data_ptr(), x.stride(0), y.data_ptr(),
+            x.dtype is torch.float64, pattern.wide, pattern.rows, pattern.columns, *pattern.by_row, row_values.data_ptr(), x.data_ptr(), x.stride(0), y.data_ptr(),
             pattern.rows, batch, None if bias is None else bias.data_ptr(), 2 if gelu else int(relu),
             None if derivative is None else derivative.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
@@ -239,8 +236,7 @@ class Kernels:
         gv = torch.empty_like(values)
         gb = torch.empty(rows, dtype=x.dtype) if bias else None
         failed = self._library.dst_rows_backward(
-            x.dtype is torch.float64, pattern.wide, rows, pattern.columns, pattern.column_pointers.data_ptr(),
-            pattern.row_indices.data_ptr(), values.data_ptr(), x.data_ptr(), x.stride(0), g.data_ptr(), g.stride(0),
+            x.dtype is torch.float64, pattern.wide, rows, pattern.columns, *pattern.by_column[:2], values.data_ptr(), x.data_ptr(), x.stride(0), g.data_ptr(), g.stride(0),
             None if factor is None else factor.data_ptr(), 0 if factor is None else factor.stride(0),
             derivative is not None, None if gx is None else gx.data_ptr(), pattern.columns, gv.data_ptr(),
             None if gb is None else gb.data_ptr(), batch, torch.get_num_threads(),
@@ -270,8 +266,7 @@ class Kernels:
         """
         y = torch.empty(shape.output, dtype=x.dtype)
         failed = self._conv_forward(
-            x.dtype is torch.float64, pattern.wide, shape.address, pattern.row_pointers.data_ptr(),
-            pattern.column_indices.data_ptr(), row_values.data_ptr(), x.data_ptr(), y.data_ptr(),
+            x.dtype is torch.float64, pattern.wide, shape.address, *pattern.by_row, row_values.data_ptr(), x.data_ptr(), y.data_ptr(),
             None if bias is None else bias.data_ptr(), relu, torch.get_num_threads(),
         )  # fmt: skip
         if failed:
@@ -299,8 +294,7 @@ class Kernels:
         gv = torch.empty_like(values)
         gb = torch.empty(pattern.rows, dtype=x.dtype) if bias else None
         failed = self._conv_backward(
-            x.dtype is torch.float64, pattern.wide, shape.address, pattern.column_pointers.data_ptr(),
-            pattern.row_indices.data_ptr(), values.data_ptr(), x.data_ptr(), g.data_ptr(),
+            x.dtype is torch.float64, pattern.wide, shape.address, *pattern.by_column[:2], values.data_ptr(), x.data_ptr(), g.data_ptr(),
             None if gx is None else gx.data_ptr(), gv.data_ptr(), None if gb is None else gb.data_ptr(),
             torch.get_num_threads(),
         )  # fmt: skip

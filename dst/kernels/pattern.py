@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,10 +42,24 @@ class Pattern:
         """Number of non-zeros."""
         return self.permutation.numel()
 
-    @property
+    @cached_property
     def wide(self) -> bool:
         """Whether the indices are 32-bit."""
         return self.row_indices.dtype is torch.int32
+
+    @cached_property
+    def by_row(self) -> tuple[int, int]:
+        """Addresses of `row_pointers` and `column_indices`. The index tensors never change, so they are read once."""
+        return self.row_pointers.data_ptr(), self.column_indices.data_ptr()
+
+    @cached_property
+    def by_column(self) -> tuple[int, int, int]:
+        """Addresses of `column_pointers`, `row_indices` and `permutation`."""
+        return self.column_pointers.data_ptr(), self.row_indices.data_ptr(), self.permutation.data_ptr()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields. Copies have addresses of their own."""
+        return {name: self.__dict__[name] for name in self.__dataclass_fields__}
 
     @property
     def nbytes(self) -> int:

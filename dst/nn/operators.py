@@ -54,7 +54,9 @@ def indices_of(pattern: Pattern) -> list[Tensor]:
     return [getattr(pattern, name) for name in INDICES]
 
 
-def _pattern(indices: Sequence[Tensor]) -> Pattern:
+def _pattern(indices: Sequence[Tensor] | Pattern) -> Pattern:
+    if isinstance(indices, Pattern):
+        return indices
     return Pattern(indices[2].numel() - 1, indices[0].numel() - 1, *indices)
 
 
@@ -94,7 +96,7 @@ def _linear(
     values: Tensor,
     row_values: Tensor | None,
     bias: Tensor | None,
-    indices: Sequence[Tensor],
+    indices: Sequence[Tensor] | Pattern,
     relu: bool,
 ) -> Tensor:
     kernels, pattern = engine(), _pattern(indices)
@@ -109,7 +111,7 @@ def _linear_gelu(
     values: Tensor,
     row_values: Tensor | None,
     bias: Tensor | None,
-    indices: Sequence[Tensor],
+    indices: Sequence[Tensor] | Pattern,
     derivative: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the output after GELU, and GELU's derivative for the backward pass (empty unless ``derivative``)."""
@@ -129,7 +131,7 @@ def _linear_backward(
     x: Tensor,
     values: Tensor,
     y: Tensor | None,
-    indices: Sequence[Tensor],
+    indices: Sequence[Tensor] | Pattern,
     input: bool,
     bias: bool,
     derivative: Tensor | None = None,
@@ -220,7 +222,7 @@ def _conv(
     values: Tensor,
     row_values: Tensor | None,
     bias: Tensor | None,
-    indices: Sequence[Tensor],
+    indices: Sequence[Tensor] | Pattern,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -238,7 +240,7 @@ def _conv_backward(
     x: Tensor,
     values: Tensor,
     y: Tensor | None,
-    indices: Sequence[Tensor],
+    indices: Sequence[Tensor] | Pattern,
     kernel: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -331,13 +333,14 @@ torch.library.register_autograd("dst::sparse_conv2d", _conv_formula, setup_conte
 
 
 def call(name: str, *args: Any) -> Any:
-    """Call an operator on CPU tensors within an autograd function.
+    """Call an operator on CPU tensors within an autograd function. ``args`` has a `Pattern` instead of its index tensors.
 
     The dispatcher takes longer than a small layer. It is used only if it has an observer: a compiler, a profiler or a
     dispatch mode such as torch's FLOP counter.
     """
     if torch.compiler.is_compiling() or profiler_enabled() or dispatch_modes():
-        return getattr(torch.ops.dst, name).default(*args)
+        given = [indices_of(a) if isinstance(a, Pattern) else a for a in args]
+        return getattr(torch.ops.dst, name).default(*given)
     return _IMPLEMENTATIONS[name](*args)
 
 

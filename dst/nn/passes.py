@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dst.errors import ConfigurationError
-from dst.kernels import ChainLayer, Kernels
+from dst.kernels import ChainLayer, Kernels, Pattern
 from dst.nn.operators import call, dispatch_modes
 from dst.nn.watched import CopyKey, WatchedLayer, readable, unchanged, watch
 
@@ -32,13 +32,13 @@ class Operators(NamedTuple):
 
     Attributes:
         name: Name of the forward operator in ``torch.ops.dst``.
-        indices: Index tensors of the pattern, in the order of ``dst.nn.operators.INDICES``.
+        pattern: Positions of the non-zeros.
         sizes: Kernel, stride, padding and dilation of a convolution; empty for a linear layer.
         relu: Whether to apply ReLU to the output.
     """
 
     name: str
-    indices: list[Tensor]
+    pattern: Pattern
     sizes: tuple[tuple[int, int], ...]
     relu: bool
 
@@ -53,8 +53,8 @@ class Operators(NamedTuple):
     ) -> tuple[Tensor, Tensor | None]:
         """Return the output. With ``gelu`` also return GELU's derivative, which is empty unless ``derivative``."""
         if gelu:
-            return call(f"{self.name}_gelu", x, values, rows, bias, self.indices, derivative)
-        return call(self.name, x, values, rows, bias, self.indices, *self.sizes, self.relu), None
+            return call(f"{self.name}_gelu", x, values, rows, bias, self.pattern, derivative)
+        return call(self.name, x, values, rows, bias, self.pattern, *self.sizes, self.relu), None
 
     def gradients(
         self,
@@ -69,7 +69,7 @@ class Operators(NamedTuple):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of input, values and bias. Those of input and bias are empty unless requested."""
         slope = () if derivative is None else (derivative,)
-        return call(f"{self.name}_backward", g, x, values, y, self.indices, *self.sizes, input, bias, *slope)
+        return call(f"{self.name}_backward", g, x, values, y, self.pattern, *self.sizes, input, bias, *slope)
 
 
 class _Apply(torch.autograd.Function):
@@ -126,8 +126,9 @@ def forward(layer: SparseLinear, x: Tensor, gelu: bool) -> Tensor:
     if values.dtype not in COMPUTED:
         values = values.float()
         bias = None if bias is None else bias.float()
-    y = layer._compute(x.to(values.dtype), values, bias, gelu)
-    return y if y.dtype == wanted else y.to(wanted)
+    if values.dtype is wanted:
+        return layer._compute(x, values, bias, gelu)
+    return layer._compute(x.to(values.dtype), values, bias, gelu).to(wanted)
 
 
 def apply(layer: SparseLinear, x: Tensor, values: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:

@@ -10,7 +10,6 @@ from torch.nn.grad import conv2d_weight
 from dst.kernels import FEW_IMAGES, ChainLayer, ConvPlanes, Kernels
 from dst.nn import passes
 from dst.nn.dense_conversion import filled
-from dst.nn.operators import indices_of
 from dst.nn.passes import Operators
 from dst.nn.sparse_linear import SparseLinear
 
@@ -114,7 +113,7 @@ class SparseConv2d(SparseLinear):
 
     def _operators(self) -> Operators:
         sizes = self.kernel_size, self.stride, self.padding, self.dilation
-        return Operators("sparse_conv2d", indices_of(self._pattern), sizes, self.relu)
+        return Operators("sparse_conv2d", self._pattern, sizes, self.relu)
 
     @staticmethod
     def _pair(x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from dst.nn.dense_conversion import filled
 from dst.nn.feature_major import FeatureMajorLinear as FeatureMajorLinear
 from dst.nn.gradient_collector import TILE_ROWS, GradientCollector
 from dst.nn.layer_state import copied, derived_state, load_pattern, pickled
-from dst.nn.operators import dispatch_modes, indices_of, profiler_enabled
+from dst.nn.operators import dispatch_modes, profiler_enabled
 from dst.nn.passes import Operators, is_autocast, is_grad_enabled
 from dst.nn.row_copy import RowCopy
 from dst.nn.saved_pattern import saved_pattern
@@ -287,7 +287,7 @@ class SparseLinear(nn.Module):
 
     def _operators(self) -> Operators:
         """The operators of the current pattern and settings."""
-        return Operators("sparse_linear", indices_of(self._pattern), (), self.relu)
+        return Operators("sparse_linear", self._pattern, (), self.relu)
 
     def _bypasses(self, x: Tensor) -> bool:
         """Whether an evaluation may bypass the operator: nothing counts, traces or profiles it."""
