@@ -55,7 +55,7 @@ setup(
         Extension(
             "dst.kernels._spmm",
             ["dst/kernels/spmm.cpp"],
-            depends=["dst/kernels/rows.cpp", "dst/kernels/conv.cpp"],
+            depends=["dst/kernels/rows.cpp", "dst/kernels/conv.cpp", "dst/kernels/update.cpp"],
             optional=True,
         )
     ],

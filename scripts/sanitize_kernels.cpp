@@ -161,11 +161,41 @@ void check(int64_t rows, int64_t columns, int64_t batch, double density) {
             }
     }
     // Topology: a pattern matched with itself, and the k largest of a tile with ties.
-    auto source = block<int32_t>(n);
+    auto source = block<int64_t>(n);
     dst_match_patterns(wide, rows, row_pointers.get(), column_indices.get(), permutation.get(), row_pointers.get(),
                        column_indices.get(), permutation.get(), source.get());
     for (int64_t j = 0; j < n; ++j) expect(source[j] == j, "match", rows, columns, batch);
     const int64_t size = rows * columns, k = size / 3;
+    // A pattern that drops every third weight and grows every second inactive position.
+    auto active = block<int64_t>(n);
+    dst_flat(wide, 0, rows, columns, row_pointers.get(), column_indices.get(), active.get());
+    std::vector<int64_t> dropped, grown, after;
+    for (int64_t j = 0; j < n; ++j) (j % 3 ? after : dropped).push_back(active[j]);
+    for (int64_t i = 0; i < size; i += 2)
+        if (!std::binary_search(active.get(), active.get() + n, i)) grown.push_back(i);
+    after.insert(after.end(), grown.begin(), grown.end());
+    std::sort(after.begin(), after.end());
+    const int64_t m = int64_t(after.size());
+    auto new_rows = block<int32_t>(rows + 1), new_columns = block<int32_t>(columns + 1), new_permutation = block<int32_t>(m);
+    auto new_column_indices = block<I>(m), new_row_indices = block<I>(m);
+    auto carried = block<int64_t>(m), new_active = block<int64_t>(m);
+    expect(!dst_rewire_pattern(wide, rows, columns, row_pointers.get(), column_indices.get(), permutation.get(),
+                               int64_t(grown.size()), grown.data(), int64_t(dropped.size()), dropped.data(), new_rows.get(),
+                               new_column_indices.get(), new_columns.get(), new_row_indices.get(), new_permutation.get(),
+                               carried.get()), "rewire", rows, columns, batch);
+    dst_flat(wide, 0, rows, columns, new_rows.get(), new_column_indices.get(), new_active.get());
+    expect(std::equal(after.begin(), after.end(), new_active.get()), "rewired positions", rows, columns, batch);
+    auto remapped = block<T>(m);
+    dst_remap(int(sizeof(T)), m, carried.get(), values.get(), nullptr, remapped.get(), 1);
+    for (int64_t j = 0; j < m; ++j)
+        expect(remapped[j] == (carried[j] < 0 ? T(0) : values[carried[j]]), "remap", rows, columns, batch);
+    auto stays = block<int64_t>(n / 2 + 1), leaves = block<int64_t>(n - n / 2 + 1);
+    dst_partition(is_double, n, active.get(), values.get(), n / 2, 3, stays.get(), leaves.get());
+    auto first = block<int64_t>(n / 2 + 1), second = block<int64_t>(n + 1);
+    int64_t lengths[2];
+    dst_cancel(n / 2, stays.get(), n, active.get(), first.get(), second.get(), lengths);
+    expect(lengths[0] == 0 && lengths[1] == n - n / 2 && std::equal(second.get(), second.get() + lengths[1], leaves.get()),
+           "partition", rows, columns, batch);
     auto tile = block<T>(size);
     for (int64_t i = 0; i < size; ++i) tile[i] = T(int(generator() % 7) - 3);
     std::vector<int64_t> order(size);

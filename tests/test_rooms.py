@@ -35,7 +35,7 @@ ASIDE = {"", "moved", "types", "allocation", "amounts", "init", "patterns", "per
 ASIDE |= {"relaxations", "schedules", "scores"}
 
 # Low-level arithmetic that the kernels' fallback and the sparse modules share with the engine.
-ALLOWED = {("kernels", "dst.topology.selection"), ("nn", "dst.topology.selection"), ("nn", "dst.topology.rewiring")}
+ALLOWED = {("kernels", "dst.topology.selection"), ("nn", "dst.topology.selection")}
 
 
 def room_of(module: str) -> str:

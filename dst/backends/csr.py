@@ -13,6 +13,7 @@ from dst.backends.explored import Explored
 from dst.backends.saved import as_positions, narrow, union_as_bits
 from dst.backends.storage import Scoring, Storage, is_finite
 from dst.errors import ConfigurationError
+from dst.kernels import engine
 from dst.nn import SparseLinear, remap
 from dst.pieces.protocols import LayerView, as_sampler
 from dst.planning.update import LayerUpdate
@@ -103,7 +104,8 @@ class Csr(Storage):
         if grow.needs_gradient and all_agree(not module.collected, self._group):
             return None
         span = self._span(layer)
-        active, weight = module.positions()[span] - layer.offset, module.row_major(module.values)[span]
+        active, weight = module.positions()[span], module.row_major(module.values)[span]
+        active = active - layer.offset if layer.offset else active
         ranking = drop(
             LayerView(
                 weight,
@@ -130,6 +132,7 @@ class Csr(Storage):
             choose,
             regrow_dropped=update.regrow_dropped,
             generator=ties,
+            sets=engine(),
         )
 
     def _reduce(self, tensor: Tensor) -> None:
@@ -146,7 +149,7 @@ class Csr(Storage):
         if gradient is not None:
             collected = module.collected_gradient()
             self._reduce(collected)
-            module.values.grad = torch.where(source >= 0, gradient[source.clamp(min=0)], collected)
+            module.values.grad = remap(gradient, source, collected)
         if self._explored:
             self._explored[name].add(grown)
         for average in self._averages:
@@ -209,7 +212,7 @@ class Csr(Storage):
 
     def signatures(self) -> Iterable[tuple[str, Tensor]]:
         """See ``Storage``."""
-        return [(name, module.positions()) for name, module in sorted(self._modules.items())]
+        return ((name, module.positions()) for name, module in sorted(self._modules.items()))
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """See ``Storage``. Masks are sorted positions, in 32 bits if they fit; the union is one bit per position."""

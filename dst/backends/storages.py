@@ -120,7 +120,7 @@ class Storages:
 
     def check_agreement(self, step: int, group: ProcessGroup | None) -> None:
         """Check that replicated masks are equal on all ranks."""
-        check_equal_masks([signature for storage in self for signature in storage.signatures()], step, group)
+        check_equal_masks((signature for storage in self for signature in storage.signatures()), step, group)
 
     def explore(self) -> None:
         """Start recording which weights have ever been active."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dst.errors import ConfigurationError, StateError
 from dst.topology.layers import SparseLayer
-from dst.topology.rewiring import Rewiring, without
+from dst.topology.rewiring import Rewiring
+from dst.topology.selection import without
 from dst.topology.sharding import is_sharded
 
 

@@ -7,13 +7,19 @@ import warnings
 import torch
 from torch import Tensor
 
+from dst.errors import ConfigurationError
 from dst.kernels.geometry import ConvShape
-from dst.kernels.pattern import Pattern, split_flat
-from dst.topology.selection import tie_order
+from dst.kernels.pattern import UNFIT, Pattern, split_flat
+from dst.topology.selection import cancel, partition, tie_order, without
 
 
 def _csr(pointers: Tensor, indices: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
     return torch.sparse_csr_tensor(pointers, indices, values, size=shape, check_invariants=False)
+
+
+def _is_sorted(positions: Tensor) -> bool:
+    """Whether positions are sorted and distinct."""
+    return bool((positions[1:] > positions[:-1]).all())
 
 
 class TorchKernels:
@@ -54,9 +60,38 @@ class TorchKernels:
             source[new.permutation.to(torch.int64)[same]] = old.permutation.to(torch.int64)[at[same]]
         return source
 
-    def merge(self, a: Tensor, b: Tensor) -> Tensor:
-        """Merge two sorted int64 vectors into one."""
-        return torch.cat([a, b]).sort().values
+    def flat(self, pattern: Pattern, first: int = 0, last: int | None = None) -> Tensor:
+        """Return the sorted flat indices of the non-zeros of some rows; see `Kernels.flat`."""
+        last = pattern.rows if last is None else last
+        span = slice(int(pattern.row_pointers[first]), int(pattern.row_pointers[last]))
+        return pattern.flat()[span] - first * pattern.columns
+
+    def rewire(self, old: Pattern, grown: Tensor, dropped: Tensor) -> tuple[Pattern, Tensor]:
+        """Drop and grow positions; see `Kernels.rewire`."""
+        before = old.flat()
+        kept = without(before, dropped)
+        flat = torch.cat([kept, grown]).sort().values
+        if kept.numel() + dropped.numel() != before.numel() or not (_is_sorted(grown) and _is_sorted(dropped)):
+            raise ConfigurationError(UNFIT)
+        if not _is_sorted(flat) or (flat.numel() and not 0 <= int(flat[0]) <= int(flat[-1]) < old.rows * old.columns):
+            raise ConfigurationError(UNFIT)
+        new = self.pattern(flat, old.rows, old.columns)
+        return new, self.match(old, new)
+
+    def remap(self, entries: Tensor, source: Tensor, grown: Tensor | None = None) -> Tensor:
+        """Carry entries to a new pattern; see `Kernels.remap`."""
+        grown = entries.new_zeros(()) if grown is None else grown
+        if entries.numel() == 0:
+            return grown.expand(source.shape).clone()
+        return torch.where(source >= 0, entries[source.clamp(min=0)], grown)
+
+    def partition(self, positions: Tensor, scores: Tensor, keep: int, key: int) -> tuple[Tensor, Tensor]:
+        """Split positions by score; see `dst.topology.selection.partition`."""
+        return partition(positions, scores, keep, key)
+
+    def cancel(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Remove from both what both contain; see `dst.topology.selection.cancel`."""
+        return cancel(a, b)
 
     def refresh(self, pattern: Pattern, values: Tensor, out: Tensor) -> None:
         """Copy ``values`` (column order) into ``out`` (row order)."""

@@ -6,7 +6,7 @@ import ctypes
 from ctypes import c_int, c_int64, c_void_p
 from pathlib import Path
 
-ABI = 8
+ABI = 9
 ISA = ("portable", "avx2", "avx512")
 _SIGNATURES = {
     "dst_forward": [
@@ -32,12 +32,22 @@ _SIGNATURES = {
     "dst_transpose_pattern": [c_int, c_int64, c_int64, *[c_void_p] * 5],
     "dst_match_patterns": [c_int, c_int64, *[c_void_p] * 7],
     "dst_run_chain": [c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int64],
-    "dst_merge": [c_int64, c_void_p, c_int64, c_void_p, c_void_p],
+    "dst_flat": [c_int, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
+    "dst_rewire_pattern": [
+        *[c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p],
+        *[c_void_p] * 6,
+    ],
+    "dst_remap": [c_int, c_int64, c_void_p, c_void_p, c_void_p, c_void_p, c_int],
+    "dst_cancel": [c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_void_p],
+    "dst_partition": [c_int, c_int64, c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_void_p],
     "dst_grow_update": [c_int, c_void_p, c_int64, c_int64, c_void_p, *[c_int64] * 4, *[c_void_p] * 5],
     "dst_grow_finish": [c_int, c_int64, c_int64, c_void_p, c_void_p, c_void_p],
 }
-# These return 0, or 1 if there is no memory for scratch.
-_FALLIBLE = ("dst_run_chain", "dst_rows_forward", "dst_rows_backward", "dst_conv_forward", "dst_conv_backward")
+# These return 0, or 1 if they fail.
+_FALLIBLE = (
+    *("dst_run_chain", "dst_rows_forward", "dst_rows_backward", "dst_conv_forward", "dst_conv_backward"),
+    "dst_rewire_pattern",
+)
 
 
 def open_library(path: Path) -> ctypes.CDLL:

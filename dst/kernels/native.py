@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dst.errors import ConfigurationError
 from dst.kernels.chain import ChainLayer, CompiledChain
 from dst.kernels.geometry import ConvShape
 from dst.kernels.layer import CompiledLayer
 from dst.kernels.library import ISA, open_library
-from dst.kernels.pattern import Pattern, split_flat
+from dst.kernels.pattern import UNFIT, Pattern, split_flat
 from dst.kernels.planes import ConvPlanes
 
 
@@ -67,19 +68,106 @@ class Kernels:
 
     def match(self, old: Pattern, new: Pattern) -> Tensor:
         """Return int64 ``[new.nnz]``: the old position of each new position, -1 where it is newly grown."""
-        source = torch.empty(new.nnz, dtype=torch.int32)
+        source = torch.empty(new.nnz, dtype=torch.int64)
         self._library.dst_match_patterns(
             new.wide, new.rows, old.row_pointers.data_ptr(), old.column_indices.data_ptr(), old.permutation.data_ptr(),
             new.row_pointers.data_ptr(), new.column_indices.data_ptr(), new.permutation.data_ptr(), source.data_ptr(),
         )  # fmt: skip
-        return source.to(torch.int64)
+        return source
 
-    def merge(self, a: Tensor, b: Tensor) -> Tensor:
-        """Merge two sorted int64 vectors into one."""
-        a, b = a.contiguous(), b.contiguous()
-        out = torch.empty(a.numel() + b.numel(), dtype=torch.int64)
-        self._library.dst_merge(a.numel(), a.data_ptr(), b.numel(), b.data_ptr(), out.data_ptr())
+    def flat(self, pattern: Pattern, first: int = 0, last: int | None = None) -> Tensor:
+        """Return the sorted flat indices of the non-zeros of rows ``first`` to ``last``, int64.
+
+        Args:
+            pattern: The pattern.
+            first: The first row. Flat indices are counted from its start.
+            last: The row after the last, by default the number of rows.
+        """
+        last = pattern.rows if last is None else last
+        whole = (first, last) == (0, pattern.rows)
+        pointers = pattern.row_pointers
+        out = torch.empty(pattern.nnz if whole else int(pointers[last]) - int(pointers[first]), dtype=torch.int64)
+        self._library.dst_flat(
+            pattern.wide, first, last, pattern.columns, pointers.data_ptr(), pattern.column_indices.data_ptr(),
+            out.data_ptr(),
+        )  # fmt: skip
         return out
+
+    def rewire(self, old: Pattern, grown: Tensor, dropped: Tensor) -> tuple[Pattern, Tensor]:
+        """Drop and grow positions.
+
+        Args:
+            old: The pattern before.
+            grown: Sorted flat indices that become non-zeros, int64.
+            dropped: Sorted flat indices of non-zeros that are removed, int64.
+
+        Returns:
+            The new pattern, and its `match` with the old one.
+
+        Raises:
+            ConfigurationError: The indices are not sorted and distinct, a grown one is a non-zero or out of range, or a
+                dropped one is not a non-zero.
+        """
+        grown, dropped = grown.contiguous(), dropped.contiguous()
+        rows, columns, nnz = old.rows, old.columns, max(0, old.nnz - dropped.numel() + grown.numel())
+        row_pointers, column_pointers = torch.empty_like(old.row_pointers), torch.empty_like(old.column_pointers)
+        kind = old.row_indices.dtype
+        column_indices, row_indices = torch.empty(nnz, dtype=kind), torch.empty(nnz, dtype=kind)
+        permutation, source = torch.empty(nnz, dtype=torch.int32), torch.empty(nnz, dtype=torch.int64)
+        failed = self._library.dst_rewire_pattern(
+            old.wide, rows, columns, old.row_pointers.data_ptr(), old.column_indices.data_ptr(),
+            old.permutation.data_ptr(), grown.numel(), grown.data_ptr(), dropped.numel(), dropped.data_ptr(),
+            row_pointers.data_ptr(), column_indices.data_ptr(), column_pointers.data_ptr(), row_indices.data_ptr(),
+            permutation.data_ptr(), source.data_ptr(),
+        )  # fmt: skip
+        if failed:
+            raise ConfigurationError(UNFIT)
+        return Pattern(rows, columns, column_pointers, row_indices, row_pointers, column_indices, permutation), source
+
+    def remap(self, entries: Tensor, source: Tensor, grown: Tensor | None = None) -> Tensor:
+        """Carry entries to a new pattern.
+
+        Args:
+            entries: One entry per non-zero of the old pattern, of at most 8 bytes each.
+            source: What `match` or `rewire` returned.
+            grown: The entries of newly grown non-zeros, ``[new nnz]``, of the same dtype; zero by default.
+
+        Returns:
+            One entry per non-zero of the new pattern.
+        """
+        entries = entries.contiguous()
+        grown = None if grown is None else grown.contiguous()
+        out = torch.empty(source.numel(), dtype=entries.dtype)
+        self._library.dst_remap(
+            entries.element_size(), source.numel(), source.data_ptr(), entries.data_ptr(),
+            None if grown is None else grown.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    def partition(self, positions: Tensor, scores: Tensor, keep: int, key: int) -> tuple[Tensor, Tensor]:
+        """Split positions by score; see `dst.topology.selection.partition`."""
+        if scores.dtype not in (torch.float32, torch.float64):
+            scores = scores.double()
+        positions, scores = positions.contiguous(), scores.contiguous()
+        # The kernel writes each position to both, so it needs room for one more.
+        kept = torch.empty(keep + 1, dtype=torch.int64)
+        others = torch.empty(positions.numel() - keep + 1, dtype=torch.int64)
+        self._library.dst_partition(
+            scores.dtype is torch.float64, positions.numel(), positions.data_ptr(), scores.data_ptr(), keep, key,
+            kept.data_ptr(), others.data_ptr(),
+        )  # fmt: skip
+        return kept[:-1], others[:-1]
+
+    def cancel(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Remove from both what both contain; see `dst.topology.selection.cancel`."""
+        a, b = a.contiguous(), b.contiguous()
+        a_out, b_out = torch.empty(a.numel() + 1, dtype=torch.int64), torch.empty(b.numel() + 1, dtype=torch.int64)
+        lengths = torch.empty(2, dtype=torch.int64)
+        self._library.dst_cancel(
+            a.numel(), a.data_ptr(), b.numel(), b.data_ptr(), a_out.data_ptr(), b_out.data_ptr(), lengths.data_ptr()
+        )
+        first, second = lengths.tolist()
+        return a_out[:first], b_out[:second]
 
     def refresh(self, pattern: Pattern, values: Tensor, out: Tensor) -> None:
         """Copy ``values`` (column order) into ``out`` (row order)."""

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from dst.errors import ConfigurationError
 
+UNFIT = "the positions to grow and drop do not fit the pattern: they must be sorted and distinct, inactive and active"
+
 
 @dataclass(frozen=True, eq=False)
 class Pattern:

@@ -409,139 +409,12 @@ void gather(int64_t n, const int32_t* permutation, const T* from, T* to, int thr
     for (int64_t i = 0; i < n; ++i) to[i] = from[permutation[i]];
 }
 
-template <class I>
-void transpose_pattern(int64_t rows, int64_t columns, const int32_t* row_pointers, const I* column_indices,
-                       int32_t* column_pointers, I* row_indices, int32_t* permutation) {
-    std::fill(column_pointers, column_pointers + columns + 1, 0);
-    const int64_t n = row_pointers[rows];
-    for (int64_t j = 0; j < n; ++j) ++column_pointers[int64_t(column_indices[j]) + 1];
-    for (int64_t c = 0; c < columns; ++c) column_pointers[c + 1] += column_pointers[c];
-    std::vector<int32_t> next(column_pointers, column_pointers + columns);
-    for (int64_t r = 0; r < rows; ++r)
-        for (int32_t j = row_pointers[r]; j < row_pointers[r + 1]; ++j) {
-            const int32_t at = next[column_indices[j]]++;
-            row_indices[at] = I(r);
-            permutation[j] = at;
-        }
-}
-
-template <class I>
-void match_patterns(int64_t rows, const int32_t* old_pointers, const I* old_indices, const int32_t* old_permutation,
-                    const int32_t* new_pointers, const I* new_indices, const int32_t* new_permutation, int32_t* source) {
-    for (int64_t r = 0; r < rows; ++r) {
-        int32_t i = old_pointers[r];
-        for (int32_t j = new_pointers[r]; j < new_pointers[r + 1]; ++j) {
-            while (i < old_pointers[r + 1] && old_indices[i] < new_indices[j]) ++i;
-            const bool same = i < old_pointers[r + 1] && old_indices[i] == new_indices[j];
-            source[new_permutation[j]] = same ? old_permutation[i] : -1;
-        }
-    }
-}
-
-// Maps the bits of a floating-point number to an integer with the same order (NaN of either sign at the ends).
-template <class T>
-struct Bits;
-template <>
-struct Bits<float> {
-    using U = uint32_t;
-};
-template <>
-struct Bits<double> {
-    using U = uint64_t;
-};
-
-template <class T>
-DST_INLINE typename Bits<T>::U ordered(T value) {
-    using U = typename Bits<T>::U;
-    constexpr U sign = U(1) << (sizeof(U) * 8 - 1);
-    U u;
-    std::memcpy(&u, &value, sizeof u);
-    return u & sign ? ~u : u | sign;
-}
-
-// The k-th smallest (k in 1..n): a histogram of the leading bits, then a selection within one bin.
-template <class T>
-T select(int64_t n, int64_t k, const T* values) {
-    constexpr int shift = sizeof(T) * 8 - 14;
-    std::vector<int64_t> bins(1 << 14, 0);
-    for (int64_t i = 0; i < n; ++i) ++bins[ordered(values[i]) >> shift];
-    size_t bin = 0;
-    while (k > bins[bin]) k -= bins[bin++];
-    std::vector<T> inside;
-    inside.reserve(bins[bin]);
-    for (int64_t i = 0; i < n; ++i)
-        if (ordered(values[i]) >> shift == bin) inside.push_back(values[i]);
-    std::nth_element(inside.begin(), inside.begin() + (k - 1), inside.end(),
-                     [](T a, T b) { return ordered(a) < ordered(b); });
-    return inside[k - 1];
-}
-
-// Tie-breaking rank of a position, the smallest wins: SplitMix64's finalizer, as in dst.topology.selection.tie_order.
-inline int64_t tie_order(int64_t position, int64_t key) {
-    uint64_t z = uint64_t(position) * 0x9E3779B97F4A7C15u + uint64_t(key);
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    return int64_t(z ^ (z >> 31));
-}
-
-// Keep the k best of *count > k pairs, by larger value and then by smaller tie order. The pairs stay in index order. Sets
-// `least` and `rank` to the value and the tie order of the worst pair kept.
-template <class T>
-void prune(int64_t k, int64_t* count, T* values, int64_t* indices, int64_t key, T* least, int64_t* rank) {
-    *least = select(*count, *count - k + 1, values);
-    int64_t equal = k;
-    std::vector<int64_t> ties;
-    for (int64_t i = 0; i < *count; ++i) {
-        equal -= values[i] > *least;
-        if (values[i] == *least) ties.push_back(tie_order(indices[i], key));
-    }
-    std::nth_element(ties.begin(), ties.begin() + (equal - 1), ties.end());
-    *rank = ties[equal - 1];
-    int64_t kept = 0;
-    for (int64_t i = 0; i < *count; ++i) {
-        const T value = values[i];
-        const bool keep = value > *least || (value == *least && tie_order(indices[i], key) <= *rank);
-        values[kept] = value;
-        indices[kept] = indices[i];
-        kept += keep;
-    }
-    *count = kept;
-}
-
-template <class T>
-void grow_update(T* tile, int64_t n, int64_t base, const int64_t* exclude, int64_t excluded, int64_t k, int64_t capacity,
-                 int64_t key, T* values, int64_t* indices, int64_t* count, T* threshold, int64_t* rank) {
-    // A NaN compares false with everything, so an excluded position never enters, not even among tied zeros.
-    for (int64_t i = 0; i < excluded; ++i) tile[exclude[i] - base] = std::numeric_limits<T>::quiet_NaN();
-    if (k <= 0) return;
-    constexpr int64_t block = 32;
-    T least = *threshold;
-    int64_t held = *count;
-    for (int64_t i = 0; i < n; i += block) {
-        const int64_t m = std::min(block, n - i);
-        if (m == block) {
-            int any = 0;
-            for (int64_t q = 0; q < block; ++q) any |= std::fabs(tile[i + q]) >= least;
-            if (!any) continue;
-        }
-        if (held + m > capacity) prune(k, &held, values, indices, key, &least, rank);
-        for (int64_t q = 0; q < m; ++q) {
-            const T value = std::fabs(tile[i + q]);
-            values[held] = value;
-            indices[held] = base + i + q;
-            held += value > least || (value == least && tie_order(base + i + q, key) < *rank);
-        }
-    }
-    *count = held;
-    *threshold = least;
-}
-
 }  // namespace
 
 extern "C" {
 
 // Version of this interface; the loader refuses a library built from another one.
-int dst_abi() { return 8; }
+int dst_abi() { return 9; }
 
 // Instruction set in use: 0 portable, 1 AVX2, 2 AVX-512. `dst_set_isa` lowers it for tests, and never raises it above what
 // the machine supports.
@@ -669,58 +542,8 @@ void dst_gather(int is_double, int64_t n, const int32_t* permutation, const void
     else gather<float>(n, permutation, (const float*)from, (float*)to, threads);
 }
 
-void dst_transpose_pattern(int wide, int64_t rows, int64_t columns, const int32_t* row_pointers, const void* column_indices,
-                           int32_t* column_pointers, void* row_indices, int32_t* permutation) {
-    if (wide)
-        transpose_pattern<int32_t>(rows, columns, row_pointers, (const int32_t*)column_indices, column_pointers,
-                                   (int32_t*)row_indices, permutation);
-    else
-        transpose_pattern<uint16_t>(rows, columns, row_pointers, (const uint16_t*)column_indices, column_pointers,
-                                    (uint16_t*)row_indices, permutation);
-}
-
-void dst_match_patterns(int wide, int64_t rows, const int32_t* old_pointers, const void* old_indices,
-                        const int32_t* old_permutation, const int32_t* new_pointers, const void* new_indices,
-                        const int32_t* new_permutation, int32_t* source) {
-    if (wide)
-        match_patterns<int32_t>(rows, old_pointers, (const int32_t*)old_indices, old_permutation, new_pointers,
-                                (const int32_t*)new_indices, new_permutation, source);
-    else
-        match_patterns<uint16_t>(rows, old_pointers, (const uint16_t*)old_indices, old_permutation, new_pointers,
-                                 (const uint16_t*)new_indices, new_permutation, source);
-}
-
-// Merge two sorted vectors.
-void dst_merge(int64_t n, const int64_t* a, int64_t m, const int64_t* b, int64_t* out) {
-    std::merge(a, a + n, b, b + m, out);
-}
-
-// Add one tile of a gradient (n elements, the first with flat index `base`) to a running top-k by absolute value; `key`
-// breaks ties. `values` and `indices` have room for `capacity` + 1 pairs, `capacity` >= k + 64. *count, *threshold and *rank
-// start at 0, -1 and 0. The tile is overwritten at the excluded positions.
-void dst_grow_update(int is_double, void* tile, int64_t n, int64_t base, const int64_t* exclude, int64_t excluded,
-                     int64_t k, int64_t capacity, int64_t key, void* values, int64_t* indices, int64_t* count,
-                     void* threshold, int64_t* rank) {
-    if (is_double)
-        grow_update<double>((double*)tile, n, base, exclude, excluded, k, capacity, key, (double*)values, indices, count,
-                            (double*)threshold, rank);
-    else
-        grow_update<float>((float*)tile, n, base, exclude, excluded, k, capacity, key, (float*)values, indices, count,
-                           (float*)threshold, rank);
-}
-
-// Reduce the running top-k to its k best.
-void dst_grow_finish(int is_double, int64_t k, int64_t key, void* values, int64_t* indices, int64_t* count) {
-    if (k <= 0) *count = 0;
-    if (*count <= k) return;
-    int64_t rank;
-    double double_least;
-    float float_least;
-    if (is_double) prune<double>(k, count, (double*)values, indices, key, &double_least, &rank);
-    else prune<float>(k, count, (float*)values, indices, key, &float_least, &rank);
-}
-
 }  // extern "C"
+#include "update.cpp"
 #endif  // DST_ONLY_LEVEL
 
 #else

@@ -52,9 +52,17 @@ class SparseConv1D(SparseLinear):
 
     def _new_pattern(self, indices: Tensor) -> Pattern:
         check_flat(indices, self.in_features, self.out_features)
+        return self._matrix_pattern(self._in_matrix(indices))
+
+    def _in_matrix(self, indices: Tensor) -> Tensor:
+        """The sorted positions in ``Wᵀ`` of positions in ``W``."""
         inputs = indices.div(max(1, self.out_features), rounding_mode="floor")
         outputs = indices - inputs * self.out_features
-        return self._matrix_pattern((outputs * self.in_features + inputs).sort().values)
+        return (outputs * self.in_features + inputs).sort().values
+
+    def rewire(self, grown: Tensor, dropped: Tensor) -> Tensor:
+        """Grow and drop weights; see `SparseLinear.rewire`."""
+        return super().rewire(self._in_matrix(grown), self._in_matrix(dropped))
 
     def positions(self) -> Tensor:
         """Return the sorted row-major positions of the non-zeros in the dense weight, int64 ``[nnz]``."""

@@ -29,7 +29,6 @@ from dst.nn.row_copy import RowCopy
 from dst.nn.saved_pattern import saved_pattern
 from dst.nn.topology_change import remap as remap
 from dst.nn.watched import CopyKey, WatchedLayer, unchanged
-from dst.topology.rewiring import without
 from dst.topology.selection import random_indices
 
 
@@ -184,7 +183,7 @@ class SparseLinear(nn.Module):
 
     def positions(self) -> Tensor:
         """Return the sorted row-major positions of the non-zeros in the dense weight, int64 ``[nnz]``."""
-        return self._pattern.flat()
+        return self._engine.flat(self._pattern)
 
     def mask(self) -> Tensor:
         """Return the bool mask ``[out_features, in_features]``."""
@@ -393,11 +392,20 @@ class SparseLinear(nn.Module):
     # ------------------------------------------------------------------------------------------ topology
     def row_major(self, entries: Tensor) -> Tensor:
         """Reorder entries from the order of `values` to row-major order; ``[nnz]``."""
-        return entries.detach()[self._pattern.permutation]
+        entries = entries.detach()
+        if entries.dtype not in passes.COMPUTED:
+            return entries[self._pattern.permutation]
+        rows = torch.empty_like(entries, memory_format=torch.contiguous_format)
+        self._engine.refresh(self._pattern, entries.contiguous(), rows)
+        return rows
 
     def rewire(self, grown: Tensor, dropped: Tensor) -> Tensor:
-        """Grow and drop weights, given as sorted flat indices; see `set_pattern`."""
-        return self.set_pattern(self._engine.merge(without(self.positions(), dropped), grown))
+        """Grow and drop weights, given as sorted flat indices; see `set_pattern`.
+
+        Raises:
+            ConfigurationError: A grown weight is active, or a dropped one is not.
+        """
+        return topology_change.adopt(self, *self._engine.rewire(self._pattern, grown, dropped))
 
     def set_pattern(self, indices: Tensor) -> Tensor:
         """Change the positions of the non-zeros.
@@ -411,7 +419,8 @@ class SparseLinear(nn.Module):
             int64 ``[new nnz]``: the old position of each new position, or -1 where newly grown. Pass it to `remap` to
             convert per-weight state, such as optimizer state.
         """
-        return topology_change.change_pattern(self, self._new_pattern(indices))
+        new = self._new_pattern(indices)
+        return topology_change.adopt(self, new, self._engine.match(self._pattern, new))
 
     # ------------------------------------------------------------------------------------------ state
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

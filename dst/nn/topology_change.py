@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from dst.kernels import Pattern
+from dst.kernels import Pattern, engine
 from dst.nn.gradient_collector import largest_gradients
 from dst.nn.passes import COMPUTED
 
@@ -16,24 +16,22 @@ if TYPE_CHECKING:
     from dst.nn.sparse_linear import SparseLinear
 
 
-def remap(entries: Tensor, source: Tensor) -> Tensor:
+def remap(entries: Tensor, source: Tensor, grown: Tensor | None = None) -> Tensor:
     """Convert per-weight entries to a new pattern.
 
     Args:
         entries: Values, gradient or optimizer state, ``[old nnz]``.
         source: The return value of `SparseLinear.set_pattern`, ``[new nnz]``.
+        grown: The entries of newly grown weights, ``[new nnz]``; zero by default.
 
     Returns:
-        ``[new nnz]``: the old entries, and zero at newly grown weights.
+        ``[new nnz]``: the old entries, and those of ``grown`` at newly grown weights.
     """
-    if entries.numel() == 0:
-        return entries.new_zeros(source.numel())
-    return torch.where(source >= 0, entries[source.clamp(min=0)], torch.zeros((), dtype=entries.dtype))
+    return engine().remap(entries, source, grown)
 
 
-def change_pattern(layer: SparseLinear, pattern: Pattern) -> Tensor:
-    """Give ``layer`` another pattern and remap its values; see `SparseLinear.set_pattern`."""
-    source = layer._engine.match(layer._pattern, pattern)
+def adopt(layer: SparseLinear, pattern: Pattern, source: Tensor) -> Tensor:
+    """Give ``layer`` another pattern and remap its values; see `SparseLinear.set_pattern`. Returns ``source``."""
     layer._set_pattern(pattern)
     layer.values.grad = None
     layer.values.data = remap(layer.values.data, source)

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dst.topology.selection import top_indices
+from dst.topology import selection
+from dst.topology.selection import tie_key
+
+
+class SortedSets(Protocol):
+    """`partition` and `cancel` of ``dst.topology.selection``."""
+
+    def partition(self, positions: Tensor, scores: Tensor, keep: int, key: int) -> tuple[Tensor, Tensor]:
+        """Split positions by score into those that stay and the others."""
+        ...
+
+    def cancel(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """Remove from both vectors what both contain."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,6 +57,7 @@ def rewire(
     *,
     regrow_dropped: bool,
     generator: torch.Generator,
+    sets: SortedSets = selection,
 ) -> Rewiring:
     """Drop the active positions with the lowest scores and grow others. All backends share this.
 
@@ -61,6 +76,7 @@ def rewire(
             dropped. Otherwise candidates are the positions that were inactive before the update, and both counts are
             lowered by the same number if there are too few.
         generator: CPU generator that breaks ties of the drop.
+        sets: Computes with sorted positions: torch's operations, or the kernels' on the CPU. The result is the same.
 
     Returns:
         The grown and the dropped positions.
@@ -69,25 +85,6 @@ def rewire(
         surplus = max(0, grow - (weights - active.numel()))
         drop, grow = drop - surplus, grow - surplus
     # Selecting the highest to keep drops NaN first and breaks ties at random.
-    is_kept = torch.zeros(active.numel(), dtype=torch.bool, device=active.device)
-    is_kept[top_indices(ranking, active.numel() - drop, generator)] = True
-    dropped = active[~is_kept]
-    grown = choose(grow, active[is_kept] if regrow_dropped else active)
-    if not regrow_dropped:
-        return Rewiring(grown, dropped)
-    is_regrown = _are_in(grown, dropped)
-    stays_dropped = torch.ones_like(dropped, dtype=torch.bool)
-    stays_dropped[torch.searchsorted(dropped, grown[is_regrown])] = False
-    return Rewiring(grown[~is_regrown], dropped[stays_dropped])
-
-
-def _are_in(positions: Tensor, among: Tensor) -> Tensor:
-    """Bool tensor: whether each position is in ``among``, which is sorted."""
-    if among.numel() == 0:
-        return torch.zeros_like(positions, dtype=torch.bool)
-    return among[torch.searchsorted(among, positions).clamp_(max=among.numel() - 1)] == positions
-
-
-def without(positions: Tensor, removed: Tensor) -> Tensor:
-    """The positions that are not in ``removed``; both are sorted and int64."""
-    return positions[~_are_in(positions, removed)]
+    kept, dropped = sets.partition(active, ranking, active.numel() - drop, tie_key(generator))
+    grown = choose(grow, kept if regrow_dropped else active)
+    return Rewiring(*sets.cancel(grown, dropped)) if regrow_dropped else Rewiring(grown, dropped)

@@ -52,10 +52,14 @@ def top_indices(values: Tensor, count: int, generator: torch.Generator) -> Tenso
     Raises:
         ValueError: ``count`` is out of range.
     """
+    return best_indices(values, count, tie_key(generator))
+
+
+def best_indices(values: Tensor, count: int, key: int) -> Tensor:
+    """`top_indices` with the key of ``tie_order`` instead of a generator."""
     available = values.numel()
     if not 0 <= count <= available:
         raise ValueError(f"cannot select {count} of {available} candidates")
-    key = tie_key(generator)
     if count == available:
         return torch.arange(available, device=values.device)
     if count == 0:
@@ -101,6 +105,35 @@ def _kth_largest(values: Tensor, count: int) -> Tensor:
         position = values.numel() - count
         return values.new_tensor(np.partition(values.numpy(), position)[position])
     return values.kthvalue(values.numel() - count + 1).values
+
+
+def partition(positions: Tensor, scores: Tensor, keep: int, key: int) -> tuple[Tensor, Tensor]:
+    """Split positions by score into those that stay and the others.
+
+    Args:
+        positions: Sorted, int64 ``[n]``.
+        scores: Float ``[n]``. The highest stay; NaN ranks lowest.
+        keep: How many stay, in [0, n].
+        key: Key of ``tie_order``, which breaks ties between indices of ``positions``.
+
+    Returns:
+        The positions that stay and the others, both sorted.
+    """
+    stays = torch.zeros(positions.numel(), dtype=torch.bool, device=positions.device)
+    stays[best_indices(scores, keep, key)] = True
+    return positions[stays], positions[~stays]
+
+
+def cancel(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Remove from both vectors what both contain; they are sorted, distinct and int64."""
+    return without(a, b), without(b, a)
+
+
+def without(positions: Tensor, removed: Tensor) -> Tensor:
+    """The positions that are not in ``removed``; both are sorted and int64."""
+    if removed.numel() == 0:
+        return positions
+    return positions[removed[torch.searchsorted(removed, positions).clamp_(max=removed.numel() - 1)] != positions]
 
 
 def select_top(scores: Tensor, count: int, candidates: Tensor, generator: torch.Generator) -> Tensor:

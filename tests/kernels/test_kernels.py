@@ -15,7 +15,7 @@ from dst import kernels
 from dst.errors import ConfigurationError
 from dst.kernels import Kernels, TorchKernels, build
 from dst.kernels.native import ISA
-from dst.topology.selection import tie_order
+from dst.topology.selection import best_indices, partition, tie_order
 
 COMPILED = kernels.load()
 ENGINES = [TorchKernels()] if COMPILED is None else [TorchKernels(), COMPILED]
@@ -153,12 +153,10 @@ def test_index_width(engine, compiled):
     assert y.tolist() == [[20.0, 0.0, 0.0], [30.0, 0.0, 0.0]]
 
 
-def test_match_and_merge(engine):
+def test_match(engine):
     old = engine.pattern(torch.tensor([0, 3, 4, 7, 8]), 3, 3)
-    kept, grown = torch.tensor([0, 4, 8]), torch.tensor([1, 6])
-    merged = engine.merge(kept, grown)
-    assert merged.tolist() == [0, 1, 4, 6, 8]
-    new = engine.pattern(merged, 3, 3)
+    kept = torch.tensor([0, 4, 8])
+    new = engine.pattern(torch.tensor([0, 1, 4, 6, 8]), 3, 3)
     entries = old.flat_by_position()
     source = engine.match(old, new)
     carried = torch.where(source >= 0, entries[source.clamp(min=0)], -1)
@@ -180,6 +178,101 @@ def test_running_top_k_is_exact_with_ties(engine, k, spread, dtype):
         low, high = first * 100, first * 100 + tile.numel()
         top.update(tile, low, exclude[(exclude >= low) & (exclude < high)])
     assert torch.equal(top.finish(), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["normal", "ties", "few", "sampled", "unsampled", "infinite", "nan", "zero"])
+def test_top_k_of_large_tiles(engine, kind, dtype):
+    """A first tile of this size sets a threshold from a sample: positions 0, 13, 26, ..."""
+    size, k = 80_000, 700
+    scores = torch.randn(2 * size, dtype=dtype)
+    if kind == "ties":
+        scores = scores.mul_(3).round_()
+    elif kind == "few":
+        scores[torch.arange(2 * size) % 100 > 0] = 0
+    elif kind == "zero":
+        scores.zero_()
+    elif kind == "infinite":
+        scores[::50] = torch.inf
+    elif kind == "nan":
+        scores[::3] = torch.nan
+    elif kind in ("sampled", "unsampled"):
+        is_sampled = torch.arange(2 * size) % 13 == 0
+        scores[is_sampled if kind == "sampled" else ~is_sampled] *= 100
+    exclude = torch.arange(0, 2 * size, 7)
+    top = engine.top_k(k, dtype, 5)
+    for base in (0, size):
+        within = exclude[(exclude >= base) & (exclude < base + size)]
+        top.update(scores[base : base + size].clone().view(80, 1000), base, within)
+    ranked = scores.abs()
+    ranked[exclude] = torch.nan
+    assert torch.equal(top.finish(), best_indices(ranked, k, 5))
+
+
+def test_flat_positions_of_rows(engine):
+    pattern = engine.pattern(torch.tensor([0, 3, 4, 7, 8]), 3, 3)
+    assert engine.flat(pattern).tolist() == [0, 3, 4, 7, 8]
+    assert engine.flat(pattern, 1, 3).tolist() == [0, 1, 4, 5]
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (1, 900), (900, 1), (3, 70_000)])
+def test_rewiring_a_pattern(engine, shape):
+    weights = shape[0] * shape[1]
+    order = torch.randperm(weights)
+    active, dropped = order[: weights // 3].sort().values, order[: weights // 9].sort().values
+    grown = order[weights // 3 : weights // 2].sort().values
+    old = engine.pattern(active, *shape)
+    wanted = engine.pattern(torch.cat([order[weights // 9 : weights // 3], grown]).sort().values, *shape)
+    new, source = engine.rewire(old, grown, dropped)
+    for name in ("column_pointers", "row_indices", "row_pointers", "column_indices", "permutation"):
+        assert torch.equal(getattr(new, name), getattr(wanted, name)), name
+        assert getattr(new, name).dtype is getattr(old, name).dtype
+    assert torch.equal(source, engine.match(old, wanted))
+
+
+@pytest.mark.parametrize(
+    ("grown", "dropped"),
+    [([3], []), ([2, 1], []), ([1, 1], []), ([9], []), ([-1], []), ([], [1]), ([], [4, 3]), ([5], [3, 5]), ([2], [9])],
+)
+def test_rewiring_refuses_what_does_not_fit(engine, grown, dropped):
+    pattern = engine.pattern(torch.tensor([0, 3, 4, 7, 8]), 3, 3)
+    with pytest.raises(ConfigurationError, match="do not fit the pattern"):
+        engine.rewire(pattern, torch.tensor(grown, dtype=torch.int64), torch.tensor(dropped, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32, torch.float64])
+def test_remap_carries_entries(engine, dtype):
+    entries, grown = torch.arange(1, 100_001).to(dtype), torch.full((100_000,), 7).to(dtype)
+    source = torch.arange(100_000).flip(0)
+    source[::3] = -1
+    is_old = source >= 0
+    for others, wanted in ((None, torch.zeros_like(grown)), (grown, grown)):
+        out = engine.remap(entries, source, others)
+        assert out.dtype is dtype
+        assert torch.equal(out[is_old], entries[source[is_old]])
+        assert torch.equal(out[~is_old], wanted[~is_old])
+    assert engine.remap(entries[:0], torch.tensor([-1, -1])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("keep", [0, 1, 500, 4999, 5000])
+@pytest.mark.parametrize("spread", [2, 10_000])
+def test_partition_is_that_of_torch(compiled, dtype, keep, spread):
+    scores = torch.randint(-spread, spread, (5000,)).to(dtype) / 7
+    scores[::11], scores[::13], scores[5] = torch.nan, -0.0, -torch.inf
+    positions = torch.arange(5000) * 3
+    kept, others = compiled.partition(positions, scores, keep, 99)
+    wanted = partition(positions, scores, keep, 99)
+    assert torch.equal(kept, wanted[0])
+    assert torch.equal(others, wanted[1])
+
+
+@pytest.mark.parametrize("sizes", [(0, 0), (0, 9), (9, 0), (300, 500)])
+def test_cancel_removes_common_positions(engine, sizes):
+    a, b = (torch.randperm(900)[:n].sort().values for n in sizes)
+    first, second = engine.cancel(a, b)
+    assert first.tolist() == sorted(set(a.tolist()) - set(b.tolist()))
+    assert second.tolist() == sorted(set(b.tolist()) - set(a.tolist()))
 
 
 @pytest.mark.parametrize("layout", ["batch-major", "feature-major", "every second", "expanded"])
