@@ -150,9 +150,9 @@ struct Taps {
     int64_t blocks;
     std::vector<int32_t> segment_starts, tap_starts;  // [lists * blocks + 1]
     std::vector<Segment> segments;
-    std::vector<int32_t> offsets;    // into the scratch, in elements
-    std::vector<int32_t> positions;  // in the values
-    std::vector<T> values;
+    std::unique_ptr<int32_t[]> offsets;  // into the scratch, in elements
+    std::unique_ptr<int32_t[]> positions;  // in the values
+    std::unique_ptr<T[]> values;
 };
 
 // Blocks of the channels read, each of which reaches `bytes` from a strip.
@@ -161,28 +161,36 @@ inline int64_t block_size(int64_t channels, int64_t bytes) {
     return std::max<int64_t>(1, ceil_div(channels, blocks));
 }
 
-// `each(f)` calls f(list, block, channel, offset, position) for every tap, twice in the same order.
-template <class T, class Each>
-Taps<T> order_taps(int64_t lists, int64_t blocks, int64_t channels, int64_t n, const T* values, const Each& each) {
+// `runs(f)` calls f(list, block, channel, first, last, base) for every run of taps at consecutive positions [first, last),
+// twice in the same order; `offset(position, base)` is the offset of a tap. Every pass begins with this, also that of a single
+// image, so taps are copied in runs and nothing is compared to sort them.
+template <class T, class Runs, class Offset>
+Taps<T> order_taps(int64_t lists, int64_t blocks, int64_t channels, int64_t n, const T* values, const Runs& runs,
+                   const Offset& offset) {
     Taps<T> t;
     t.blocks = blocks;
-    std::vector<int32_t> next(size_t(lists * blocks * channels), 0);
-    each([&](int64_t list, int64_t block, int64_t channel, int64_t, int64_t) {
-        ++next[(list * blocks + block) * channels + channel];
+    std::vector<int32_t> next(size_t(lists * blocks * channels), 0), places;
+    runs([&](int64_t list, int64_t block, int64_t channel, int32_t first, int32_t last, int64_t) {
+        next[(list * blocks + block) * channels + channel] += last - first;
     });
-    t.offsets.resize(size_t(n));
-    t.positions.resize(size_t(n));
-    t.values.resize(size_t(n));
+    t.offsets.reset(new int32_t[size_t(n)]);
+    t.positions.reset(new int32_t[size_t(n)]);
+    t.values.reset(new T[size_t(n)]);
     int32_t taps = 0;
     for (int64_t i = 0; i < lists * blocks; ++i) {
         const size_t start = t.segments.size();
         t.segment_starts.push_back(int32_t(start));
         t.tap_starts.push_back(taps);
         int32_t* counts = next.data() + i * channels;
+        const bool all = i % blocks == 0;
+        // A stable counting sort by the number of taps.
+        places.assign(size_t(*std::max_element(counts, counts + channels)) + 2, 0);
         for (int64_t c = 0; c < channels; ++c)
-            if (counts[c] || i % blocks == 0) t.segments.push_back({int32_t(c), counts[c]});
-        std::stable_sort(t.segments.begin() + int64_t(start), t.segments.end(),
-                         [](const Segment& a, const Segment& b) { return a.count < b.count; });
+            if (counts[c] || all) ++places[counts[c] + 1];
+        for (size_t k = 1; k < places.size(); ++k) places[k] += places[k - 1];
+        t.segments.resize(start + size_t(places.back()));
+        for (int64_t c = 0; c < channels; ++c)
+            if (counts[c] || all) t.segments[start + size_t(places[counts[c]]++)] = {int32_t(c), counts[c]};
         for (size_t k = start; k < t.segments.size(); ++k) {
             counts[t.segments[k].channel] = taps;
             taps += t.segments[k].count;
@@ -190,13 +198,31 @@ Taps<T> order_taps(int64_t lists, int64_t blocks, int64_t channels, int64_t n, c
     }
     t.segment_starts.push_back(int32_t(t.segments.size()));
     t.tap_starts.push_back(taps);
-    each([&](int64_t list, int64_t block, int64_t channel, int64_t offset, int64_t position) {
-        const int32_t at = next[(list * blocks + block) * channels + channel]++;
-        t.offsets[at] = int32_t(offset);
-        t.positions[at] = int32_t(position);
-        t.values[at] = values[position];
+    runs([&](int64_t list, int64_t block, int64_t channel, int32_t first, int32_t last, int64_t base) {
+        int32_t& at = next[(list * blocks + block) * channels + channel];
+        int32_t *offsets = t.offsets.get() + at, *positions = t.positions.get() + at;
+        T* to = t.values.get() + at;
+        at += last - first;
+        for (int32_t j = first; j < last; ++j) {
+            *offsets++ = int32_t(offset(j, base));
+            *positions++ = j;
+            *to++ = values[j];
+        }
     });
     return t;
+}
+
+// Cut positions [first, last), whose indices increase, where an index reaches a multiple of `size`, and call
+// f(number of the multiple, first, last) for the parts.
+template <class I, class F>
+inline void over_blocks(const I* indices, int32_t first, int32_t last, int64_t size, int64_t blocks, const F& f) {
+    for (int64_t b = 0; b < blocks && first < last; ++b) {
+        const int64_t bound = (b + 1) * size;
+        int32_t end = b + 1 < blocks ? first : last;
+        while (end < last && int64_t(indices[end]) < bound) ++end;
+        if (first < end) f(b, first, end);
+        first = end;
+    }
 }
 
 template <class T, class I>
@@ -206,27 +232,23 @@ Taps<T> forward_taps(const dst_conv& s, const int32_t* pointers, const I* indice
     const int64_t reach = std::min(slots, std::min(s.stride_width, s.kernel_width) * kMostPositions +
                                               (s.kernel_width - 1) * s.dilation_width);
     const int64_t size = block_size(s.channels, s.kernel_height * reach * lanes * int64_t(sizeof(T)));
-    struct Column {
-        int32_t offset, block;
-    };
-    std::vector<Column> columns;
-    columns.reserve(size_t(s.channels * area));
-    for (int64_t c = 0; c < s.channels; ++c)
-        for (int64_t h = 0; h < s.kernel_height; ++h)
-            for (int64_t w = 0; w < s.kernel_width; ++w) {
-                const int64_t across = w * s.dilation_width;
-                columns.push_back({int32_t(c * x.channel + h * s.dilation_height * x.row +
-                                           (across % s.stride_width * each + across / s.stride_width) * lanes),
-                                   int32_t(c / size)});
-            }
+    std::vector<int32_t> offsets;  // of the taps of one channel, and then by column
+    offsets.reserve(size_t(s.channels * area));
+    for (int64_t h = 0; h < s.kernel_height; ++h)
+        for (int64_t w = 0; w < s.kernel_width; ++w) {
+            const int64_t across = w * s.dilation_width;
+            offsets.push_back(int32_t(h * s.dilation_height * x.row +
+                                      (across % s.stride_width * each + across / s.stride_width) * lanes));
+        }
+    for (int64_t k = 0; k < (s.channels - 1) * area; ++k) offsets.push_back(offsets[k] + int32_t(x.channel));
     const int64_t blocks = std::max<int64_t>(1, ceil_div(s.channels, size));
-    return order_taps<T>(1, blocks, s.outputs, pointers[s.outputs], values, [&](const auto& f) {
+    const auto runs = [&](const auto& f) {
         for (int64_t o = 0; o < s.outputs; ++o)
-            for (int32_t j = pointers[o]; j < pointers[o + 1]; ++j) {
-                const Column& column = columns[indices[j]];
-                f(0, column.block, o, column.offset, j);
-            }
-    });
+            over_blocks(indices, pointers[o], pointers[o + 1], size * area, blocks,
+                        [&](int64_t block, int32_t first, int32_t last) { f(0, block, o, first, last, 0); });
+    };
+    return order_taps<T>(1, blocks, s.outputs, pointers[s.outputs], values, runs,
+                         [&](int32_t j, int64_t) { return offsets[indices[j]]; });
 }
 
 // One list for each phase: the remainders of an input position modulo the strides.
@@ -237,25 +259,33 @@ Taps<T> backward_taps(const dst_conv& s, const int32_t* pointers, const I* indic
     const int64_t reach = kMostPositions + ceil_div((s.kernel_width - 1) * s.dilation_width, s.stride_width);
     const int64_t rows = ceil_div(s.kernel_height, s.stride_height), phases = s.stride_height * s.stride_width;
     const int64_t size = block_size(s.outputs, rows * reach * lanes * int64_t(sizeof(T)));
-    return order_taps<T>(phases, ceil_div(s.outputs, size), s.channels, n, values, [&](const auto& f) {
+    const int64_t blocks = ceil_div(s.outputs, size), area = s.kernel_height * s.kernel_width;
+    struct Tap {
+        int64_t list, base;
+    };
+    std::vector<Tap> taps;  // of one channel
+    for (int64_t h = 0; h < s.kernel_height; ++h)
+        for (int64_t w = 0; w < s.kernel_width; ++w) {
+            const int64_t down = floor_div(s.pad_height - h * s.dilation_height, s.stride_height);
+            const int64_t row = s.pad_height - h * s.dilation_height - down * s.stride_height;
+            const int64_t right = floor_div(s.pad_width - w * s.dilation_width, s.stride_width);
+            const int64_t column = s.pad_width - w * s.dilation_width - right * s.stride_width;
+            // An input meets the tap where its remainder and the tap's add up to nothing or to the stride.
+            const int64_t phase_row = row ? s.stride_height - row : 0;
+            const int64_t phase_column = column ? s.stride_width - column : 0;
+            taps.push_back({phase_row * s.stride_width + phase_column,
+                            (down + (row > 0) - top) * g.row + (right + (column > 0) - left) * lanes});
+        }
+    const auto runs = [&](const auto& f) {
         for (int64_t c = 0; c < s.channels; ++c)
-            for (int64_t h = 0; h < s.kernel_height; ++h) {
-                const int64_t down = floor_div(s.pad_height - h * s.dilation_height, s.stride_height);
-                const int64_t row = s.pad_height - h * s.dilation_height - down * s.stride_height;
-                for (int64_t w = 0; w < s.kernel_width; ++w) {
-                    const int64_t right = floor_div(s.pad_width - w * s.dilation_width, s.stride_width);
-                    const int64_t column = s.pad_width - w * s.dilation_width - right * s.stride_width;
-                    // An input meets the tap where its remainder and the tap's add up to nothing or to the stride.
-                    const int64_t phase_row = row ? s.stride_height - row : 0;
-                    const int64_t phase_column = column ? s.stride_width - column : 0;
-                    const int64_t at = (down + (row > 0) - top) * g.row + (right + (column > 0) - left) * lanes;
-                    const int64_t k = (c * s.kernel_height + h) * s.kernel_width + w;
-                    for (int32_t j = pointers[k]; j < pointers[k + 1]; ++j)
-                        f(phase_row * s.stride_width + phase_column, int64_t(indices[j]) / size, c,
-                          int64_t(indices[j]) * g.channel + at, j);
-                }
-            }
-    });
+            for (int64_t k = 0; k < area; ++k)
+                over_blocks(indices, pointers[c * area + k], pointers[c * area + k + 1], size, blocks,
+                            [&](int64_t block, int32_t first, int32_t last) {
+                                f(taps[k].list, block, c, first, last, taps[k].base);
+                            });
+    };
+    return order_taps<T>(phases, blocks, s.channels, n, values, runs,
+                         [&](int32_t j, int64_t base) { return int64_t(indices[j]) * g.channel + base; });
 }
 
 }  // namespace
@@ -600,8 +630,8 @@ struct Block {
         const int64_t i = list * taps.blocks + block;
         segments = taps.segments.data() + taps.segment_starts[i];
         count = taps.segment_starts[i + 1] - taps.segment_starts[i];
-        offsets = taps.offsets.data() + taps.tap_starts[i];
-        values = taps.values.data() + taps.tap_starts[i];
+        offsets = taps.offsets.get() + taps.tap_starts[i];
+        values = taps.values.get() + taps.tap_starts[i];
     }
 };
 
