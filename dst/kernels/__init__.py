@@ -16,10 +16,9 @@ from dst.kernels.geometry import ConvShape
 from dst.kernels.layer import CompiledLayer
 from dst.kernels.native import Kernels
 from dst.kernels.pattern import Pattern
-from dst.kernels.planes import FEW_IMAGES, ConvPlanes
+from dst.kernels.planes import ConvPlanes
 
 __all__ = [
-    "FEW_IMAGES",
     "ChainLayer",
     "CompiledChain",
     "CompiledLayer",

@@ -399,7 +399,7 @@ class Kernels:
         return CompiledLayer(self._library, layer)
 
     def planes(self, layer: ChainLayer, *sizes: tuple[int, int]) -> ConvPlanes:
-        """Prepare convolutions of a few images; ``sizes`` are kernel, stride, padding and dilation. See `chain`."""
+        """Prepare convolutions of a single image; ``sizes`` are kernel, stride, padding and dilation. See `chain`."""
         return ConvPlanes(self._library, layer, *sizes)
 
     def top_k(self, k: int, dtype: torch.dtype, key: int) -> NativeTopK:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
-from dst.kernels import FEW_IMAGES, ChainLayer, ConvPlanes, Kernels
+from dst.kernels import ChainLayer, ConvPlanes, Kernels
 from dst.nn import passes
 from dst.nn.dense_conversion import filled
 from dst.nn.passes import Operators
@@ -19,7 +19,7 @@ class SparseConv2d(SparseLinear):
 
     The weight is stored as a matrix ``[out, in * height * width]``. Images and outputs are ordinary contiguous tensors.
     Each image is copied into padded planes, so that a non-zero multiplies contiguous vectors of an input plane. In evaluation
-    one or two images take a faster path (`dst.kernels.ConvPlanes`), which sums in another order.
+    a single image takes a faster path (`dst.kernels.ConvPlanes`), which sums in another order.
 
     Args:
         in_channels: Channels of an input.
@@ -126,7 +126,7 @@ class SparseConv2d(SparseLinear):
         tile.add_(gradient) if add else tile.copy_(gradient)
 
     def _bypasses(self, x: Tensor) -> bool:
-        return x.dim() == 4 and 0 < x.shape[0] <= FEW_IMAGES and super()._bypasses(x)
+        return x.shape[0] == 1 and super()._bypasses(x)
 
     def _compiled(self, kernels: Kernels, layer: ChainLayer) -> ConvPlanes:
         return kernels.planes(layer, self.kernel_size, self.stride, self.padding, self.dilation)

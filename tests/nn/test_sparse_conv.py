@@ -206,7 +206,7 @@ def test_the_plan_and_selectors_know_convolutions():
         ((11, 9), {}),
     ],
 )
-def test_a_few_images_are_evaluated_as_many(kernel, options, bias, dtype):
+def test_a_single_image_is_evaluated_as_many(kernel, options, bias, dtype):
     conv, sparse = pair(5, 6, 0.3, kernel, dtype, **options)
     if not bias:
         conv.bias = sparse.bias = None
@@ -214,19 +214,22 @@ def test_a_few_images_are_evaluated_as_many(kernel, options, bias, dtype):
     sparse.relu = True
     with torch.no_grad():
         for size in ((11, 9), (12, 16), (11, 9)):
-            x = torch.randn(2, 5, *size, dtype=dtype)
+            x = torch.randn(1, 5, *size, dtype=dtype)
             many = sparse(torch.cat([x, x, x, x]))
-            for few in (x, x.to(memory_format=torch.channels_last), x[:1], x[1], x.flip(3).contiguous().flip(3)):
-                y = sparse(few)
+            for one in (
+                x,
+                x.to(memory_format=torch.channels_last),
+                x[0],
+                x.transpose(2, 3).contiguous().transpose(2, 3),
+            ):
+                y = sparse(one)
                 assert y.is_contiguous()
-                torch.testing.assert_close(y, conv(few).relu())
-            torch.testing.assert_close(many[:2], sparse(x))
-            if not isinstance(sparse._engine, TorchKernels):
-                assert torch.equal(sparse(x)[1:], sparse(x[1:]))
+                torch.testing.assert_close(y, conv(one).relu())
+            torch.testing.assert_close(many[1:2], sparse(x))
     assert (sparse._prepared is None) == isinstance(sparse._engine, TorchKernels)
 
 
-def test_a_few_images_see_changed_weights():
+def test_a_single_image_sees_changed_weights():
     conv, sparse = pair(5, 6, 0.3, 3, padding=1)
     conv.eval(), sparse.eval()
     x = torch.randn(1, 5, 6, 7, dtype=torch.float64)
