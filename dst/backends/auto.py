@@ -16,11 +16,11 @@ from dst.backends import timing
 from dst.backends.csr_support import is_supported
 from dst.backends.decision import Choose, Decision
 from dst.backends.prepare import prepare as prepare_csr
-from dst.backends.swap import dense_module, exchange, sparse_attention, sparse_module
+from dst.backends.swap import dense_module, exchange, sparse_attention, sparse_module, sparse_recurrent
 from dst.backends.timing import Case, Measure, Timing, case_of, input_shapes
 from dst.errors import StateError
 from dst.method import Method
-from dst.nn import SparseLinear, SparseMultiheadAttention
+from dst.nn import RecurrentWeight, SparseLinear, SparseMultiheadAttention, SparseRecurrent
 from dst.topology.layers import Selector, SparseLayer
 from dst.topology.sharding import from_first, rank
 
@@ -55,7 +55,8 @@ class Chooser:
 
     def __call__(self, layers: Sequence[SparseLayer], module: nn.Module, active: int) -> Decision:
         """Decide whether to store only the ``active`` weights of a dense module."""
-        case = case_of(module, active, self._batch_size, self._shapes.get(module))
+        name = layers[0].parameter.rpartition(".")[2]
+        case = case_of(module, active, self._batch_size, self._shapes.get(module), name)
         if case not in self._known:
             mine = (self._measure or timing.measure)(case) if rank(self._group) == 0 else None
             masked, sparse = from_first([0.0, 0.0] if mine is None else [mine.masked, mine.sparse], self._group)
@@ -153,6 +154,9 @@ def restore_modules(seed: int, module: nn.Module, state_dict: Mapping[str, Any],
             count = state_dict[f"{start}in_proj.values"].numel()
             attentions[child] = sparse_module(name, child, torch.arange(count), seed)
             report(f"{name}.in_proj_weight csr (as in the checkpoint)")
+        elif type(child) in (nn.LSTM, nn.GRU) or isinstance(child, SparseRecurrent):
+            if (restored := _restored_recurrent(name, child, state_dict, start, seed)) is not None:
+                exchanged[child] = restored
         elif isinstance(child, SparseLinear) and not saved_sparse and f"{start}weight" in state_dict:
             exchanged[child] = dense_module(child)
             report(f"{name}.weight masked (as in the checkpoint)")
@@ -166,6 +170,27 @@ def restore_modules(seed: int, module: nn.Module, state_dict: Mapping[str, Any],
     exchange(module, exchanged)
     if exchanged:
         module.__dict__[_CHOSEN_BY_LAYER] = True
+
+
+def _restored_recurrent(
+    name: str, module: nn.Module, state_dict: Mapping[str, Any], start: str, seed: int
+) -> nn.Module | None:
+    """A recurrent module with the sparse weights of a state dict, or None if it has them already."""
+    saved = {
+        n: v for n in module._parameters | module._modules if (v := state_dict.get(f"{start}{n}.values")) is not None
+    }
+    is_dense = f"{start}weight_ih_l0" in state_dict or bool(saved)
+    sparse = {n for n, m in module.named_children() if isinstance(m, RecurrentWeight)}
+    if not is_dense or sparse == set(saved):
+        return None
+    dense = dense_module(module) if isinstance(module, SparseRecurrent) else module
+    for weight in (n for n, _ in dense.named_parameters() if n.startswith("weight")):
+        report(f"{name}.{weight} {'csr' if weight in saved else 'masked'} (as in the checkpoint)")
+    if not saved:
+        return dense
+    # The positions are placeholders: loading the state dict sets them.
+    weights = {n: sparse_module(f"{name}.{n}", dense, torch.arange(v.numel()), seed) for n, v in saved.items()}
+    return sparse_recurrent(dense, weights, seed)
 
 
 def report(message: str, group: ProcessGroup | None = None) -> None:

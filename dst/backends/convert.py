@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dst.backends.swap import dense_module, exchange
 from dst.errors import StateError
-from dst.nn import PackedProjection, SparseLinear, SparseMultiheadAttention
+from dst.nn import PackedProjection, RecurrentWeight, SparseLinear, SparseMultiheadAttention, SparseRecurrent
 from dst.topology.layers import dense_name, sparse_modules
+
+K = TypeVar("K", str, int)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
@@ -27,8 +29,9 @@ def to_dense(model: nn.Module) -> nn.Module:
     Returns:
         The model. A new module if the model itself is a sparse layer.
     """
-    stored = [m for m in model.modules() if isinstance(m, (SparseLinear, SparseMultiheadAttention))]
-    return exchange(model, {m: dense_module(m) for m in stored if not isinstance(m, PackedProjection)})
+    stored = [m for m in model.modules() if isinstance(m, (SparseLinear, SparseMultiheadAttention, SparseRecurrent))]
+    inner = (PackedProjection, RecurrentWeight)
+    return exchange(model, {m: dense_module(m) for m in stored if not isinstance(m, inner)})
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Any]:
@@ -53,7 +56,10 @@ def dense_state_dict(model: nn.Module) -> dict[str, Any]:
             result[dense_name(owner, module, "weight")] = module.dense_weight()
         elif attribute == "bias":
             result[dense_name(owner, module, "bias")] = value
-    return result
+    names = _in_dense_order(
+        list(result), [f"{n}.{x}" if n else x for n, m in _recurrent(model) for x in m.dense_names()]
+    )
+    return {name: result[name] for name in names}
 
 
 def dense_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
@@ -67,7 +73,11 @@ def dense_optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, A
         ``optimizer.state_dict()`` with per-weight state in the dense shape.
     """
     return _converted(
-        optimizer, optimizer.state_dict(), model, lambda m, t: m.to_dense(t) if t.shape == m.values.shape else t
+        optimizer,
+        optimizer.state_dict(),
+        model,
+        lambda m, t: m.to_dense(t) if t.shape == m.values.shape else t,
+        to_dense=True,
     )
 
 
@@ -85,7 +95,9 @@ def sparse_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mappin
     Raises:
         StateError: The state has another number of parameters.
     """
-    return _converted(optimizer, state, model, lambda m, t: m.from_dense(t) if t.shape == m.shape else t)
+    return _converted(
+        optimizer, state, model, lambda m, t: m.from_dense(t) if t.shape == m.shape else t, to_dense=False
+    )
 
 
 def _converted(
@@ -93,20 +105,47 @@ def _converted(
     state: Mapping[str, Any],
     model: nn.Module,
     convert: Callable[[SparseLinear, Tensor], Tensor],
+    *,
+    to_dense: bool,
 ) -> dict[str, Any]:
     """A copy of an optimizer state with the per-weight state of sparse layers converted.
 
-    Parameters are matched by their order.
+    Parameters are matched by their order in either model.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    inner = [getattr(m, name) for _, m in _recurrent(model) for name in m.dense_names()]
+    order = [id(part.values if isinstance(part, RecurrentWeight) else part) for part in inner]
+    groups = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    sparse = [key for group in groups for key in group]
+    dense = [key for group in groups for key in _in_dense_order(group, order)]
     keys = [key for group in state["param_groups"] for key in group["params"]]
-    if len(keys) != len(parameters):
-        raise StateError(f"the state has {len(keys)} parameters, the optimizer {len(parameters)}")
+    if len(keys) != len(sparse):
+        raise StateError(f"the state has {len(keys)} parameters, the optimizer {len(sparse)}")
+    old, new = (sparse, dense) if to_dense else (dense, sparse)
+    source = dict(zip(old, keys, strict=True))
     modules = {id(module.values): module for module in sparse_modules(model).values()}
-    result = {**state, "state": copy.deepcopy(dict(state["state"]))}
-    for key, parameter in zip(keys, parameters, strict=True):
-        module = modules.get(id(parameter))
-        for name, value in result["state"].get(key, {}).items():
+    result = {}
+    for parameter, key in zip(new, keys, strict=True):
+        if source[parameter] not in state["state"]:
+            continue
+        module, entries = modules.get(parameter), copy.deepcopy(state["state"][source[parameter]])
+        for name, value in entries.items():
             if module is not None and isinstance(value, Tensor) and value.ndim:
-                result["state"][key][name] = convert(module, value)
-    return result
+                entries[name] = convert(module, value)
+        result[key] = entries
+    return {**state, "state": result}
+
+
+def _recurrent(model: nn.Module) -> list[tuple[str, SparseRecurrent]]:
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, SparseRecurrent)]
+
+
+def _in_dense_order(keys: list[K], dense: list[K]) -> list[K]:
+    """Reorder those of the keys that are in ``dense``: a sparse recurrent module has its biases before its weights.
+
+    Args:
+        keys: Parameters in the order of the sparse model. Those of other modules keep their places.
+        dense: Parameters of the recurrent modules in the order of the dense model.
+    """
+    found = set(keys)
+    ordered, chosen = iter([key for key in dense if key in found]), set(dense)
+    return [next(ordered) if key in chosen else key for key in keys]

@@ -57,9 +57,13 @@ def _unsupported_attention(module: nn.MultiheadAttention) -> str | None:
 def _unsupported_reason(layer: SparseLayer, weight: Tensor, owners: Sequence[nn.Module]) -> str | None:
     """Why the csr backend does not support a dense layer, or ``None``."""
     first = owners[0]
+    if isinstance(first, nn.RNNBase) and (reason := _unsupported_recurrent(first)) is not None:
+        return reason
     is_attention = type(first) in (nn.MultiheadAttention, NonDynamicallyQuantizableLinear)
     if is_attention and all(type(m) is type(first) for m in owners):
         pass  # judged with its module
+    elif isinstance(first, nn.RNNBase) and all(isinstance(m, nn.RNNBase) for m in owners):
+        pass
     elif not all(is_supported(m) for m in owners) or layer.parameter.rpartition(".")[2] != "weight":
         if isinstance(first, nn.Conv2d):
             return f"{_unsupported_convolution(first)} convolution has no csr kernel"
@@ -71,6 +75,15 @@ def _unsupported_reason(layer: SparseLayer, weight: Tensor, owners: Sequence[nn.
     if weight.dtype not in _DTYPES:
         return f"dtype {weight.dtype}"
     return None
+
+
+def _unsupported_recurrent(module: nn.RNNBase) -> str | None:
+    """What a recurrent module has that its sparse counterpart does not support, or ``None``."""
+    if type(module) not in (nn.LSTM, nn.GRU) or any(
+        name not in module._parameters for name in module._flat_weights_names
+    ):
+        return f"{type(module).__name__} has no csr kernel"
+    return "an LSTM with proj_size is not supported by csr" if module.proj_size else None
 
 
 def is_supported(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dst.backends.csr_support import owners_of
 from dst.backends.decision import Choose, Decision, decide
-from dst.backends.swap import exchange, sparse_attention, sparse_module
+from dst.backends.swap import exchange, sparse_attention, sparse_module, sparse_recurrent
 from dst.errors import ConfigurationError
 from dst.method import Method
 from dst.nn import SparseLinear
@@ -48,6 +48,7 @@ def prepare(
     decisions = decide(model, layers, active, choose)
     report({label: decision for label, decision in decisions.items() if first[label] is not None})
     owners, swapped = owners_of(model), dict[nn.Module, nn.Module]()
+    recurrent: dict[nn.Module, dict[str, SparseLinear]] = {}
     parts: dict[str, list[SparseLayer]] = {}
     for layer in layers:
         parts.setdefault(layer.parameter, []).append(layer)
@@ -57,7 +58,12 @@ def prepare(
         known = [found for found in positions if found is not None]
         if known and any(decisions[x.label].storage == "csr" for x in held):
             dense, name = owners[held[0].parameter][0], held[0].parameter
-            swapped[dense] = sparse_module(name, dense, torch.cat(known), seed)
+            sparse = sparse_module(name, dense, torch.cat(known), seed)
+            if isinstance(dense, nn.RNNBase):
+                recurrent.setdefault(dense, {})[name.rpartition(".")[2]] = sparse
+            else:
+                swapped[dense] = sparse
+    swapped.update({dense: sparse_recurrent(dense, weights, seed) for dense, weights in recurrent.items()})
     for attention in [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]:
         if attention in swapped:
             packed, output = swapped[attention], attention.out_proj

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dst.backends.csr_support import sizes_of_padding
@@ -12,10 +13,14 @@ from dst.errors import ConfigurationError
 from dst.nn import (
     FeatureMajorLinear,
     PackedProjection,
+    RecurrentWeight,
     SparseConv1D,
     SparseConv2d,
+    SparseGRU,
     SparseLinear,
+    SparseLSTM,
     SparseMultiheadAttention,
+    SparseRecurrent,
 )
 from dst.topology.layers import is_conv1d
 from dst.topology.seeding import folded_generator
@@ -93,12 +98,14 @@ def sparse_module(label: str, dense: nn.Module, positions: Tensor, seed: int) ->
 
     Args:
         label: The layer's label. Together with ``seed`` it seeds the values if the dense weight is on the meta device.
-        dense: A module that ``is_supported``. Of attention, q, k and v together become a ``PackedProjection``.
+        dense: A module that ``is_supported``. Of attention, q, k and v together become a ``PackedProjection``. Of
+            a recurrent module, the weight at the end of the label becomes a ``RecurrentWeight``.
         positions: Sorted row-major positions of the weights.
         seed: Stored as ``pattern_seed``.
     """
-    prefix = "in_proj_" if isinstance(dense, nn.MultiheadAttention) else ""
-    weight, bias = dense.get_parameter(f"{prefix}weight"), dense._parameters[f"{prefix}bias"]
+    is_recurrent, prefix = isinstance(dense, nn.RNNBase), "in_proj_" if isinstance(dense, nn.MultiheadAttention) else ""
+    weight = dense.get_parameter(label.rpartition(".")[2] if is_recurrent else f"{prefix}weight")
+    bias = None if is_recurrent else dense._parameters[f"{prefix}bias"]
     on_meta = weight.device.type == "meta"
     values = None if on_meta else weight.detach().reshape(-1)[positions]
     options: dict[str, Any] = {
@@ -124,12 +131,13 @@ def sparse_module(label: str, dense: nn.Module, positions: Tensor, seed: int) ->
     elif is_conv1d(dense):
         sparse = SparseConv1D(outputs, inputs, positions, values, dense_type=type(dense), **options)
     else:
-        sparse = (PackedProjection if prefix else SparseLinear)(inputs, outputs, positions, values, **options)
+        kind = PackedProjection if prefix else RecurrentWeight if is_recurrent else SparseLinear
+        sparse = kind(inputs, outputs, positions, values, **options)
     if bias is not None and sparse.bias is not None:
         if not on_meta:
             sparse.bias.detach().copy_(bias.detach())
         sparse.bias.requires_grad_(bias.requires_grad)
-    if not prefix:
+    if not (prefix or is_recurrent):
         _move_hooks(dense, sparse)
     sparse.pattern_seed = seed
     return sparse.train(dense.training)
@@ -149,6 +157,46 @@ def sparse_attention(
     return sparse
 
 
+def sparse_recurrent(dense: nn.Module, weights: Mapping[str, SparseLinear], seed: int) -> SparseRecurrent:
+    """Create a sparse recurrent module, with the settings, hooks and other parameters of a dense one.
+
+    Args:
+        dense: An ``nn.LSTM`` or ``nn.GRU``.
+        weights: Name in the dense module to ``RecurrentWeight``.
+        seed: Seeds the biases if they are on the meta device.
+    """
+    assert isinstance(dense, (nn.LSTM, nn.GRU))
+    parts: dict[str, Any] = {**dense._parameters, **weights}
+    for name, part in parts.items():
+        if name.startswith("bias") and part.device.type == "meta":
+            bound, bias = dense.hidden_size**-0.5, torch.empty(part.shape, dtype=part.dtype)
+            bias.uniform_(-bound, bound, generator=folded_generator(seed, "values", name))
+            parts[name] = nn.Parameter(bias, part.requires_grad)
+    names = ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
+    options: dict[str, Any] = {name: getattr(dense, name) for name in names}
+    kind = SparseLSTM if isinstance(dense, nn.LSTM) else SparseGRU
+    sparse = kind(dense.input_size, dense.hidden_size, parts, **options)
+    _move_hooks(dense, sparse)
+    sparse.training = dense.training
+    return sparse
+
+
+def _dense_recurrent(sparse: SparseRecurrent) -> nn.RNNBase:
+    options: dict[str, Any] = {
+        name: getattr(sparse, name) for name in ("num_layers", "bias", "batch_first", "bidirectional")
+    }
+    # On the meta device torch draws no random numbers; all parameters are replaced.
+    dense = sparse.dense_type(sparse.input_size, sparse.hidden_size, dropout=sparse.dropout, device="meta", **options)
+    for name in sparse.dense_names():
+        part = getattr(sparse, name)
+        if isinstance(part, RecurrentWeight):
+            part = nn.Parameter(part.dense_weight(), part.values.requires_grad)
+        setattr(dense, name, part)
+    _move_hooks(sparse, dense)
+    dense.training = sparse.training
+    return dense
+
+
 def _move_hooks(old: nn.Module, new: nn.Module) -> None:
     for name in _HOOKS:
         new.__dict__[name] = old.__dict__[name]
@@ -160,11 +208,13 @@ def two(sizes: tuple[int, ...]) -> tuple[int, int]:
     return down, across
 
 
-def dense_module(sparse: SparseLinear | SparseMultiheadAttention) -> nn.Module:
+def dense_module(sparse: SparseLinear | SparseMultiheadAttention | SparseRecurrent) -> nn.Module:
     """Create a dense module with the weights and hooks of a sparse one, and zeros elsewhere."""
     dense: nn.Module
     if isinstance(sparse, SparseMultiheadAttention):
         return _dense_attention(sparse)
+    if isinstance(sparse, SparseRecurrent):
+        return _dense_recurrent(sparse)
     if isinstance(sparse, SparseConv1D):
         dense = sparse.to_conv1d()
     else:

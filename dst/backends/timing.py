@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -15,8 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from dst.backends.csr_support import is_supported
 from dst.backends.masked import BitMasks
-from dst.backends.swap import sparse_module
+from dst.backends.swap import sparse_module, sparse_recurrent
 from dst.errors import ConfigurationError
+from dst.nn import SparseLinear
 from dst.topology.evaluation import evaluation_mode
 from dst.topology.layers import is_conv1d
 from dst.topology.selection import random_indices
@@ -27,6 +28,7 @@ BATCH_SIZE = 128
 _IMAGE = 16, 16  # where no example tells the size
 _ROWS = 4096  # of a linear layer
 _POSITIONS = 16384  # of all images of a batch, under a convolution
+_STEPS = 32  # of a recurrent module, at most and where no example tells
 _WEIGHTS = 1 << 24  # larger linear layers are scaled down
 _REPEATS = 7
 _SWEEP = 8 << 20
@@ -39,14 +41,15 @@ class Case:
     """A layer that is measured.
 
     Attributes:
-        kind: The type of the dense module, ``nn.Linear`` or ``nn.Conv2d``.
+        kind: The type of the dense module: ``nn.Linear``, ``nn.Conv2d``, ``nn.LSTM`` or ``nn.GRU``.
         inputs: Input features or channels.
-        outputs: Output features or channels.
-        active: Number of non-zeros.
+        outputs: Output features or channels; units of a recurrent module.
+        active: Number of non-zeros; of a recurrent module, of both weights of a layer.
         batch_size: Batch size, or rows of a linear layer's input.
         dtype: dtype of the weights.
         image: Height and width of a convolution's input.
         geometry: A convolution's kernel size, stride, padding and dilation.
+        steps: Length of a recurrent module's sequences.
     """
 
     kind: type[nn.Module]
@@ -57,8 +60,11 @@ class Case:
     dtype: torch.dtype
     image: tuple[int, int] | None = None
     geometry: Geometry | None = None
+    steps: int | None = None
 
     def __str__(self) -> str:
+        if self.steps is not None:
+            return f"{self.batch_size} sequences of {self.steps} steps"
         if self.image is None:
             return f"{self.batch_size} rows"
         return f"{self.batch_size} images of {'×'.join(map(str, self.image))}"
@@ -112,7 +118,7 @@ def input_shapes(model: nn.Module, example: Any) -> dict[nn.Module, tuple[int, .
     hooks: list[RemovableHandle] = [
         module.register_forward_pre_hook(record)
         for module in model.modules()
-        if is_supported(module) or isinstance(module, nn.MultiheadAttention)
+        if is_supported(module) or isinstance(module, (nn.MultiheadAttention, nn.RNNBase))
     ]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(model):
@@ -131,7 +137,13 @@ def input_shapes(model: nn.Module, example: Any) -> dict[nn.Module, tuple[int, .
     return found
 
 
-def case_of(module: nn.Module, active: int, batch_size: int | None, shape: tuple[int, ...] | None = None) -> Case:
+def case_of(
+    module: nn.Module,
+    active: int,
+    batch_size: int | None,
+    shape: tuple[int, ...] | None = None,
+    weight_name: str = "weight",
+) -> Case:
     """The case of a dense module with ``active`` active weights.
 
     Args:
@@ -139,7 +151,10 @@ def case_of(module: nn.Module, active: int, batch_size: int | None, shape: tuple
         active: Number of non-zeros.
         batch_size: Batch size, if there is no shape; ``BATCH_SIZE`` by default.
         shape: Shape of the module's input.
+        weight_name: Name of the weight of a recurrent module.
     """
+    if isinstance(module, nn.RNNBase):
+        return _recurrent_case(module, module.get_parameter(weight_name), active, batch_size, shape)
     packed = isinstance(module, nn.MultiheadAttention)
     weight = module.get_parameter("in_proj_weight" if packed else "weight")
     outputs, inputs = weight.shape[:2]
@@ -155,48 +170,81 @@ def case_of(module: nn.Module, active: int, batch_size: int | None, shape: tuple
     return Case(nn.Conv2d, inputs, outputs, active, images, weight.dtype, image, geometry)
 
 
+def _recurrent_case(
+    module: nn.RNNBase, weight: Tensor, active: int, batch_size: int | None, shape: tuple[int, ...] | None
+) -> Case:
+    """A layer of a recurrent module, both of whose weights have the density of ``weight``."""
+    inputs, units, steps, batch = module.input_size, module.hidden_size, _STEPS, batch_size or BATCH_SIZE
+    if shape is not None:
+        batch, steps = (1, shape[0]) if len(shape) == 2 else shape[:2] if module.batch_first else (shape[1], shape[0])
+    total = weight.shape[0] * (inputs + units)
+    count = round(active / weight.numel() * total)
+    return Case(type(module), inputs, units, count, batch, weight.dtype, steps=min(steps, _STEPS))
+
+
+def _feedforward(case: Case, generator: torch.Generator) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    """A dense and a sparse layer, an input, and the gradient of the output."""
+    weights = case.inputs * case.outputs
+    scale = min(1.0, math.sqrt(_WEIGHTS / weights)) if case.geometry is None else 1.0
+    inputs, outputs = max(1, int(case.inputs * scale)), max(1, int(case.outputs * scale))
+    dense: nn.Linear | nn.Conv2d
+    if case.geometry is not None and case.image is not None:
+        images = max(1, min(case.batch_size, _POSITIONS // math.prod(case.image)))
+        shape: tuple[int, ...] = (images, inputs, *case.image)
+        dense = nn.Conv2d(inputs, outputs, *case.geometry, dtype=case.dtype)
+    else:
+        shape = (min(case.batch_size, _ROWS), inputs)
+        dense = nn.Linear(inputs, outputs, dtype=case.dtype)
+    size = dense.weight.numel()
+    active = min(size, max(1, round(case.active * inputs * outputs / weights)))
+    sparse = sparse_module("measured", dense, random_indices(size, active, generator), 0)
+    x = torch.randn(shape, generator=generator).to(case.dtype)
+    with torch.no_grad():
+        return dense, sparse, x, torch.randn(dense(x).shape, generator=generator).to(case.dtype)
+
+
+def _recurrent(case: Case, generator: torch.Generator) -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    """A dense and a sparse recurrent module, an input, and the gradient of the output."""
+    assert case.steps is not None
+    dense = case.kind(case.inputs, case.outputs, dtype=case.dtype)
+    weights = {n: p for n, p in dense.named_parameters() if n.startswith("weight")}
+    density = case.active / sum(p.numel() for p in weights.values())
+    stored = {}
+    for name, weight in weights.items():
+        size = weight.numel()
+        positions = random_indices(size, min(size, round(density * size)), generator)
+        stored[name] = sparse_module(name, dense, positions, 0)
+    sparse = sparse_recurrent(dense, stored, 0)
+    x, g = (torch.randn(case.steps, case.batch_size, n, generator=generator) for n in (case.inputs, case.outputs))
+    return dense, sparse, x.to(case.dtype), g.to(case.dtype)
+
+
 def measure(case: Case) -> Timing:
     """Time a masked and a sparse layer alternately, with cold caches. Returns the medians of seven runs.
 
     A run is the layer's share of a training step: forward and backward pass, masking, and SGD with momentum on its weights.
     It takes a few tenths of a second for a layer of a million weights. Linear layers with more than 16 million weights are
-    scaled down at the same proportions and density. At most 4096 rows, or images of 16384 positions in all, are measured.
+    scaled down at the same proportions and density. At most 4096 rows, images of 16384 positions in all, or 32 steps of a
+    sequence are measured.
     Does not change global random state.
     """
-    weights = case.inputs * case.outputs
-    scale = min(1.0, math.sqrt(_WEIGHTS / weights)) if case.geometry is None else 1.0
-    inputs, outputs = max(1, int(case.inputs * scale)), max(1, int(case.outputs * scale))
     generator = torch.Generator().manual_seed(0)
-    dense: nn.Linear | nn.Conv2d
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-        if case.geometry is not None and case.image is not None:
-            images = max(1, min(case.batch_size, _POSITIONS // math.prod(case.image)))
-            shape: tuple[int, ...] = (images, inputs, *case.image)
-            dense = nn.Conv2d(inputs, outputs, *case.geometry, dtype=case.dtype)
-        else:
-            shape = (min(case.batch_size, _ROWS), inputs)
-            dense = nn.Linear(inputs, outputs, dtype=case.dtype)
-        size = dense.weight.numel()
-        active = min(size, max(1, round(case.active * inputs * outputs / weights)))
-        indices = random_indices(size, active, generator)
-        sparse = sparse_module("measured", dense, indices, 0)
-        x = torch.randn(shape, generator=generator).to(case.dtype)
-        with torch.no_grad():
-            gradient = torch.randn(dense(x).shape, generator=generator).to(case.dtype)
+        build = _feedforward if case.steps is None else _recurrent
+        dense, sparse, x, gradient = build(case, generator)
         sweep = torch.zeros(_SWEEP)
-    mask = torch.zeros(size, dtype=torch.bool)
-    mask[indices] = True
-    bits = BitMasks()
-    weight = dense.get_parameter("weight")
-    bits.set(weight, mask.view_as(weight))
-    steps = _Step(dense, weight, bits), _Step(sparse, sparse.values, bits)
+    bits, stored = BitMasks(), [m for m in sparse.modules() if isinstance(m, SparseLinear)]
+    weights = [p for n, p in dense.named_parameters() if n.startswith("weight")]
+    for weight, module in zip(weights, stored, strict=True):
+        bits.set(weight, module.mask())
+    steps = _Step(dense, weights, bits), _Step(sparse, [module.values for module in stored], bits)
     times: list[list[float]] = [[], []]
     for _ in range(_REPEATS + 1):
         for step, taken in zip(steps, times, strict=True):
             sweep.add_(1)
             taken.append(step(x, gradient))
-    masked, stored = (statistics.median(taken[1:]) for taken in times)
-    return Timing(masked, stored)
+    masked, csr = (statistics.median(taken[1:]) for taken in times)
+    return Timing(masked, csr)
 
 
 class _Step:
@@ -204,17 +252,16 @@ class _Step:
 
     Args:
         module: The layer.
-        weight: The parameter that the optimizer moves.
+        weights: The parameters that the optimizer moves.
         bits: The masks; of a sparse layer there are none.
     """
 
-    def __init__(self, module: nn.Module, weight: nn.Parameter, bits: BitMasks) -> None:
-        self._module, self._weight, self._bits = module, weight, bits
-        self._momentum = torch.zeros_like(weight)
+    def __init__(self, module: nn.Module, weights: Sequence[nn.Parameter], bits: BitMasks) -> None:
+        self._module, self._weights, self._bits = module, tuple(weights), bits
+        self._momenta = [torch.zeros_like(weight) for weight in weights]
 
     def __call__(self, x: Tensor, gradient: Tensor) -> float:
         """Take the step and return its time in seconds."""
-        weight = self._weight
         with torch.enable_grad():
             self._module.zero_grad()
             x = x.requires_grad_()
@@ -222,10 +269,12 @@ class _Step:
             # With a single thread, its CPU time is not affected by other processes.
             clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
             start = clock()
-            self._module(x).backward(gradient)
-        self._bits.mask_gradients((weight,))
-        if weight.grad is not None:
-            with torch.no_grad():
-                weight.add_(self._momentum.mul_(0.9).add_(weight.grad), alpha=-1e-6)
-        self._bits.mask_weights((weight,))
+            y = self._module(x)
+            (y[0] if isinstance(y, tuple) else y).backward(gradient)
+        self._bits.mask_gradients(self._weights)
+        with torch.no_grad():
+            for weight, momentum in zip(self._weights, self._momenta, strict=True):
+                if weight.grad is not None:
+                    weight.add_(momentum.mul_(0.9).add_(weight.grad), alpha=-1e-6)
+        self._bits.mask_weights(self._weights)
         return clock() - start

@@ -192,7 +192,16 @@ class Kernels:
         )  # fmt: skip
         return out
 
-    def forward(self, pattern: Pattern, row_values: Tensor, x: Tensor, bias: Tensor | None, relu: bool) -> Tensor:
+    def forward(
+        self,
+        pattern: Pattern,
+        row_values: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        relu: bool,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Return ``W x + bias`` (then ReLU) as ``[batch, rows]``, strides ``(1, batch)``.
 
         Args:
@@ -201,12 +210,31 @@ class Kernels:
             x: ``[columns, batch]`` from `feature_major`.
             bias: ``[rows]``, contiguous, or None.
             relu: Whether to apply ReLU.
+            out: Contiguous ``[rows, batch]`` that receives the output, if given.
         """
         batch = x.shape[1]
-        y = torch.empty_strided((batch, pattern.rows), (1, max(batch, 1)), dtype=x.dtype)
+        y = torch.empty_strided((batch, pattern.rows), (1, max(batch, 1)), dtype=x.dtype) if out is None else out.t()
         self._forward(
             x.dtype is torch.float64, pattern.wide, pattern.rows, pattern.columns, *pattern.by_row, row_values.data_ptr(), x.data_ptr(), x.stride(0), y.data_ptr(), batch,
             batch, None if bias is None else bias.data_ptr(), relu, torch.get_num_threads(),
+        )  # fmt: skip
+        return y
+
+    def transposed_product(self, pattern: Pattern, values: Tensor, g: Tensor) -> Tensor:
+        """Return ``Wᵀ g``, contiguous ``[columns, batch]``.
+
+        Args:
+            pattern: Positions of the non-zeros.
+            values: Values in column order, ``[nnz]``, contiguous.
+            g: ``[rows, batch]``, contiguous.
+        """
+        batch = g.shape[1]
+        y = torch.empty(pattern.columns, batch, dtype=g.dtype)
+        # Column order is the row order of the transposed weight.
+        self._forward(
+            g.dtype is torch.float64, pattern.wide, pattern.columns, pattern.rows, pattern.column_pointers.data_ptr(),
+            pattern.row_indices.data_ptr(), values.data_ptr(), g.data_ptr(), batch, y.data_ptr(), batch, batch, None, 0,
+            torch.get_num_threads(),
         )  # fmt: skip
         return y
 

@@ -10,6 +10,7 @@ from dst.nn.sparse_attention import PackedProjection, SparseMultiheadAttention
 from dst.nn.sparse_conv import SparseConv2d
 from dst.nn.sparse_conv1d import SparseConv1D
 from dst.nn.sparse_linear import SparseLinear
+from dst.nn.sparse_recurrent import RecurrentWeight, SparseGRU, SparseLSTM, SparseRecurrent
 from dst.nn.topology_change import remap
 
 __all__ = [
@@ -20,10 +21,14 @@ __all__ = [
     "InferenceModel",
     "KWinners",
     "PackedProjection",
+    "RecurrentWeight",
     "SparseConv1D",
     "SparseConv2d",
+    "SparseGRU",
+    "SparseLSTM",
     "SparseLinear",
     "SparseMultiheadAttention",
+    "SparseRecurrent",
     "SwitchFeedForward",
     "TopKReLU",
     "auxiliary_losses",

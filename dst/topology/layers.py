@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from dst.errors import ConfigurationError
-from dst.nn import PackedProjection, SparseConv1D, SparseConv2d, SparseLinear, SparseMultiheadAttention
+from dst.nn import (
+    PackedProjection,
+    RecurrentWeight,
+    SparseConv1D,
+    SparseConv2d,
+    SparseLinear,
+    SparseMultiheadAttention,
+    SparseRecurrent,
+)
 
 Selector = str | type[nn.Module]
 """A shell-style pattern for parameter, layer or module names, or a module type."""
@@ -32,7 +40,7 @@ _WEIGHT_MODULES = (
 )
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention, SparseRecurrent)
 
 
 @dataclass(frozen=True)
@@ -168,6 +176,8 @@ def dense_name(name: str, module: SparseLinear, attribute: str) -> str:
         module: The module.
         attribute: ``"weight"`` or ``"bias"``.
     """
+    if isinstance(module, RecurrentWeight):
+        return name
     return f"{name}{'_' if isinstance(module, PackedProjection) else '.'}{attribute}" if name else attribute
 
 
@@ -280,7 +290,7 @@ def _selected(
 
 def _dense_type(module: SparseLinear) -> type[nn.Module]:
     """The type of the dense module that a sparse one replaces."""
-    if isinstance(module, SparseConv1D):
+    if isinstance(module, (SparseConv1D, RecurrentWeight)):
         return module.dense_type
     if isinstance(module, PackedProjection):
         return nn.MultiheadAttention
