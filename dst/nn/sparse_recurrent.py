@@ -177,7 +177,7 @@ class SparseRecurrent(nn.Module):
         if torch.compiler.is_compiling():
             # Decorating at import would import the compiler.
             apply = torch.compiler.disable(apply)
-        return cast(States, apply(projected, *first, *biases, parameter, products, reverse))
+        return apply(projected, *first, *biases, parameter, products, reverse)
 
     def _sequence(self, *args: Any) -> States:
         raise NotImplementedError
@@ -246,7 +246,7 @@ class SparseLSTM(SparseRecurrent):
         reverse: bool,
     ) -> States:
         bias = None if biases[0] is None or biases[1] is None else biases[0] + biases[1]
-        return lstm_loop(projected, *first, bias, lambda h: _project(weight, h), reverse)
+        return lstm_loop(projected, first[0], first[1], bias, lambda h: _project(weight, h), reverse)
 
 
 class SparseGRU(SparseRecurrent):
@@ -271,7 +271,7 @@ class SparseGRU(SparseRecurrent):
         weight: Tensor | RecurrentWeight,
         reverse: bool,
     ) -> States:
-        return gru_loop(projected, *first, *biases, lambda h: _project(weight, h), reverse)
+        return gru_loop(projected, first[0], biases[0], biases[1], lambda h: _project(weight, h), reverse)
 
 
 def _project(weight: Tensor | RecurrentWeight, x: Tensor) -> Tensor:
