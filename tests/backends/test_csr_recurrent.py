@@ -349,7 +349,7 @@ def test_auto_measures_a_layer_and_restores_its_choice(monkeypatch):
     assert str(cases[0]) == "8 sequences of 5 steps"
     monkeypatch.undo()
     measured = timing.measure(cases[0])
-    assert measured.dense > 0
+    assert measured.masked > 0
     assert measured.sparse > 0
     fresh = lstm()
     auto.restore_modules(0, fresh, model.state_dict(), "")
