@@ -8,6 +8,7 @@ which share of training RigL's updates take, at one every 100 steps.
 
     python scripts/bench_models.py
     python scripts/bench_models.py --models vit_tiny gpt --densities 0.1 --backends csr auto
+    python scripts/bench_models.py --models lenet_300_100 mlp_100 gpt_32 --densities 0.1 0.2 0.5 --backends masked auto
     python scripts/bench_models.py --backends csr --turn 1
     python scripts/bench_models.py --backends csr --updates
 """
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 import dst
-from dst.models import GPT, MLP, WRN22_2, ResNet20, ViTTiny
+from dst.models import GPT, MLP, WRN22_2, ConvNet, GRUCharModel, GRUClassifier, LeNet300100, ResNet20, ViTTiny
 from dst.tables import aligned_table
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -34,7 +35,20 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "vit_tiny": (lambda: ViTTiny((3, 32, 32), 10), (64, 3, 32, 32)),
     "gpt": (lambda: GPT(65, 128), (16, 128)),
     "mlp": (lambda: MLP((1, 28, 28), 10, width=1000, depth=3), (128, 1, 28, 28)),
+    "mlp_100": (lambda: MLP((1, 28, 28), 10, width=100, depth=3), (128, 1, 28, 28)),
+    "lenet_300_100": (lambda: LeNet300100((1, 28, 28), 10), (128, 1, 28, 28)),
+    "lenet_narrow": (lambda: LeNet300100((1, 28, 28), 10, width_factor=0.25), (128, 1, 28, 28)),
+    "convnet": (lambda: ConvNet((3, 32, 32), 10), (64, 3, 32, 32)),
+    "convnet_8": (lambda: ConvNet((3, 32, 32), 10, width=8), (64, 3, 32, 32)),
+    "resnet20_narrow": (lambda: ResNet20((3, 32, 32), 10, width_factor=0.5), (64, 3, 32, 32)),
+    "wrn_22_2_narrow": (lambda: WRN22_2((3, 32, 32), 10, width_factor=0.25), (64, 3, 32, 32)),
+    "vit_48": (lambda: ViTTiny((3, 32, 32), 10, width=48, depth=4), (64, 3, 32, 32)),
+    "gpt_32": (lambda: GPT(65, 64, width=32, depth=2), (16, 64)),
+    "gpt_moe": (lambda: GPT(65, 128, experts=4), (16, 128)),
+    "gru": (lambda: GRUClassifier((1, 28, 28), 10), (128, 1, 28, 28)),
+    "gru_char": (lambda: GRUCharModel(65, 128), (16, 128)),
 }
+DEFAULT = ["resnet20", "wrn_22_2", "vit_tiny", "gpt", "mlp"]
 
 
 def make_step(name: str, method: dst.Method | None) -> tuple[Callable[[], None], dst.Sparsifier | None]:
@@ -42,8 +56,8 @@ def make_step(name: str, method: dst.Method | None) -> tuple[Callable[[], None],
     build, shape = MODELS[name]
     torch.manual_seed(0)
     model = build()
-    inputs = torch.randint(0, 65, shape) if name == "gpt" else torch.randn(shape)
-    targets = torch.randint(0, 65, shape) if name == "gpt" else torch.randint(0, 10, shape[:1])
+    inputs = torch.randint(0, 65, shape) if len(shape) == 2 else torch.randn(shape)
+    targets = torch.randint(0, 65, shape) if len(shape) == 2 else torch.randint(0, 10, shape[:1])
     if method is not None:
         model = dst.prepare(model, method, example=inputs)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
@@ -135,7 +149,7 @@ def share_of_updates(name: str, backend: str, density: float, updates: int = 5) 
 def main() -> None:
     """Run the benchmark and print its table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--models", nargs="+", default=DEFAULT, choices=list(MODELS))
     parser.add_argument("--backends", nargs="+", default=["masked", "csr", "auto"])
     parser.add_argument("--densities", nargs="+", type=float, default=[0.1, 0.05])
     parser.add_argument("--seconds", type=float, default=60, help="of measuring for each model")

@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 MARGIN = 1.1
 """csr is chosen above this speedup of the layer alone. Within the model, other work shares caches and memory with it."""
 
+SAVING = 1e-4
+"""Seconds of a step that csr must save in a layer. In small layers, what the caches hold in the model decides."""
+
 _CHOSEN_BY_LAYER = "_dst_storage_is_decided"
 """Attribute of a model whose layers were given backends one by one. Pickled models have it under this name."""
 
@@ -61,8 +64,12 @@ class Chooser:
             mine = (self._measure or timing.measure)(case) if rank(self._group) == 0 else None
             masked, sparse = from_first([0.0, 0.0] if mine is None else [mine.masked, mine.sparse], self._group)
             self._known[case] = Timing(masked, sparse)
-        ratio = self._known[case].ratio
-        return Decision("csr" if ratio > MARGIN else "masked", f"{ratio:.2g} × masked speed, measured on {case}")
+        found, reason = self._known[case], ""
+        if found.ratio > MARGIN and found.masked - found.sparse <= SAVING:
+            reason = f", saving less than {1e3 * SAVING:g} ms"
+        chosen = found.ratio > MARGIN and not reason
+        measured = f"{found.ratio:.2g} × masked speed, measured on {case}"
+        return Decision("csr" if chosen else "masked", measured + reason)
 
 
 def prepare(

@@ -176,6 +176,14 @@ def test_a_resume_keeps_what_was_chosen_whatever_times_are_now(times):
         dst.prepare(net(), rigl(), state={"masks": {}})
 
 
+def test_a_layer_that_saves_next_to_nothing_stays_masked():
+    layer = dst.topology.layers.find_layers(nn.Linear(3, 4))[0][0]
+    small, large = (Chooser(measure=lambda case, t=t: Timing(2 * t, t)) for t in (9e-5, 2e-4))
+    note = "2 × masked speed, measured on 128 rows"
+    assert small([layer], nn.Linear(3, 4), 2) == ("masked", f"{note}, saving less than 0.1 ms")
+    assert large([layer], nn.Linear(3, 4), 2) == ("csr", note)
+
+
 def test_the_first_process_decides(monkeypatch):
     monkeypatch.setattr(auto, "rank", lambda group: 1)
     monkeypatch.setattr(auto, "from_first", lambda values, group: [5.0, 1.0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -349,3 +350,12 @@ def test_an_install_without_a_compiler_succeeds(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "sparse kernels not built" in done.stdout + done.stderr
     assert not list((tmp_path / "lib").rglob("_spmm*"))
+
+
+def test_a_copied_pattern_reads_its_own_tensors(engine):
+    pattern = engine.pattern(torch.tensor([0, 3, 5, 7]), 3, 3)
+    assert pattern.by_row == (pattern.row_pointers.data_ptr(), pattern.column_indices.data_ptr())
+    other = copy.deepcopy(pattern)
+    assert other.by_row == (other.row_pointers.data_ptr(), other.column_indices.data_ptr()) != pattern.by_row
+    assert other.by_column[2] == other.permutation.data_ptr()
+    assert other.wide == pattern.wide
