@@ -47,22 +47,22 @@ class BitMasks:
         elif rewiring.dropped.numel():
             self.set(parameter, mask)  # it was fully active
 
-    @torch.no_grad()
     def mask_weights(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Set the inactive weights of ``parameters`` to zero, in place."""
+        """Set the inactive weights of ``parameters`` to zero, in place. Call it without grad mode."""
         for parameter in parameters:
-            if parameter in self._tensors:
-                self._apply(local(parameter.detach()), parameter)
+            if (bits := self._tensors.get(parameter)) is not None:
+                self._apply(local(parameter.detach()), parameter, bits)
 
-    @torch.no_grad()
     def mask_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Set the gradients of inactive weights to zero, in place. Parameters without a gradient are skipped."""
-        for parameter in parameters:
-            if parameter in self._tensors and parameter.grad is not None:
-                self._apply(local(parameter.grad), parameter)
+        """Set the gradients of inactive weights to zero, in place. Call it without grad mode.
 
-    def _apply(self, tensor: Tensor, parameter: nn.Parameter) -> None:
-        bits = self._tensors[parameter]
+        Parameters without a gradient are skipped.
+        """
+        for parameter in parameters:
+            if (bits := self._tensors.get(parameter)) is not None and (gradient := parameter.grad) is not None:
+                self._apply(local(gradient), parameter, bits)
+
+    def _apply(self, tensor: Tensor, parameter: nn.Parameter, bits: Tensor) -> None:
         if bits.device != tensor.device or bits.element_size() != tensor.element_size():
             bits = self._tensors[parameter] = _expand(bits.bool(), tensor)
         tensor.view(bits.dtype).bitwise_and_(bits)
@@ -137,6 +137,7 @@ class Masked(Storage):
             fill_at_(mask, positions[layer.label].to(mask.device), 1)
         self._take_over(masks)
 
+    @torch.no_grad()
     def _take_over(self, masks: Mapping[str, Tensor]) -> None:
         self.active = {layer.label: int(layer.part(masks[layer.parameter]).sum()) for layer in self._layers}
         for name, mask in masks.items():

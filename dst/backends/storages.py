@@ -163,6 +163,7 @@ class Storages:
         for storage in self:
             storage.end_step(parameters, step, mask_step)
 
+    @torch.no_grad()
     def release(self) -> None:
         """Prepare the model for use without storages. Inactive weights are zero."""
         parameters = list(self.parameters.values())

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 
 from dst.engine.steps import OptimizerSteps
 from dst.engine.training import Training
 from dst.errors import ConfigurationError
-from dst.pieces.protocols import Observer
 from dst.topology.seeding import folded_generator
 
 
 def refuse_sparse_gradients(training: Training, stepper: OptimizerSteps) -> None:
     """Raise ``ConfigurationError`` for a gradient that is a sparse tensor."""
-    for name in dict.fromkeys(layer.parameter for layer in training.layers_of(stepper)):
-        gradient = training.storages.parameters[name].grad
+    for parameter in stepper.parameters:
+        gradient = parameter.grad
         if gradient is not None and gradient.layout != torch.strided:
-            raise ConfigurationError(f"{name} has a sparse gradient; build its module with sparse=False")
+            raise ConfigurationError(
+                f"{training.name_of(parameter)} has a sparse gradient; build its module with sparse=False"
+            )
 
 
 def observe(training: Training, stepper: OptimizerSteps) -> bool:
@@ -27,7 +26,7 @@ def observe(training: Training, stepper: OptimizerSteps) -> bool:
     Returns:
         Whether an observer reads gradients.
     """
-    observers = {role: cast(Observer, s) for role, s in training.method.scores().items() if s.observes}
+    observers = training.method.observers
     if not observers or not stepper.may_update:
         return False
     reads = any(score.needs_gradient for score in observers.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,6 +41,26 @@ class PreparedStep:
     moves: int = 0
 
 
+@dataclass(frozen=True)
+class _Milestones:
+    """What a training of ``total`` steps settles beforehand; see the properties of ``OptimizerSteps``."""
+
+    total: int
+    mask_step: int
+    stop_step: int
+    settles_at: int | None
+
+    @classmethod
+    def of(cls, method: Method, total: int) -> _Milestones:
+        """The milestones of a method in a training of ``total`` steps."""
+        stop, settles_at = method.clock.stop_step(total), None
+        if method.schedule is not None:
+            settles_at = min(max(stop, method.schedule.settles_at(total)), total - 1)
+        elif method.surplus is not None:
+            settles_at = min(stop, total - 1)
+        return cls(total, resolve_steps(method.sparsify_at, total, "sparsify_at"), stop, settles_at)
+
+
 @dataclass
 class OptimizerSteps:
     """The steps of an optimizer that holds sparse parameters.
@@ -68,22 +88,39 @@ class OptimizerSteps:
     budget_density: float | None = None
     prepared: PreparedStep | None = None
     is_stepping: bool = False
+    # Asked for several times per step, and computed once: for this total, and for this (step, total).
+    _milestones: _Milestones | None = field(default=None, init=False, repr=False, compare=False)
+    _fires: tuple[int, int, bool] = field(default=(-1, -1, False), init=False, repr=False, compare=False)
+
+    def _known(self) -> _Milestones:
+        """The milestones of a training of ``total`` steps."""
+        if self._milestones is None or self._milestones.total != self.total:
+            self._milestones = _Milestones.of(self.method, self.total)
+        return self._milestones
+
+    @property
+    def fires(self) -> bool:
+        """Whether the clock fires at the coming step."""
+        step, total, fires = self._fires
+        if step != self.step or total != self.total:
+            fires = self.method.clock.fires(self.step, self.total)
+            self._fires = self.step, self.total, fires
+        return fires
 
     @property
     def mask_step(self) -> int:
         """The step at which the first mask is made."""
-        return resolve_steps(self.method.sparsify_at, self.total, "sparsify_at")
+        return self._known().mask_step
+
+    @property
+    def stop_step(self) -> int:
+        """The first step from which on the clock never fires."""
+        return self._known().stop_step
 
     @property
     def settles_at(self) -> int | None:
         """The step of the last update of a moving budget, which is final from there; ``None`` for a constant budget."""
-        method = self.method
-        if method.schedule is None and method.surplus is None:
-            return None
-        last = method.clock.stop_step(self.total)
-        if method.schedule is not None:
-            last = max(last, method.schedule.settles_at(self.total))
-        return min(last, self.total - 1)
+        return self._known().settles_at
 
     @property
     def ever_updates(self) -> bool:
@@ -102,7 +139,7 @@ class OptimizerSteps:
         """Whether the coming step updates the topology and has not done so in an earlier attempt."""
         if self.updated_at == self.step:
             return False
-        if self.method.clock.fires(self.step, self.total):
+        if self.fires:
             return True
         settles_at = self.settles_at  # an update skipped there is made later
         return settles_at is not None and self.updated_at < settles_at <= self.step
@@ -110,7 +147,7 @@ class OptimizerSteps:
     @property
     def may_update(self) -> bool:
         """Whether the clock fires at this step or a later one."""
-        return self.step < self.method.clock.stop_step(self.total)
+        return self.step < self.stop_step
 
     @property
     def moves_inactive(self) -> bool:
@@ -125,7 +162,7 @@ class OptimizerSteps:
         """
         if not is_sparse or self.moves_inactive:
             return True
-        if any(score.observes and score.needs_gradient for score in self.method.scores().values()):
+        if any(score.needs_gradient for score in self.method.observers.values()):
             return self.may_update
         # If an update does not replace the step, the step moves the grown weights by their gradients.
         return (not self.method.replace_step or self.method.reads_gradient) and self.is_due

@@ -35,9 +35,9 @@ def update_topology(training: Training, stepper: OptimizerSteps) -> bool:
     if not training.gradients_are_usable(stepper):
         state.skipped += 1
         return False
-    stop = method.clock.stop_step(stepper.total)
+    stop = stepper.stop_step
     # Where a moving budget settles after the clock's last update, weights are only dropped or grown to meet it.
-    replaces = method.clock.fires(step, stepper.total)
+    replaces = stepper.fires
     fraction = method.fraction(step, stop) if replaces else 0.0
     surplus = None
     if method.surplus is not None and replaces:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, cast
 
 from dst.method.lottery import LotterySchedule
 from dst.method.narrow import Narrow
@@ -22,6 +23,7 @@ from dst.pieces.protocols import (
     DensitySchedule,
     Fraction,
     Init,
+    Observer,
     Pattern,
     Perturbation,
     Redistribution,
@@ -133,7 +135,7 @@ class Method:
         """Return why the method cannot be trained on non-zeros alone (``backend="csr"``), or ``None`` if it can."""
         return needs_inactive_weights(self)
 
-    @property
+    @cached_property
     def reads_gradient(self) -> bool:
         """Whether a topology update reads the dense gradient."""
         redistributes = self.redistribute is not None and self.redistribute.needs_gradient
@@ -144,7 +146,7 @@ class Method:
         """Whether the topology is ever updated."""
         return not isinstance(self.clock, schedules.Never)
 
-    @property
+    @cached_property
     def moves_inactive(self) -> bool:
         """Whether inactive weights are trained too after the first mask, and so need a gradient."""
         return self.relaxation is not None and not self.relaxation.until_mask and self.density < 1
@@ -156,8 +158,17 @@ class Method:
 
     def scores(self) -> Mapping[str, Score]:
         """Return the scores that are set, by role: ``drop``, ``grow``."""
+        return self._scores
+
+    @cached_property
+    def _scores(self) -> Mapping[str, Score]:
         both: dict[str, Score | None] = {"drop": self.drop, "grow": self.grow}
         return {role: score for role, score in both.items() if score is not None}
+
+    @cached_property
+    def observers(self) -> Mapping[str, Observer]:
+        """The scores that observe every step, by role."""
+        return {role: cast(Observer, score) for role, score in self.scores().items() if score.observes}
 
     def spec(self) -> dict[str, Any]:
         """Return the method as nested plain values, for checkpoints and reports."""
