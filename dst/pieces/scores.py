@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dst.errors import ConfigurationError
 from dst.pieces.protocols import AfterDropScore, LayerView, Sampler, Score
-from dst.topology.selection import random_free
+from dst.topology.selection import random_free, stable_order
 
 
 class _Stateless:
@@ -57,7 +57,7 @@ class SignedMagnitude(_Stateless):
         ranks = torch.full(active.shape, -1.0, dtype=torch.float32, device=weight.device)
         for sign in (1, -1):
             members = (weight.sign() == sign).nonzero().squeeze(1)
-            order = members[weight[members].abs().argsort(stable=True)]
+            order = members[stable_order(weight[members].abs())]
             ranks[order] = torch.arange(1, order.numel() + 1, dtype=torch.float32, device=weight.device) / order.numel()
         result = torch.zeros(view.weight.shape, dtype=torch.float32, device=weight.device)
         return result.put_(active, ranks)

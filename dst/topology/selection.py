@@ -191,6 +191,23 @@ def random_indices(size: int, count: int, generator: torch.Generator | None = No
     return found
 
 
+def stable_order(values: Tensor) -> Tensor:
+    """Positions of a vector's entries in increasing order, as ``values.argsort(stable=True)`` gives them.
+
+    Args:
+        values: Float vector, positive. No NaN.
+
+    Returns:
+        Int64 vector of the same length, on the device of ``values``.
+    """
+    if values.device.type != "cpu" or values.dtype.itemsize > 4:
+        return values.argsort(stable=True)
+    # The bits of positive floats order as integers. With the index in the low bits all keys differ, and any sort is stable.
+    bits = values.float().contiguous().view(torch.int32).to(torch.int64)
+    keys = (bits << 32) + torch.arange(values.numel())
+    return torch.from_numpy(np.sort(keys.numpy())) & (1 << 32) - 1
+
+
 def random_free(size: int, excluded: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """Draw ``count`` positions that are not excluded, uniformly without replacement, in O(``excluded``) memory.
 
