@@ -126,8 +126,7 @@ class SparseConv2d(SparseLinear):
         tile.add_(gradient) if add else tile.copy_(gradient)
 
     def _bypasses(self, x: Tensor) -> bool:
-        # With a stride, splitting the image into planes costs more than the convolution kernel loses on one image.
-        return x.shape[0] == 1 and self.stride == (1, 1) and super()._bypasses(x)
+        return x.shape[0] == 1 and super()._bypasses(x)
 
     def _compiled(self, kernels: Kernels, layer: ChainLayer) -> ConvPlanes:
         return kernels.planes(layer, self.kernel_size, self.stride, self.padding, self.dilation)
