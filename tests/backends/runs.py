@@ -237,3 +237,70 @@ def measured_cases(monkeypatch: pytest.MonkeyPatch) -> list[timing.Case]:
 
     monkeypatch.setattr(timing, "measure", measure)
     return cases
+
+
+def check_trains_as_masked(name: str, optimizer: str, net: Callable[[], nn.Module]) -> Run:
+    """Train with both backends over several updates, and compare topology, weights and state. Returns the csr run."""
+    masked, csr = (Run(CLAIMED[name](backend), optimizer, net=net) for backend in ("masked", "csr"))
+    assert_same(masked, csr)
+    masked.train(STEPS)
+    csr.train(STEPS)
+    assert csr.sparsifier.updates == STEPS // EVERY
+    assert_same(masked, csr)
+    assert masked.sparsifier.layer_table() == csr.sparsifier.layer_table()
+    assert masked.sparsifier.exploration_rate == csr.sparsifier.exploration_rate
+    return csr
+
+
+def check_accumulates_as_masked(net: Callable[[], nn.Module]) -> None:
+    """Accumulate gradients over micro-batches with both backends, and compare."""
+    masked, csr = (Run(CLAIMED["rigl"](b), net=net).train(STEPS // 2, 4) for b in ("masked", "csr"))
+    assert_same(masked, csr)
+
+
+def check_resumes(optimizer: str, net: Callable[[], nn.Module]) -> None:
+    """Resume a csr run, and compare it to the bit with one that was not interrupted."""
+    whole = Run(CLAIMED["rigl"]("csr"), optimizer, net=net).train(20)
+    half = saved(Run(CLAIMED["rigl"]("csr"), optimizer, net=net).train(9))
+    rest = Run(CLAIMED["rigl"]("csr"), optimizer, net=net)
+    rest.model.load_state_dict(half["model"])
+    rest.optimizer.load_state_dict(half["optimizer"])
+    rest.sparsifier.load_state_dict(half["dst"])
+    assert_same(whole, rest.train(11), tolerance=0)
+    assert whole.sparsifier.exploration_rate == rest.sparsifier.exploration_rate
+
+
+def check_continues_with(before: str, after: str, optimizer: str, net: Callable[[], nn.Module]) -> None:
+    """Convert a run of one backend for the other, train both on, and compare."""
+    first = Run(CLAIMED["rigl"](before), optimizer, net=net).train(9)
+    second = Run(CLAIMED["rigl"](after), optimizer, net=net)
+    if after == "csr":
+        second.model.load_state_dict(first.model.state_dict())
+        second.sparsifier.load_state_dict(saved(first)["dst"])
+        state = dst.sparse_optimizer_state(second.model, second.optimizer, first.optimizer.state_dict())
+    else:
+        weights = dst.dense_state_dict(first.model)
+        assert [(n, w.shape) for n, w in weights.items()] == [
+            (n, w.shape) for n, w in second.model.state_dict().items()
+        ]
+        second.model.load_state_dict(weights)
+        second.sparsifier.load_state_dict(saved(first)["dst"])
+        state = dst.dense_optimizer_state(first.model, first.optimizer)
+    second.optimizer.load_state_dict(state)
+    assert_same(first, second, tolerance=0)
+    assert_same(first.train(10), second.train(10))
+
+
+def check_copy_becomes_dense(net: Callable[[], nn.Module], again: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Copy a trained csr model, and convert the copy to dense modules. Returns them."""
+    csr = Run(CLAIMED["rigl"]("csr"), net=net).train(9)
+    x = torch.randn(5, 30, dtype=torch.float64)
+    expected, weights = csr.model(x), dst.dense_state_dict(csr.model)
+    model = again(csr.model)
+    assert torch.equal(model(x), expected)
+    model = dst.to_dense(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in net().modules()]
+    assert list(weights) == list(model.state_dict())
+    assert all(torch.equal(weights[n], w) for n, w in model.state_dict().items())
+    torch.testing.assert_close(model(x), expected)
+    return model

@@ -18,16 +18,17 @@ from tests.backends import runs
 from tests.backends.runs import (
     CLAIMED,
     DENSITY,
-    EVERY,
     OPTIMIZERS,
-    STEPS,
     Conv1D,
     Run,
     Transposed,
-    assert_same,
+    check_accumulates_as_masked,
+    check_continues_with,
+    check_copy_becomes_dense,
+    check_resumes,
+    check_trains_as_masked,
     measured_cases,
     restored,
-    saved,
 )
 from tests.sampling import rotated
 
@@ -40,63 +41,29 @@ from tests.sampling import rotated
     ),
 )
 def test_trains_as_a_masked_one(name, optimizer):
-    masked, csr = (Run(CLAIMED[name](backend), optimizer, net=Transposed) for backend in ("masked", "csr"))
+    csr = check_trains_as_masked(name, optimizer, Transposed)
     assert isinstance(csr.model.first, SparseConv1D)
-    assert_same(masked, csr)
-    masked.train(STEPS)
-    csr.train(STEPS)
-    assert csr.sparsifier.updates == STEPS // EVERY
-    assert_same(masked, csr)
-    assert masked.sparsifier.layer_table() == csr.sparsifier.layer_table()
-    assert masked.sparsifier.exploration_rate == csr.sparsifier.exploration_rate
 
 
 def test_accumulated_gradients():
-    masked, csr = (Run(CLAIMED["rigl"](b), net=Transposed).train(STEPS // 2, 4) for b in ("masked", "csr"))
-    assert_same(masked, csr)
+    check_accumulates_as_masked(Transposed)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_resumed_run_is_identical(optimizer):
-    whole = Run(CLAIMED["rigl"]("csr"), optimizer, net=Transposed).train(20)
-    half = saved(Run(CLAIMED["rigl"]("csr"), optimizer, net=Transposed).train(9))
-    rest = Run(CLAIMED["rigl"]("csr"), optimizer, net=Transposed)
-    rest.model.load_state_dict(half["model"])
-    rest.optimizer.load_state_dict(half["optimizer"])
-    rest.sparsifier.load_state_dict(half["dst"])
-    assert_same(whole, rest.train(11), tolerance=0)
+    check_resumes(optimizer, Transposed)
 
 
 @pytest.mark.parametrize(("before", "after"), [("masked", "csr"), ("csr", "masked")])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_run_continues_with_the_other_backend(before, after, optimizer):
-    first = Run(CLAIMED["rigl"](before), optimizer, net=Transposed).train(9)
-    second = Run(CLAIMED["rigl"](after), optimizer, net=Transposed)
-    if after == "csr":
-        second.model.load_state_dict(first.model.state_dict())
-        second.sparsifier.load_state_dict(saved(first)["dst"])
-        state = dst.sparse_optimizer_state(second.model, second.optimizer, first.optimizer.state_dict())
-    else:
-        weights = dst.dense_state_dict(first.model)
-        assert {n: w.shape for n, w in weights.items()} == {n: w.shape for n, w in second.model.state_dict().items()}
-        second.model.load_state_dict(weights)
-        second.sparsifier.load_state_dict(saved(first)["dst"])
-        state = dst.dense_optimizer_state(first.model, first.optimizer)
-    second.optimizer.load_state_dict(state)
-    assert_same(first, second, tolerance=0)
-    assert_same(first.train(10), second.train(10))
+    check_continues_with(before, after, optimizer, Transposed)
 
 
 def test_it_becomes_the_dense_layer_again():
-    csr = Run(CLAIMED["rigl"]("csr"), net=Transposed).train(9)
-    x = torch.randn(5, 30, dtype=torch.float64)
-    expected, weights = csr.model(x), dst.dense_state_dict(csr.model)
-    model = dst.to_dense(copy.deepcopy(csr.model))
+    model = check_copy_becomes_dense(Transposed, copy.deepcopy)
     assert type(model.first) is Conv1D
     assert (model.first.nf, model.first.nx) == (40, 30)
-    assert list(weights) == list(model.state_dict())
-    assert all(torch.equal(weights[n], w) for n, w in model.state_dict().items())
-    torch.testing.assert_close(model(x), expected)
 
 
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -18,7 +18,20 @@ from dst.backends import auto, timing
 from dst.errors import ConfigurationError
 from dst.metrics import count_operations
 from dst.nn import RecurrentWeight, SparseGRU, SparseLSTM, SparseRecurrent
-from tests.backends.runs import CLAIMED, DENSITY, EVERY, OPTIMIZERS, STEPS, Run, assert_same, saved, sparse_layers
+from tests.backends.runs import (
+    DENSITY,
+    EVERY,
+    OPTIMIZERS,
+    STEPS,
+    Run,
+    assert_same,
+    check_accumulates_as_masked,
+    check_continues_with,
+    check_copy_becomes_dense,
+    check_resumes,
+    check_trains_as_masked,
+    sparse_layers,
+)
 from tests.sampling import rotated
 
 
@@ -57,67 +70,30 @@ def both_ways() -> nn.Module:
     ),
 )
 def test_trains_as_a_masked_one(name, optimizer, net):
-    masked, csr = (Run(CLAIMED[name](backend), optimizer, net=net) for backend in ("masked", "csr"))
+    csr = check_trains_as_masked(name, optimizer, net)
     assert isinstance(csr.model.recurrent, SparseRecurrent)
-    assert_same(masked, csr)
-    masked.train(STEPS)
-    csr.train(STEPS)
-    assert csr.sparsifier.updates == STEPS // EVERY
-    assert_same(masked, csr)
-    assert masked.sparsifier.layer_table() == csr.sparsifier.layer_table()
-    assert masked.sparsifier.exploration_rate == csr.sparsifier.exploration_rate
 
 
 def test_accumulated_gradients():
-    masked, csr = (Run(CLAIMED["rigl"](b), net=gru).train(STEPS // 2, 4) for b in ("masked", "csr"))
-    assert_same(masked, csr)
+    check_accumulates_as_masked(gru)
 
 
 @pytest.mark.parametrize(("optimizer", "net"), [("sgd", lstm), ("adamw", gru)])
 def test_a_resumed_run_is_identical(optimizer, net):
-    whole = Run(CLAIMED["rigl"]("csr"), optimizer, net=net).train(20)
-    half = saved(Run(CLAIMED["rigl"]("csr"), optimizer, net=net).train(9))
-    rest = Run(CLAIMED["rigl"]("csr"), optimizer, net=net)
-    rest.model.load_state_dict(half["model"])
-    rest.optimizer.load_state_dict(half["optimizer"])
-    rest.sparsifier.load_state_dict(half["dst"])
-    assert_same(whole, rest.train(11), tolerance=0)
+    check_resumes(optimizer, net)
 
 
 @pytest.mark.parametrize(("before", "after"), [("masked", "csr"), ("csr", "masked")])
 @pytest.mark.parametrize(("optimizer", "net"), [("sgd", both_ways), ("adamw", gru)])
 def test_a_run_continues_with_the_other_backend(before, after, optimizer, net):
-    first = Run(CLAIMED["rigl"](before), optimizer, net=net).train(9)
-    second = Run(CLAIMED["rigl"](after), optimizer, net=net)
-    if after == "csr":
-        second.model.load_state_dict(first.model.state_dict())
-        second.sparsifier.load_state_dict(saved(first)["dst"])
-        state = dst.sparse_optimizer_state(second.model, second.optimizer, first.optimizer.state_dict())
-    else:
-        weights = dst.dense_state_dict(first.model)
-        assert list(weights) == list(second.model.state_dict())
-        second.model.load_state_dict(weights)
-        second.sparsifier.load_state_dict(saved(first)["dst"])
-        state = dst.dense_optimizer_state(first.model, first.optimizer)
-    second.optimizer.load_state_dict(state)
-    assert_same(first, second, tolerance=0)
-    assert_same(first.train(10), second.train(10))
+    check_continues_with(before, after, optimizer, net)
 
 
 @pytest.mark.parametrize("net", [lstm, both_ways])
 @pytest.mark.parametrize("again", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_become_dense_again(net, again):
-    csr = Run(CLAIMED["rigl"]("csr"), net=net).train(9)
-    x = torch.randn(5, 30, dtype=torch.float64)
-    expected, weights = csr.model(x), dst.dense_state_dict(csr.model)
-    model = again(csr.model)
-    assert torch.equal(model(x), expected)
-    model = dst.to_dense(model)
+    model = check_copy_becomes_dense(net, again)
     assert not any(isinstance(m, (RecurrentWeight, SparseRecurrent)) for m in model.modules())
-    assert [type(m) for m in model.modules()] == [type(m) for m in net().modules()]
-    assert list(weights) == list(model.state_dict())
-    assert all(torch.equal(weights[n], w) for n, w in model.state_dict().items())
-    torch.testing.assert_close(model(x), expected)
 
 
 # -- the modules ----------------------------------------------------------------------------------------------------
